@@ -1,0 +1,43 @@
+"""Measure where fine-tuning acts in a language model, tune only there, and prove the choice."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it; resolved on first use so that importing midblock stays light
+_EXPORTS = {
+    "load_model": "midblock.models",
+    "load_pair": "midblock.models",
+    "load_chain": "midblock.models",
+    "find_anatomy": "midblock.models",
+    "load_data": "midblock.data",
+    "segment_blocks": "midblock.segments",
+    "profile": "midblock.analysis.profile",
+}
+_MODULES = ("metrics", "stats")
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
+
+if TYPE_CHECKING:
+    from midblock.analysis.profile import profile as profile
+    from midblock.data import load_data as load_data
+    from midblock.models import find_anatomy as find_anatomy
+    from midblock.models import load_chain as load_chain
+    from midblock.models import load_model as load_model
+    from midblock.models import load_pair as load_pair
+    from midblock.segments import segment_blocks as segment_blocks
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"midblock.{name}")
+    raise AttributeError(f"module 'midblock' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,89 @@
+"""The tidy table that every command writes, and the reasons for its empty cells.
+
+One row is one figure: what was measured (``metric``), where (``kind`` and ``layer``), of
+which model or comparison (``side``), its ``value`` with interval ``low``..``high`` and the
+``n`` it rests on. Further columns are free (``matrix``, ``data``, ``stage``, ``head``, ``seed``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+__all__ = ["BASE_COLUMNS", "Interval", "Kind", "Table", "json_ready"]
+
+Kind = Literal["hidden", "block", "segment", "model"]
+BASE_COLUMNS = ("kind", "layer", "metric", "side", "value", "low", "high", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its confidence interval and sample size; NaN bounds mean "no interval"."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+
+
+@dataclass
+class Table:
+    """Rows being collected, and why some have no value."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    reasons: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: Kind, layer: int | str, metric: str, side: str,
+            estimate: Interval | float, *, n: int | None = None, **extra: Any) -> None:
+        """Append one row. A float gets no interval; pass ``n`` for it."""
+        if not isinstance(estimate, Interval):
+            estimate = Interval(float(estimate), n=n or 0)
+        self.rows.append({"kind": kind, "layer": layer, "metric": metric, "side": side,
+                          "value": estimate.value, "low": estimate.low, "high": estimate.high,
+                          "n": estimate.n if n is None else n, **extra})
+
+    def add_undefined(self, kind: Kind, layer: int | str, metric: str, side: str, reason: str,
+                      *, n: int = 0, **extra: Any) -> None:
+        """Append an empty cell and remember its reason (stored in ``run.json``)."""
+        self.add(kind, layer, metric, side, Interval(math.nan, n=n), **extra)
+        self.reasons.append({"kind": kind, "layer": layer, "metric": metric, "side": side,
+                             **extra, "reason": reason})
+
+    def extend(self, other: Table) -> None:
+        """Append all rows and reasons of another table."""
+        self.rows.extend(other.rows)
+        self.reasons.extend(other.reasons)
+
+    def frame(self) -> pd.DataFrame:
+        """All rows as a data frame with the base columns first."""
+        frame = pd.DataFrame(self.rows)
+        extra = [c for c in frame.columns if c not in BASE_COLUMNS]
+        return frame.reindex(columns=[*BASE_COLUMNS, *extra])
+
+
+def json_ready(value: Any) -> Any:
+    """Copy of ``value`` with only JSON types; NaN and infinity become None.
+
+    Example:
+        >>> json_ready({"a": float("nan"), "b": (1, 2)})
+        {'a': None, 'b': [1, 2]}
+    """
+    if isinstance(value, bool) or value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, pd.DataFrame):
+        return [json_ready(r) for r in value.to_dict(orient="records")]
+    if hasattr(value, "tolist"):  # NumPy and torch scalars and arrays
+        return json_ready(value.tolist())
+    if hasattr(value, "__dataclass_fields__"):
+        return {k: json_ready(getattr(value, k)) for k in value.__dataclass_fields__}
+    if isinstance(value, Iterable):
+        return [json_ready(v) for v in value]
+    return str(value)

@@ -1,0 +1,182 @@
+"""Depth segments, masks and block ranges: pure index arithmetic (DESIGN section 2).
+
+Blocks are 0..L-1 from the input side to the output side; ranges are half-open. A mask has
+one digit per segment, the first digit being the segment nearest the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from midblock.errors import BlockRangeError
+
+__all__ = [
+    "all_masks_single",
+    "blocks_from_spec",
+    "contiguous_ranges",
+    "depth",
+    "format_blocks",
+    "parse_blocks",
+    "segment_blocks",
+    "segment_bounds",
+    "validate_mask",
+]
+
+
+def segment_bounds(num_segments: int, num_blocks: int) -> list[tuple[int, int]]:
+    """Half-open block range of each of K equal segments: ``[int(i*L/K), int((i+1)*L/K))``.
+
+    Args:
+        num_segments: K, 1 to ``num_blocks``.
+        num_blocks: L.
+
+    Raises:
+        BlockRangeError: K is smaller than 1 or larger than L (a segment would be empty).
+
+    Example:
+        >>> segment_bounds(5, 32)
+        [(0, 6), (6, 12), (12, 19), (19, 25), (25, 32)]
+    """
+    if not 1 <= num_segments <= num_blocks:
+        raise BlockRangeError(
+            f"{num_segments} segments were asked for, but the model has {num_blocks} blocks; "
+            f"use 1 to {num_blocks} segments."
+        )
+    return [
+        (i * num_blocks // num_segments, (i + 1) * num_blocks // num_segments)
+        for i in range(num_segments)
+    ]
+
+
+def validate_mask(mask: str) -> str:
+    """Return ``mask`` if it is a non-empty string of 0 and 1, else raise `BlockRangeError`."""
+    if not isinstance(mask, str) or not mask or set(mask) - {"0", "1"}:
+        raise BlockRangeError(
+            f"mask {mask!r} is not a string of the digits 0 and 1; write one digit per depth "
+            "segment from input to output, such as 01100."
+        )
+    return mask
+
+
+def segment_blocks(mask: str, num_blocks: int) -> list[int]:
+    """Blocks that a mask selects, in ascending order.
+
+    Args:
+        mask: One digit per segment, input side first (``01100`` tunes the second and third
+            fifth). Its length is K.
+        num_blocks: L, the model's number of blocks.
+
+    Raises:
+        BlockRangeError: other digits than 0 and 1, more digits than blocks, or no 1 at all.
+
+    Example:
+        >>> segment_blocks("01100", 30)
+        [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    """
+    validate_mask(mask)
+    if len(mask) > num_blocks:
+        raise BlockRangeError(
+            f"mask {mask!r} has {len(mask)} digits, but the model has {num_blocks} blocks; "
+            f"use at most {num_blocks} digits."
+        )
+    if "1" not in mask:
+        raise BlockRangeError(f"mask {mask!r} selects no block; at least one digit must be 1.")
+    bounds = segment_bounds(len(mask), num_blocks)
+    return [b for digit, (lo, hi) in zip(mask, bounds, strict=True) if digit == "1"
+            for b in range(lo, hi)]
+
+
+def all_masks_single(num_segments: int) -> list[str]:
+    """The K masks that select one segment each, input side first.
+
+    Example:
+        >>> all_masks_single(3)
+        ['100', '010', '001']
+    """
+    return ["0" * i + "1" + "0" * (num_segments - 1 - i) for i in range(num_segments)]
+
+
+def parse_blocks(spec: str, num_blocks: int) -> list[int]:
+    """Blocks of an explicit spec: ``8:16``, ``3``, ``0:4,12:16,20`` (half-open ranges).
+
+    Raises:
+        BlockRangeError: malformed, empty, or outside 0..L-1.
+
+    Example:
+        >>> parse_blocks("8:10,12", 30)
+        [8, 9, 12]
+    """
+    blocks: set[int] = set()
+    for part in spec.split(","):
+        text = part.strip()
+        try:
+            if ":" in text:
+                lo_text, hi_text = text.split(":")
+                lo, hi = (int(lo_text) if lo_text else 0), (int(hi_text) if hi_text else num_blocks)
+            else:
+                lo = int(text)
+                hi = lo + 1
+        except ValueError:
+            raise BlockRangeError(
+                f"blocks {spec!r}: {text!r} is neither a block nor a half-open range; "
+                "write 8:16 or 3 or 0:4,12:16."
+            ) from None
+        if not 0 <= lo < hi <= num_blocks:
+            raise BlockRangeError(
+                f"blocks [{lo}, {hi}) do not fit a model of {num_blocks} blocks "
+                f"(0-{num_blocks - 1}); `midblock inspect MODEL` lists them."
+            )
+        blocks.update(range(lo, hi))
+    return sorted(blocks)
+
+
+def blocks_from_spec(mask: str | None, blocks: str | Sequence[int] | None, num_blocks: int) -> list[int]:
+    """Blocks from exactly one of a mask and an explicit spec.
+
+    Raises:
+        BlockRangeError: both or neither given, or the one given does not fit.
+    """
+    if (mask is None) == (blocks is None):
+        raise BlockRangeError("give exactly one of a mask (01100) and blocks (8:16).")
+    if mask is not None:
+        return segment_blocks(mask, num_blocks)
+    if isinstance(blocks, str):
+        return parse_blocks(blocks, num_blocks)
+    assert blocks is not None
+    chosen = sorted(set(int(b) for b in blocks))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= num_blocks:
+        raise BlockRangeError(
+            f"blocks {list(blocks)} do not fit a model of {num_blocks} blocks (0-{num_blocks - 1})."
+        )
+    return chosen
+
+
+def contiguous_ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Half-open runs that cover a set of blocks.
+
+    Example:
+        >>> contiguous_ranges([6, 7, 8, 12])
+        [(6, 9), (12, 13)]
+    """
+    runs: list[tuple[int, int]] = []
+    for b in sorted(set(blocks)):
+        if runs and runs[-1][1] == b:
+            runs[-1] = (runs[-1][0], b + 1)
+        else:
+            runs.append((b, b + 1))
+    return runs
+
+
+def format_blocks(blocks: Iterable[int]) -> str:
+    """Blocks as the shortest spec that `parse_blocks` reads back.
+
+    Example:
+        >>> format_blocks([6, 7, 8, 12])
+        '6:9,12'
+    """
+    return ",".join(f"{lo}" if hi == lo + 1 else f"{lo}:{hi}" for lo, hi in contiguous_ranges(blocks))
+
+
+def depth(block: int, num_blocks: int) -> float:
+    """Relative depth of a block, b/(L-1), in 0..1 (0 for a model of one block)."""
+    return block / (num_blocks - 1) if num_blocks > 1 else 0.0
