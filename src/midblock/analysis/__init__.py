@@ -1,0 +1,1 @@
+"""What fine-tuning changed, and where: each command of the analysis as a function (room 4)."""

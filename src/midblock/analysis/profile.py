@@ -1,0 +1,528 @@
+"""Layer-wise profile of a base and its tuned checkpoints (paper sections 3.3, 3.4, 4.2; figures 1, 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from midblock import metrics, stats
+from midblock.analysis.passes import PassState, feed_batches
+from midblock.analysis.stages import comparisons, side_of, stage_names
+from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
+from midblock.data import Dataset, augment, load_data, make_batches, pad_token_id, tokenize
+from midblock.errors import DataError, SettingsError, UndefinedMetricError
+from midblock.models import LoadedModel, load_chain
+from midblock.progress import Progress, silent
+from midblock.results import Interval, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FAMILIES", "METRICS", "ProfileResult", "ProfileSettings", "profile"]
+
+#: Figures: one per family of metrics.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "information": ("prompt_entropy", "dataset_entropy", "effective_rank", "rank_deficiency", "sparsity"),
+    "spectrum": ("spectral_norm", "condition_number"),
+    "geometry": ("curvature", "l2_norm", "gini", "intrinsic_dimension"),
+    "alignment": ("cka", "cka_debiased", "cosine", "token_cosine", "mean_shift", "mean_shift_relative",
+                  "change_intensity", "change_intensity_relative"),
+    "views": ("infonce", "lidar", "dime"),
+}
+METRICS: tuple[str, ...] = tuple(m for family in FAMILIES.values() for m in family)
+#: Metrics that compare two stages directly; all others are taken per stage and subtracted.
+PAIR_METRICS = frozenset(FAMILIES["alignment"])
+
+Resampling = Literal["first-order", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """What is measured and how; `profile` takes the same names as keyword arguments."""
+
+    samples: int = 200
+    """Samples of the pooled level (the paper: 1,000)."""
+    token_samples: int = 50
+    """Samples of the token level, the first of the same draw (the paper: 100)."""
+    max_length: int = 512
+    """Tokens per sample; longer ones are cut and counted."""
+    batch_size: int = 8
+    """Samples per forward pass."""
+    seed: int = 0
+    """Seed of the draw, the bootstrap and the augmentations."""
+    alpha: float = 1.0
+    """Order of the matrix entropies."""
+    normalize: metrics.EntropyScale = "max"
+    """Entropy divided by ln min(T, d) (max), ln T (rows), ln d (dim), or not (none)."""
+    unit_rows: bool = False
+    """Scale every row to norm 1 before the entropies, as the earlier code does."""
+    energy: bool = False
+    """Effective rank from squared singular values, as the earlier code does."""
+    sparsity_eps: float = 1e-2
+    """Entries below this size count as inactive."""
+    sparsity_relative: bool = False
+    """Take ``sparsity_eps`` relative to the largest entry, as the earlier code does."""
+    rank_tol: float = 0.01
+    """Singular values above this share of the largest count towards the rank."""
+    views: int = 0
+    """Augmented views per sample for InfoNCE, LiDAR and DiME; 0 leaves them out, else 2 or more."""
+    view_samples: int = 100
+    """Samples that get views."""
+    replicates: int = 1000
+    """Bootstrap replicates of the dataset-level intervals."""
+    resampling: Resampling = "first-order"
+    """How replicate spectra are made: to first order from one decomposition, or one by one."""
+    confidence: float = 0.95
+    """Confidence of every interval."""
+
+    def __post_init__(self) -> None:
+        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                  for name, least in (("samples", 2), ("token_samples", 1), ("max_length", 3),
+                                      ("batch_size", 1), ("replicates", 20), ("view_samples", 2))
+                  if getattr(self, name) < least]
+        if self.views not in (0, *range(2, 17)):
+            faults.append(f"--views must be 0 or 2 to 16, got {self.views}")
+        if self.alpha <= 0:
+            faults.append(f"--alpha must be positive, got {self.alpha}")
+        if not 0 < self.confidence < 1:
+            faults.append(f"--confidence must lie between 0 and 1, got {self.confidence}")
+        if self.sparsity_eps <= 0 or not 0 < self.rank_tol < 1:
+            faults.append("--sparsity-eps must be positive and --rank-tol between 0 and 1")
+        if faults:
+            raise SettingsError("; ".join(faults) + ".")
+
+
+@dataclass
+class ProfileResult:
+    """Every measurement at every hidden state, with intervals."""
+
+    table: Table
+    stages: list[str]
+    num_hidden: int
+    settings: ProfileSettings
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Samples used, truncated and left out, tokens per stage."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table (columns of DESIGN section 8, and ``stage`` and ``data``)."""
+        return self.table.frame()
+
+    def regions(self) -> pd.DataFrame:
+        """Means over early (depth < 0.2), middle and late (> 0.8) hidden states, and the largest.
+
+        One row per metric: of the pair score, or of the difference between the stages.
+        """
+        frame = self.frame
+        frame = frame[frame["side"].isin(["difference", "pair"])]
+        depth = frame["layer"] / max(1, self.num_hidden - 1)
+        zone = np.where(depth < 0.2, "early", np.where(depth > 0.8, "late", "middle"))
+        rows = []
+        for (stage, metric), part in frame.assign(zone=zone).groupby(["stage", "metric"], sort=False):
+            means = part.groupby("zone")["value"].mean()
+            # the largest change: farthest from "no change", which is 1 for similarities
+            unchanged = 1.0 if metric in ("cka", "cka_debiased", "cosine", "token_cosine") else 0.0
+            away = (part["value"] - unchanged).abs()
+            peak = part.loc[away.idxmax()] if away.notna().any() and away.max() > 0 else None
+            rows.append({"stage": stage, "metric": metric, "side": part["side"].iloc[0],
+                         **{z: means.get(z, math.nan) for z in ("early", "middle", "late")},
+                         "largest at hidden": None if peak is None else int(peak["layer"]),
+                         "there": None if peak is None else peak["value"]})
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """In words: where the largest change sits, per comparison."""
+        lines = []
+        regions = self.regions()
+        for pair in comparisons(self.stages):
+            part = regions[regions["stage"] == side_of(pair)].set_index("metric")
+            moved = part["largest at hidden"].dropna()
+            if moved.empty:
+                lines.append(f"{side_of(pair)}: no change at any depth.")
+                continue
+            words = []
+            for metric in ("cosine", "cka_debiased", "change_intensity_relative", "prompt_entropy", "effective_rank"):
+                if metric in moved.index:
+                    h = int(moved[metric])
+                    words.append(f"{metric} at hidden {h} (depth {h / (self.num_hidden - 1):.2f}: "
+                                 f"{part.loc[metric, 'there']:.4g})")
+            late, middle = part.loc["cosine", "late"], part.loc["cosine", "middle"]
+            lines.append(f"{side_of(pair)}: largest change of " + ", ".join(words) + ".")
+            lines.append(f"{side_of(pair)}: mean cosine similarity early {part.loc['cosine', 'early']:.4f}, "
+                         f"middle {middle:.4f}, late {late:.4f}.")
+        lines.append("Sample-level intervals are t intervals of the mean; dataset-level ones resample samples "
+                     f"({self.settings.resampling} bootstrap, {self.settings.replicates} replicates).")
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, Figure]:
+        """One figure per family of metrics and comparison: stages over depth, difference with interval."""
+        from midblock.figures import depth_lines
+
+        frame = self.frame
+        made: dict[str, Figure] = {}
+        for pair in comparisons(self.stages):
+            later, earlier = pair
+            chosen = frame[frame["side"].isin([later, earlier]) | (frame["stage"] == side_of(pair))]
+            for family, names in FAMILIES.items():
+                present = [m for m in names if (chosen["metric"] == m).any()]
+                if present:
+                    key = family if len(self.stages) == 2 else f"{family}-{side_of(pair)}"
+                    made[key] = depth_lines(chosen, present, title=f"{family}: {later} against {earlier}")
+        return made
+
+
+def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
+            data: Dataset | str, names: Sequence[str] | None = None, state_folder: Path | None = None,
+            progress: Progress = silent, **settings: Any) -> ProfileResult:
+    """Measure every quantity of DESIGN section 3 (but weight change) at every hidden state.
+
+    One pass over all checkpoints in lockstep: at any time one hidden state per checkpoint is
+    in memory, and only per-sample numbers and pooled vectors are kept.
+
+    Args:
+        stages: The base (then give ``sft``), or a whole chain of two or more checkpoints;
+            loaded models or MODEL specs.
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        data: A data set or a D spec.
+        names: Stage names; default base, sft, dpo, rlvr.
+        state_folder: Where an interrupted pass keeps what it has, and resumes from.
+        progress: Told how far the pass is, in tokens.
+        **settings: Fields of `ProfileSettings`.
+
+    Returns:
+        Rows of kind ``hidden``, layer 0..L, for each stage's own value (side = its name), the
+        difference and the direct pair scores (column ``stage`` says which comparison).
+
+    Raises:
+        SettingsError: a setting out of range.
+        PairMismatchError: the checkpoints do not fit together.
+        DataError: too few usable samples.
+
+    Source: "A Layer-wise Analysis of Supervised Fine-Tuning", equations 2 to 10.
+    """
+    chosen = ProfileSettings(**settings)
+    models = _resolve_stages(stages, sft, names)
+    keys = stage_names(len(models), names)
+    by_name = dict(zip(keys, models, strict=True))
+    pairs = comparisons(keys)
+    anatomy = models[0].anatomy
+    num_hidden = anatomy.num_blocks + 1
+    wanted = max(chosen.samples, chosen.token_samples)
+    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
+    dataset = dataset.sample(wanted, chosen.seed)
+    tokenizer = models[0].tokenizer
+    encoded = tokenize(dataset, tokenizer, max_length=chosen.max_length, min_tokens=3)
+    if len(encoded.rows) < 2:
+        raise DataError(f"{dataset.source}: {len(encoded.rows)} usable samples (at least 3 tokens each) out of "
+                        f"{len(dataset.examples)}; the pooled level needs at least 2.")
+    token_ids = [r.index for r in encoded.rows[:chosen.token_samples]]
+    pooled_ids = [r.index for r in encoded.rows[:chosen.samples]]
+    split = len(token_ids)
+    pad = pad_token_id(tokenizer)
+    # token-level samples batch among themselves: their metrics then run on whole batches
+    batches = [b for part in (encoded.rows[:split], encoded.rows[split:wanted]) if part
+               for b in make_batches(part, batch_size=chosen.batch_size, pad_id=pad)]
+    accumulators: dict[str, Accumulator] = {}
+    pooled = accumulators["pooled"] = PooledStates(keys, num_hidden, pooled_ids, anatomy.hidden_size)
+    tokens = accumulators["tokens"] = TokenMetrics(
+        keys, pairs, num_hidden, token_ids, alpha=chosen.alpha, eps=chosen.sparsity_eps,
+        relative_eps=chosen.sparsity_relative, unit_rows=chosen.unit_rows, normalize=chosen.normalize)
+    view_rows, views = _views(dataset, [r.index for r in encoded.rows], tokenizer, chosen, keys, num_hidden,
+                              anatomy.hidden_size)
+    if views is not None:
+        accumulators["views"] = views
+        batches += make_batches(view_rows, batch_size=chosen.batch_size, pad_id=pad)
+    state = PassState(state_folder) if state_folder else None
+    feed_batches(by_name, batches, accumulators, state=state, progress=progress)
+
+    table = Table()
+    weights = stats.bootstrap_weights(len(pooled_ids), chosen.replicates, chosen.seed)
+    for h in range(num_hidden):
+        _token_rows(table, h, tokens, keys, pairs, chosen)
+        _pooled_rows(table, h, pooled, keys, pairs, weights, chosen)
+        if views is not None:
+            _view_rows(table, h, views, keys, pairs, chosen)
+        progress("metrics", h + 1, num_hidden)
+    for row in table.rows:
+        row["data"] = dataset.name
+    lengths = [len(r.ids) for r in encoded.rows[:wanted]]
+    counts = {"pooled_samples": len(pooled_ids), "token_samples": len(token_ids),
+              "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
+              "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
+              "batches": len(batches)}
+    return ProfileResult(table, keys, num_hidden, chosen, counts)
+
+
+def _resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None,
+                    names: Sequence[str] | None) -> list[LoadedModel]:
+    chain: list[Any] = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else [stages]
+    if sft is not None:
+        chain.append(sft)
+    if len(chain) < 2:
+        raise SettingsError("a profile compares at least two checkpoints: give a base and a tuned one.")
+    if all(isinstance(m, str) for m in chain):
+        return load_chain(chain, names=names)
+    from midblock.models import check_chain, load_model
+
+    loaded = [load_model(m) if isinstance(m, str) else m for m in chain]
+    check_chain(loaded)
+    return loaded
+
+
+# -- token level ---------------------------------------------------------------------------------
+
+
+def _token_rows(table: Table, h: int, tokens: TokenMetrics, keys: Sequence[str],
+                pairs: Sequence[tuple[str, str]], settings: ProfileSettings) -> None:
+    for metric in TokenMetrics.SINGLE:
+        values = {s: tokens.values[metric][s][h].numpy() for s in keys}
+        for stage in keys:
+            _mean_row(table, h, metric, stage, values[stage], settings)
+        for later, earlier in pairs:
+            _mean_row(table, h, metric, "difference", values[later] - values[earlier], settings,
+                      stage=side_of((later, earlier)))
+    for metric in TokenMetrics.PAIRED:
+        for pair in pairs:
+            _mean_row(table, h, metric, "pair", tokens.values[metric][side_of(pair)][h].numpy(), settings,
+                      stage=side_of(pair))
+
+
+def _mean_row(table: Table, h: int, metric: str, side: str, values: np.ndarray[Any, Any],
+              settings: ProfileSettings, **extra: Any) -> None:
+    interval = stats.mean_interval(values, confidence=settings.confidence)
+    if math.isnan(interval.value):
+        table.add_undefined("hidden", h, metric, side, "no sample has a value (fewer than 3 tokens, or all zero)",
+                            **extra)
+    else:
+        table.add("hidden", h, metric, side, interval, **extra)
+
+
+# -- dataset level -------------------------------------------------------------------------------
+
+
+def _pooled_rows(table: Table, h: int, pooled: PooledStates, keys: Sequence[str],
+                 pairs: Sequence[tuple[str, str]], weights: np.ndarray[Any, Any],
+                 settings: ProfileSettings) -> None:
+    x = {s: pooled.x[s][h].double() for s in keys}
+    w = torch.from_numpy(weights).double()
+    values: dict[str, dict[str, float]] = {}
+    replicates: dict[str, dict[str, Tensor]] = {}
+    reasons: dict[str, dict[str, str]] = {}
+    for stage in keys:
+        values[stage], replicates[stage], reasons[stage] = _spectral(x[stage], w, settings)
+        _intrinsic(x[stage], w, values[stage], replicates[stage], reasons[stage])
+    n = next(iter(x.values())).shape[0]
+    metric_names = list(dict.fromkeys(m for s in keys for m in (*values[s], *reasons[s])))
+    for metric in metric_names:
+        for stage in keys:
+            if metric in reasons[stage]:
+                table.add_undefined("hidden", h, metric, stage, reasons[stage][metric], n=n)
+            else:
+                _replicate_row(table, h, metric, stage, values[stage][metric], replicates[stage][metric], n, settings)
+        for later, earlier in pairs:
+            extra = {"stage": side_of((later, earlier))}
+            missing = [reasons[s][metric] for s in (later, earlier) if metric in reasons[s]]
+            if missing:
+                table.add_undefined("hidden", h, metric, "difference", missing[0], n=n, **extra)
+            else:
+                _replicate_row(table, h, metric, "difference", values[later][metric] - values[earlier][metric],
+                               replicates[later][metric] - replicates[earlier][metric], n, settings, **extra)
+    for metric, per_row in (("l2_norm", metrics.row_norms), ("gini", metrics.row_gini)):
+        rows = {s: per_row(x[s]).numpy() for s in keys}
+        for stage in keys:
+            _mean_row(table, h, metric, stage, rows[stage], settings)
+        for later, earlier in pairs:
+            _mean_row(table, h, metric, "difference", rows[later] - rows[earlier], settings,
+                      stage=side_of((later, earlier)))
+    for pair in pairs:
+        _alignment_rows(table, h, x[pair[1]], x[pair[0]], w, settings, side_of(pair))
+
+
+def _replicate_row(table: Table, h: int, metric: str, side: str, value: float, draws: Tensor, n: int,
+                   settings: ProfileSettings, **extra: Any) -> None:
+    interval = stats.percentile_interval(value, draws.numpy(), settings.confidence)
+    table.add("hidden", h, metric, side, Interval(value, interval.low, interval.high, n), **extra)
+
+
+def _spectrum_values(eigenvalues: Tensor, smaller: int, settings: ProfileSettings, n: int, d: int
+                     ) -> dict[str, Tensor]:
+    """Every spectral quantity of (..., k) eigenvalues of XX'; see `metrics` for the formulas."""
+    s = eigenvalues.clamp(min=0).sqrt()
+    scale = {"max": math.log(smaller), "rows": math.log(n), "dim": math.log(d), "none": 1.0}[settings.normalize]
+    top = s.amax(dim=-1)
+    return {
+        "dataset_entropy": metrics.entropy_from_spectrum(eigenvalues.clamp(min=0), settings.alpha) / scale,
+        "effective_rank": metrics.effective_rank_from_singular_values(s, energy=settings.energy),
+        "rank_deficiency": 1 - (s > settings.rank_tol * top.unsqueeze(-1)).sum(dim=-1).double() / smaller,
+        "spectral_norm": top,
+        "condition_number": top / s.amin(dim=-1),
+    }
+
+
+def _spectral(x: Tensor, w: Tensor, settings: ProfileSettings
+              ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, str]]:
+    n, d = x.shape
+    smaller = min(n, d)
+    names = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm", "condition_number")
+    if not bool(x.any()):
+        return {}, {}, dict.fromkeys(names, "every pooled hidden state is zero")
+    # eigh of the smaller side; left eigenvectors of XX' either way
+    if settings.unit_rows:
+        rows = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        entropy_at = _resampled(rows, w, settings)
+    values_at = _resampled(x, w, settings)
+    point, draws = (_spectrum_values(e, smaller, settings, n, d) for e in values_at)
+    if settings.unit_rows:  # only the entropy is defined on unit rows
+        unit_point, unit_draws = (_spectrum_values(e, smaller, settings, n, d) for e in entropy_at)
+        point["dataset_entropy"], draws["dataset_entropy"] = (unit_point["dataset_entropy"],
+                                                              unit_draws["dataset_entropy"])
+    reasons: dict[str, str] = {}
+    for stage_values in (point,):
+        # the Gram matrix squares the spectrum: below sqrt(eps) of the largest, zero cannot be told
+        if not bool(stage_values["condition_number"] < 1 / math.sqrt(torch.finfo(x.dtype).eps)):
+            reasons["condition_number"] = ("the smallest singular value is zero to working precision "
+                                           "(repeated or linearly dependent samples)")
+    values = {k: float(v) for k, v in point.items() if k not in reasons}
+    return values, {k: v for k, v in draws.items() if k not in reasons}, reasons
+
+
+def _resampled(x: Tensor, w: Tensor, settings: ProfileSettings) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) of XX' and of its bootstrap replicates (B, k)."""
+    eigenvalues, left = metrics.gram_spectrum(x)
+    if settings.resampling == "first-order":
+        return eigenvalues, metrics.first_order_spectra(left, eigenvalues, w)
+    k = eigenvalues.shape[0]
+    exact = torch.stack([torch.linalg.eigvalsh(_smaller_gram(x * row.sqrt().unsqueeze(1)))[-k:] for row in w])
+    return eigenvalues, exact
+
+
+def _smaller_gram(x: Tensor) -> Tensor:
+    return x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+
+
+def _intrinsic(x: Tensor, w: Tensor, values: dict[str, float], draws: dict[str, Tensor],
+               reasons: dict[str, str]) -> None:
+    try:
+        ratios = metrics.two_nn_log_ratios(x)
+    except UndefinedMetricError as error:
+        reasons["intrinsic_dimension"] = str(error)
+        return
+    known = ~ratios.isnan()
+    count = known.double()
+    logs = torch.where(known, ratios, torch.zeros_like(ratios))
+    values["intrinsic_dimension"] = float(count.sum() / logs.sum())
+    draws["intrinsic_dimension"] = (w @ count) / (w @ logs)
+
+
+def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, settings: ProfileSettings,
+                    stage: str) -> None:
+    n = base.shape[0]
+    gram_base, gram_sft = base @ base.mT, sft @ sft.mT
+    extra = {"stage": stage}
+
+    def add(metric: str, compute: Callable[[], Interval]) -> None:
+        try:
+            table.add("hidden", h, metric, "pair", compute(), **extra)
+        except UndefinedMetricError as error:
+            table.add_undefined("hidden", h, metric, "pair", str(error), n=n, **extra)
+
+    def resampled(value: Tensor, draws: Tensor) -> Interval:
+        interval = stats.percentile_interval(float(value), draws.numpy(), settings.confidence)
+        return Interval(float(value), interval.low, interval.high, n)
+
+    def debiased() -> Interval:
+        value = float(metrics.cka_debiased(gram_base, gram_sft, gram=True))
+        left_out = metrics.cka_jackknife(gram_base, gram_sft).numpy()
+        interval = stats.jackknife_interval(value, left_out, settings.confidence)
+        return Interval(value, interval.low, interval.high, n)
+
+    add("cka", lambda: resampled(metrics.cka(gram_base, gram_sft, gram=True),
+                                 metrics.cka_bootstrap(gram_base, gram_sft, w)))
+    if n >= 5:
+        add("cka_debiased", debiased)
+    else:
+        table.add_undefined("hidden", h, "cka_debiased", "pair", "the debiased CKA needs at least 5 samples", n=n,
+                            **extra)
+    _mean_row(table, h, "cosine", "pair", metrics.cosine_similarity(base, sft).numpy(), settings, **extra)
+    distances = (sft - base).norm(dim=1)
+    _mean_row(table, h, "change_intensity", "pair", distances.numpy(), settings, **extra)
+    shift, shift_draws = metrics.mean_shift(base, sft), metrics.mean_shift_bootstrap(base, sft, w)
+    add("mean_shift", lambda: resampled(shift, shift_draws))
+    norm = base.mean(dim=0).norm()
+    norm_draws = ((w / w.sum(dim=1, keepdim=True)) @ base).norm(dim=1)
+    if float(norm) > 0:
+        add("mean_shift_relative", lambda: resampled(shift / norm, shift_draws / norm_draws))
+        add("change_intensity_relative",
+            lambda: resampled(distances.mean() / norm, (w @ distances) / w.sum(dim=1) / norm_draws))
+    else:
+        for metric in ("mean_shift_relative", "change_intensity_relative"):
+            table.add_undefined("hidden", h, metric, "pair", "the mean of the base's hidden states is zero", n=n,
+                                **extra)
+
+
+# -- augmented views -----------------------------------------------------------------------------
+
+
+def _views(dataset: Dataset, usable: Sequence[int], tokenizer: Any, settings: ProfileSettings,
+           keys: Sequence[str], num_hidden: int, width: int) -> tuple[list[Any], PooledStates | None]:
+    """Token rows and accumulator of the augmented views; sample number (view+1)*10^6 + index."""
+    if not settings.views:
+        return [], None
+    chosen = list(usable)[:settings.view_samples]
+    rows, ids = [], []
+    from dataclasses import replace
+
+    for view in range(settings.views):
+        texts = [replace(dataset.examples[i], text=augment(dataset.examples[i].text, view, settings.seed))
+                 for i in chosen]
+        encoded = tokenize(replace(dataset, examples=texts), tokenizer, max_length=settings.max_length,
+                           min_tokens=1)
+        if len(encoded.rows) != len(chosen):
+            raise DataError(f"{dataset.source}: an augmented view left a sample without tokens; "
+                            "use longer samples or --views 0.")
+        for row, sample in zip(encoded.rows, chosen, strict=True):
+            number = (view + 1) * 1_000_000 + sample
+            rows.append(replace(row, index=number))
+            ids.append(number)
+    return rows, PooledStates(keys, num_hidden, ids, width)
+
+
+def _view_rows(table: Table, h: int, views: PooledStates, keys: Sequence[str],
+               pairs: Sequence[tuple[str, str]], settings: ProfileSettings) -> None:
+    count = settings.views
+    generator_seed = settings.seed
+
+    def quantities(x: Tensor) -> dict[str, float]:
+        return {
+            "infonce": float(metrics.infonce(x[0], x[1])),
+            "lidar": float(metrics.lidar(x.transpose(0, 1))),
+            "dime": float(metrics.dime(x[0], x[1], alpha=settings.alpha,
+                                       generator=torch.Generator().manual_seed(generator_seed))),
+        }
+
+    groups = 10
+    values: dict[str, dict[str, float]] = {}
+    left_out: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    n = 0
+    for stage in keys:
+        x = views.x[stage][h].double().reshape(count, -1, views.x[stage].shape[-1])
+        n = x.shape[1]
+        values[stage] = quantities(x)
+        folds = min(groups, n)
+        parts = [quantities(x[:, [i for i in range(n) if i % folds != g]]) for g in range(folds)]
+        left_out[stage] = {m: np.array([p[m] for p in parts]) for m in values[stage]}
+    for metric in values[keys[0]]:
+        sides = [(s, values[s][metric], left_out[s][metric], {}) for s in keys]
+        sides += [("difference", values[a][metric] - values[b][metric], left_out[a][metric] - left_out[b][metric],
+                   {"stage": side_of((a, b))}) for a, b in pairs]
+        for side, value, others, extra in sides:
+            interval = stats.jackknife_interval(value, others, settings.confidence)
+            table.add("hidden", h, metric, side, Interval(value, interval.low, interval.high, n), **extra)

@@ -1,0 +1,141 @@
+"""What a metric keeps of the hidden states, whatever the order of execution.
+
+An accumulator is fed (hidden h, batch, states of every stage) and never knows whether
+batches or layers come first; the same ones serve the in-memory and the streamed pass.
+They keep one number per sample, or one pooled vector per sample, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from midblock import metrics
+from midblock.data import Batch
+
+__all__ = ["Accumulator", "PooledStates", "TokenMetrics"]
+
+
+class Accumulator(Protocol):
+    """Fed once per (hidden, batch); its arrays can be saved and put back to resume a run."""
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        """Take hidden h of a batch: stage name -> (B, T, d)."""
+        ...
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        """What it knows of some samples, by array name (to save)."""
+        ...
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        """Put saved values back."""
+        ...
+
+
+class PooledStates:
+    """Mean over non-padding tokens per sample: X of the dataset level.
+
+    Args:
+        stages: Names of the checkpoints.
+        num_hidden: L+1.
+        samples: Sample numbers (`Batch.indices`) to keep; others are ignored.
+        width: d.
+
+    Attributes:
+        x: stage -> float32 (L+1, N, d) on the CPU; rows in the order of ``samples``.
+    """
+
+    def __init__(self, stages: Sequence[str], num_hidden: int, samples: Sequence[int], width: int) -> None:
+        self.place = {sample: row for row, sample in enumerate(samples)}
+        self.x = {s: torch.full((num_hidden, len(samples), width), torch.nan) for s in stages}
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        inside = [i for i, sample in enumerate(batch.indices) if sample in self.place]
+        if not inside:
+            return
+        rows = torch.tensor([self.place[batch.indices[i]] for i in inside])
+        for stage, z in states.items():
+            mask = batch.attention_mask[inside].to(z.device, torch.float32)
+            weights = (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1)
+            pooled = (weights @ z[inside].float()).squeeze(1)
+            self.x[stage][h, rows] = pooled.to("cpu", torch.float32)
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self.place[s] for s in samples if s in self.place]
+        return {stage: x[:, rows].contiguous() for stage, x in self.x.items()}
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        rows = [self.place[s] for s in samples if s in self.place]
+        for stage, x in part.items():
+            self.x[stage][:, rows] = x
+
+
+class TokenMetrics:
+    """Token-level quantities, one number per sample, hidden and stage (or pair of stages).
+
+    Args:
+        stages: Names of the checkpoints.
+        pairs: (later, earlier) stages to compare token by token.
+        num_hidden: L+1.
+        samples: Sample numbers to measure.
+        alpha: Order of the prompt entropy.
+        eps: Threshold of sparsity.
+        relative_eps: Whether ``eps`` is a share of the largest entry (the earlier code's).
+        unit_rows: Scale each token to norm 1 before its Gram matrix (the earlier code's).
+        normalize: Normalisation of the prompt entropy, see `metrics.matrix_entropy`.
+
+    Attributes:
+        values: metric -> side -> float64 (L+1, n); sides are stage names, or "sft-base" for pairs.
+    """
+
+    SINGLE = ("prompt_entropy", "curvature", "sparsity")
+    PAIRED = ("token_cosine",)
+
+    def __init__(self, stages: Sequence[str], pairs: Sequence[tuple[str, str]], num_hidden: int,
+                 samples: Sequence[int], *, alpha: float = 1.0, eps: float = 1e-2, relative_eps: bool = False,
+                 unit_rows: bool = False, normalize: metrics.EntropyScale = "max") -> None:
+        self.place = {sample: row for row, sample in enumerate(samples)}
+        self.pairs = list(pairs)
+        self._alpha, self._eps, self._relative, self._unit, self._normalize = (
+            alpha, eps, relative_eps, unit_rows, normalize)
+
+        def empty() -> Tensor:
+            return torch.full((num_hidden, len(samples)), torch.nan, dtype=torch.float64)
+        self.values: dict[str, dict[str, Tensor]] = {m: {s: empty() for s in stages} for m in self.SINGLE}
+        self.values |= {m: {f"{a}-{b}": empty() for a, b in pairs} for m in self.PAIRED}
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        inside = [i for i, sample in enumerate(batch.indices) if sample in self.place]
+        if not inside:
+            return
+        rows = torch.tensor([self.place[batch.indices[i]] for i in inside])
+        mask = batch.attention_mask[inside] > 0
+        whole = {s: (z[inside] if len(inside) < len(batch.indices) else z).float() for s, z in states.items()}
+        for stage, z in whole.items():
+            valid = mask.to(z.device)
+            self._keep("prompt_entropy", stage, h, rows, metrics.prompt_entropy(
+                z, valid, alpha=self._alpha, unit_rows=self._unit, normalize=self._normalize))
+            self._keep("curvature", stage, h, rows, metrics.curvature(z, valid))
+            self._keep("sparsity", stage, h, rows, metrics.sparsity(
+                z, self._eps, relative=self._relative, mask=valid))
+        for later, earlier in self.pairs:
+            a, b = whole[earlier], whole[later]
+            self._keep("token_cosine", f"{later}-{earlier}", h, rows,
+                       metrics.token_cosine(a, b.to(a.device), mask.to(a.device)))
+
+    def _keep(self, metric: str, side: str, h: int, rows: Tensor, values: Tensor) -> None:
+        self.values[metric][side][h, rows] = values.to("cpu", torch.float64)
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self.place[s] for s in samples if s in self.place]
+        return {f"{m}|{side}": v[:, rows].contiguous() for m, sides in self.values.items()
+                for side, v in sides.items()}
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        rows = [self.place[s] for s in samples if s in self.place]
+        for key, values in part.items():
+            metric, side = key.split("|")
+            self.values[metric][side][:, rows] = values
