@@ -1,0 +1,155 @@
+"""The `midblock` program: its commands, and what happens when one of them fails.
+
+Importing this module is light: each command file imports its part of the library when it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import typer
+
+from midblock import __version__
+from midblock.cli import console
+from midblock.errors import MidblockError
+
+__all__ = ["COMMANDS", "app", "run"]
+
+# Modules of this package with a `register(app)`; `midblock --help` lists them in this order.
+COMMANDS = (
+    "inspect",
+    "pairs",
+)
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="midblock", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: the same in a terminal, a pipe and docs/cli.md
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"midblock {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Find where fine-tuning acts in a language model, tune only there, and prove the choice."""
+
+
+for _name in COMMANDS:
+    importlib.import_module(f"midblock.cli.{_name}").register(app)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    A mistake is one clear line on stderr; with ``MIDBLOCK_DEBUG=1`` its traceback comes first and
+    third-party warnings stay on. Anything unforeseen is a bug and keeps its traceback.
+
+    Args:
+        argv: The words after ``midblock``; by default those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("MIDBLOCK_DEBUG", "") not in ("", "0")
+    if not debug:
+        _quiet_third_parties()
+    console.reset()
+    try:
+        code = app(args=words, prog_name="midblock", standalone_mode=False)
+    except MidblockError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except typer.TyperException as error:  # a word that no command or option knows
+        message = error.format_message()
+        if "\n" in message or not message:  # no command was named: the message is the whole help
+            print(message, file=sys.stderr)
+            return USER_MISTAKE
+        return _fail(f"{message} See `{_help_for(words)}`.", USER_MISTAKE, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        return _fail(f"the disk is full{_file_of(error)}; free some space, then {_again(words)}.",
+                     USER_MISTAKE, debug)
+    if code == INTERRUPTED:
+        print(f"\nInterrupted; to continue, {_again(words)}.", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"Error: {message}", file=sys.stderr)
+    return code
+
+
+def _quiet_third_parties() -> None:
+    """Keep other packages' progress bars and advice off the screen; a user's own setting wins."""
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    others = r"(transformers|torch|peft|trl|accelerate|datasets|huggingface_hub|lm_eval|gguf)(\.|$)"
+    for kind in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind, module=others)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors raises its own type, which carries the system's words but no number
+    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+               or "No space left on device" in str(e) for e in _causes(error))
+
+
+def _file_of(error: BaseException) -> str:
+    names = [e.filename for e in _causes(error) if isinstance(e, OSError) and e.filename]
+    return f" (writing {names[0]})" if names else ""
+
+
+def _can_resume(words: Sequence[str]) -> bool:
+    group = typer.main.get_command(app)
+    command = getattr(group, "commands", {}).get(words[0]) if words else None
+    known = {option for p in command.params for option in p.opts} if command is not None else set()
+    out_given = any(w == "--out" or w.startswith("--out=") for w in words)
+    return "--resume" in known and (out_given or "--out" not in known)
+
+
+def _again(words: Sequence[str]) -> str:
+    if not _can_resume(words):
+        return "repeat the command"
+    again = [*words, *([] if "--resume" in words else ["--resume"])]
+    return f"run: {shlex.join(['midblock', *again])}"
+
+
+def _help_for(words: Sequence[str]) -> str:
+    command = next((w for w in words if w in COMMANDS), None)
+    return f"midblock {command} --help" if command else "midblock --help"
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,227 @@
+"""What a command prints: results on stdout, progress and warnings on stderr.
+
+`say` and `print_table` speak to a person and fall silent under ``--json``; `emit_json` is the
+only thing that writes to stdout then. Everything works without a terminal: the progress bar
+becomes an occasional plain line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.progress import TaskID
+    from rich.progress import Progress as RichProgress
+
+    from midblock.progress import Progress
+
+__all__ = ["emit_json", "format_figure", "is_json", "print_table", "progress_bar", "reset", "say",
+           "set_json", "set_quiet", "warn"]
+
+_json: ContextVar[bool] = ContextVar("json", default=False)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+_LINE_SHARE = 0.1  # without a terminal: a line each tenth of the work ...
+_LINE_SECONDS = 20.0  # ... or when this long has passed without one
+
+
+def set_json(on: bool) -> None:
+    """Whether stdout belongs to `emit_json` alone (the ``--json`` option)."""
+    _json.set(on)
+
+
+def set_quiet(on: bool) -> None:
+    """Whether progress is kept off stderr (the ``--quiet`` option)."""
+    _quiet.set(on)
+
+
+def is_json() -> bool:
+    """Whether the command was called with ``--json``."""
+    return _json.get()
+
+
+def reset() -> None:
+    """Forget the options of an earlier command in this process."""
+    set_json(False)
+    set_quiet(False)
+
+
+def say(text: str = "") -> None:
+    """Print text for a person on stdout; nothing under ``--json``."""
+    if not is_json():
+        print(text)
+
+
+def warn(text: str) -> None:
+    """Print one warning on stderr, also under ``--json`` and ``--quiet``."""
+    print(f"Warning: {text}", file=sys.stderr)
+
+
+def emit_json(value: Any) -> None:
+    """Print ``value`` as JSON on stdout if ``--json`` was given; NaN and infinity become null."""
+    if not is_json():
+        return
+    from midblock.results import json_ready
+
+    print(json.dumps(json_ready(value), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def format_figure(value: Any) -> str:
+    """A cell as text: whole numbers with thousands separators, others with four digits.
+
+    Example:
+        >>> [format_figure(x) for x in (134515008, 0.123456, float("nan"), None, "01100")]
+        ['134,515,008', '0.1235', '', '', '01100']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if hasattr(value, "item"):  # NumPy scalars
+        value = value.item()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
+    """Print a data frame as a table on stdout; nothing under ``--json``.
+
+    Undefined cells stay empty. Without a terminal the table is as wide as its content, so that
+    nothing is cut in a log or a pipe.
+    """
+    if is_json():
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                  pad_edge=False)
+    for name in frame.columns:
+        numeric = all(isinstance(v, int | float) or hasattr(v, "item") or v is None for v in frame[name])
+        table.add_column(Text(str(name)), justify="right" if numeric else "left", no_wrap=True)
+    for row in frame.itertuples(index=False, name=None):
+        table.add_row(*(Text(format_figure(v)) for v in row))
+    terminal = sys.stdout.isatty()
+    console = _console(sys.stdout, width=None if terminal else 10_000)
+    console.print(table)
+
+
+def _console(stream: Any, width: int | None = None) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def progress_bar(*, quiet: bool | None = None) -> Iterator[Progress]:
+    """Give a `midblock.progress.Progress` callback that draws on stderr.
+
+    On a terminal: a bar for each kind of work, with rate, time left and the note. Elsewhere: a
+    plain line at each tenth of the work, or every 20 seconds. Nothing with ``--quiet``.
+
+    Args:
+        quiet: Overrides what ``--quiet`` said.
+    """
+    from midblock.progress import silent
+
+    if _quiet.get() if quiet is None else quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _rich_progress() as bar:
+            yield _Bars(bar)
+    else:
+        yield PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _rich_progress() -> RichProgress:
+    from rich import progress
+
+    class Rate(progress.ProgressColumn):
+        """Units done in a second, or nothing before the first is done."""
+
+        def render(self, task: progress.Task) -> Any:
+            speed = task.finished_speed or task.speed
+            return f"{format_figure(float(f'{speed:.3g}'))}/s" if speed else ""
+
+    # stdout is left alone: it may be a pipe that carries the result
+    return progress.Progress(
+        progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=24),
+        progress.TaskProgressColumn(), Rate(), progress.TimeRemainingColumn(elapsed_when_finished=True),
+        progress.TextColumn("{task.fields[note]}", style="dim"),
+        console=_console(sys.stderr), redirect_stdout=False, redirect_stderr=True)
+
+
+class _Bars:
+    """One rich task for each ``what``."""
+
+    def __init__(self, bar: RichProgress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: float, total: float, note: str = "") -> None:
+        task = self._tasks.get(what)
+        if task is None:
+            # markup in a name ("[8, 16)") must show, not style
+            task = self._tasks[what] = self._bar.add_task(what.replace("[", r"\["), total=total, note="")
+        elif done < self._bar.tasks[self._index(task)].completed:
+            self._bar.reset(task, total=total)  # the same work begins again: a new epoch, a new seed
+        self._bar.update(task, completed=done, total=total, note=note.replace("[", r"\["))
+
+    def _index(self, task: TaskID) -> int:
+        return self._bar.task_ids.index(task)
+
+
+class PlainProgress:
+    """Progress as occasional lines of text, for logs and pipes.
+
+    Args:
+        write: Called with each line.
+        clock: Seconds; for tests.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._what = ""
+        self._started = self._last = 0.0
+        self._first = self._shown = self._done = 0.0
+
+    def __call__(self, what: str, done: float, total: float, note: str = "") -> None:
+        now = self._clock()
+        if what != self._what or done < self._done:
+            self._what, self._started, self._last = what, now, now
+            self._first, self._shown = done, (done / total if total else 0.0)
+        self._done = done
+        share = min(done / total, 1.0) if total else 1.0
+        finished = share >= 1.0 and self._shown < 1.0
+        if not (finished or share - self._shown >= _LINE_SHARE or now - self._last >= _LINE_SECONDS):
+            return
+        self._shown, self._last = share, now
+        seconds = now - self._started
+        line = f"{what}: {share:.0%} ({format_figure(done)}/{format_figure(total)})"
+        if seconds > 0 and done > self._first:
+            rate = (done - self._first) / seconds
+            line += f", {rate:.3g}/s, " + (f"took {_clock_text(seconds)}" if finished
+                                           else f"{_clock_text((total - done) / rate)} left")
+        self._write(f"{line}, {note}" if note else line)
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
