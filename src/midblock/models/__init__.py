@@ -1,0 +1,1 @@
+"""Models: loading, anatomy, checkpoints on disk, and what is known of published pairs."""
