@@ -52,7 +52,7 @@ def main() -> int:
     text = page()
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            print("docs/cli.md is stale: run `make cli-docs`.", file=sys.stderr)
+            sys.stderr.write("docs/cli.md is stale: run `make cli-docs`.\n")
             return 1
         return 0
     PAGE.write_text(text, encoding="utf-8")

@@ -143,12 +143,14 @@ HEAVY = ("torch", "transformers", "pandas", "numpy", "scipy", "matplotlib", "pef
                                   "from midblock.cli.app import run; run(['inspect', '--help'])"])
 def test_the_command_line_imports_nothing_heavy(code: str) -> None:
     check = f"import sys; {code}; print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True,
+                          timeout=60)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
 @pytest.mark.parametrize("room", ["errors", "segments", "results", "provenance", "progress"])
 def test_the_lowest_room_does_not_need_torch(room: str) -> None:
     check = f"import sys; import midblock.{room}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True,
+                          timeout=60)
     assert done.stdout.strip() == "False"

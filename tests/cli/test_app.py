@@ -188,6 +188,7 @@ def test_help_comes_at_once() -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "midblock", "--help"], capture_output=True, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "midblock", "--help"], capture_output=True, check=True,
+                       timeout=60)
         times.append(time.perf_counter() - start)
     assert min(times) < 1.0

@@ -151,7 +151,7 @@ def test_a_terminal_gets_a_bar_with_note_and_percentage(monkeypatch: pytest.Monk
         report("second", 1, 2)
         report("second", 0, 2)  # begins again
         report("second", 2, 2)
-        print("a note on stderr", file=sys.stderr)
+        sys.stderr.write("a note on stderr\n")
     drawn = stream.getvalue()
     assert "blocks [8, 16)" in drawn
     assert "loss [0.42]" in drawn

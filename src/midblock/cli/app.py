@@ -122,7 +122,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _disk_full(error: BaseException) -> bool:
     # safetensors raises its own type, which carries the system's words but no number
-    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any((isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT))
                or "No space left on device" in str(e) for e in _causes(error))
 
 

@@ -43,9 +43,8 @@ def examples(*lines: str) -> str:
     """The epilog of a command's help: lines to copy, kept as they are.
 
     Example:
-        >>> print(examples("midblock inspect smollm2").strip())
-        Examples:
-          midblock inspect smollm2
+        >>> examples("midblock inspect smollm2").splitlines()[1:]
+        ['Examples:', '  midblock inspect smollm2']
     """
     # typer's mark for a paragraph that must not be wrapped
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
@@ -114,10 +113,12 @@ TrustRemoteCode = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Run Python code that comes with the model. Only if you trust its author.")]
 
 AllowPickle = Annotated[bool, typer.Option(
-    "--allow-pickle", help="Load pickle checkpoints (*.bin), which can run code. Only if you trust the author.")]
+    "--allow-pickle",
+    help="Load pickle checkpoints (*.bin), which can run code. Only if you trust their author.")]
 
 Json = Annotated[bool, typer.Option(
-    "--json", callback=_remember_json, is_eager=True, help="Print the result as JSON on stdout, and nothing else there.")]
+    "--json", callback=_remember_json, is_eager=True,
+    help="Print the result as JSON on stdout, and nothing else there.")]
 
 Quiet = Annotated[bool, typer.Option(
     "--quiet", "-q", callback=_remember_quiet, is_eager=True, help="No progress on stderr.")]
