@@ -1,0 +1,174 @@
+"""Rows of local files (.jsonl, .json, .csv, .parquet, each also .gz), each with its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from midblock.errors import DataError
+
+__all__ = ["FILE_SUFFIXES", "file_format", "find_split", "read_rows", "splits_in"]
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_LIST_FIELDS = ("messages", "choices", "turns")  # a CSV cell holds these as JSON
+
+
+def file_format(path: Path) -> str:
+    """``.jsonl``, ``.json``, ``.csv`` or ``.parquet``, seen through a final ``.gz``.
+
+    Raises:
+        DataError: any other suffix.
+    """
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if suffixes and suffixes[-1] in FILE_SUFFIXES:
+        return suffixes[-1]
+    raise DataError(f"{path}: the format of this file is not known from its name; "
+                    f"use {', '.join(FILE_SUFFIXES)}, each with or without .gz.")
+
+
+def splits_in(folder: Path) -> dict[str, Path]:
+    """Data files of a folder by split name: ``train.jsonl.gz`` is the split ``train``.
+
+    Where a split exists in several formats, the order of `FILE_SUFFIXES` decides, plain
+    before compressed.
+    """
+    found: dict[str, Path] = {}
+    for suffix in FILE_SUFFIXES:
+        for ending in (suffix, suffix + ".gz"):
+            for path in sorted(folder.glob(f"*{ending}")):
+                if path.is_file():
+                    found.setdefault(path.name[: -len(ending)], path)
+    return found
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """The file of one split in a folder, or None."""
+    return splits_in(folder).get(split) if folder.is_dir() else None
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(where, row)`` for every row of a data file, in order.
+
+    ``where`` is ``file:line`` (the line of the file for .jsonl and .csv, the number of the
+    row, from 1, for .json and .parquet). Blank lines are no rows.
+
+    Raises:
+        DataError: missing, unreadable, truncated, not UTF-8, not valid JSON or CSV, or a row
+            that is no object. The message names file and line.
+    """
+    kind = file_format(path)
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind]
+    try:
+        with _open(path) as stream:
+            yield from reader(path, stream)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is truncated or corrupt ({error}); fetch it again.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
+                        "convert the file to UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    return path.open("rb")
+
+
+def _parse(path: Path, line: int, text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{line}: not valid JSON ({error}).") from None
+    return _object(f"{path}:{line}", row)
+
+
+def _object(where: str, row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be an object with named fields, "
+                        f"this is a {type(row).__name__}.")
+    return {str(key): value for key, value in row.items()}
+
+
+def _read_jsonl(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, raw in enumerate(stream, start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason}); "
+                            "convert the file to UTF-8.") from None
+        if line:
+            yield f"{path}:{number}", _parse(path, number, line)
+
+
+def _read_json(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = stream.read().decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under the name .json, as many tools write
+            yield from _read_jsonl(path, io.BytesIO(text.encode()))
+            return
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error}).") from None
+    except RecursionError:
+        raise DataError(f"{path}: the JSON is nested too deeply to be read.") from None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        # {"data": [...]}: one list of objects among the fields; otherwise the object is itself the row
+        value = lists[0] if len(lists) == 1 and all(isinstance(r, dict) for r in lists[0]) \
+            and "messages" not in value else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list of objects, found a {type(value).__name__}.")
+    for number, row in enumerate(value, start=1):
+        where = f"{path}:{number}"
+        yield where, _object(where, row)
+
+
+def _read_csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise DataError(f"{where}: this row has more cells than the header "
+                                f"({len(reader.fieldnames or ())}); quote cells that contain commas.")
+            yield where, {k: _cell(k, v, where) for k, v in row.items() if v is not None}
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
+
+
+def _cell(name: str, value: str, where: str) -> Any:
+    if name in _LIST_FIELDS and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{where}: the cell {name!r} is not valid JSON ({error}).") from None
+    return value
+
+
+def _read_parquet(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise DataError(f"{path}: reading .parquet needs pyarrow; pip install 'midblock[parquet]'.") from None
+    try:
+        source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
+        number = 0
+        for batch in parquet.ParquetFile(source).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}).") from None
