@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from midblock import metrics, stats
 from midblock.analysis.passes import PassState, feed_batches
 from midblock.analysis.stages import comparisons, side_of, stage_names
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
-from midblock.data import Dataset, augment, load_data, make_batches, pad_token_id, tokenize
+from midblock.data import Dataset, augment_dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError, UndefinedMetricError
 from midblock.models import LoadedModel, load_chain
 from midblock.progress import Progress, silent
@@ -30,7 +30,8 @@ __all__ = ["FAMILIES", "METRICS", "ProfileResult", "ProfileSettings", "profile"]
 
 #: Figures: one per family of metrics.
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "information": ("prompt_entropy", "dataset_entropy", "effective_rank", "rank_deficiency", "sparsity"),
+    "information": ("prompt_entropy", "dataset_entropy", "effective_rank",
+                    "effective_rank_normalized", "rank_deficiency", "sparsity"),
     "spectrum": ("spectral_norm", "condition_number"),
     "geometry": ("curvature", "l2_norm", "gini", "intrinsic_dimension"),
     "alignment": ("cka", "cka_debiased", "cosine", "token_cosine", "mean_shift", "mean_shift_relative",
@@ -60,7 +61,7 @@ class ProfileSettings:
     """Seed of the draw, the bootstrap and the augmentations."""
     alpha: float = 1.0
     """Order of the matrix entropies."""
-    normalize: metrics.EntropyScale = "max"
+    normalize: metrics.Normalize = "max"
     """Entropy divided by ln min(T, d) (max), ln T (rows), ln d (dim), or not (none)."""
     unit_rows: bool = False
     """Scale every row to norm 1 before the entropies, as the earlier code does."""
@@ -181,7 +182,8 @@ class ProfileResult:
 
 def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
             data: Dataset | str, names: Sequence[str] | None = None, state_folder: Path | None = None,
-            progress: Progress = silent, **settings: Any) -> ProfileResult:
+            progress: Progress = silent, settings: ProfileSettings | None = None, **overrides: Any
+            ) -> ProfileResult:
     """Measure every quantity of DESIGN section 3 (but weight change) at every hidden state.
 
     One pass over all checkpoints in lockstep: at any time one hidden state per checkpoint is
@@ -195,7 +197,8 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
         names: Stage names; default base, sft, dpo, rlvr.
         state_folder: Where an interrupted pass keeps what it has, and resumes from.
         progress: Told how far the pass is, in tokens.
-        **settings: Fields of `ProfileSettings`.
+        settings: What to measure and how.
+        **overrides: Single fields of `ProfileSettings`, instead of or on top of ``settings``.
 
     Returns:
         Rows of kind ``hidden``, layer 0..L, for each stage's own value (side = its name), the
@@ -208,7 +211,11 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
 
     Source: "A Layer-wise Analysis of Supervised Fine-Tuning", equations 2 to 10.
     """
-    chosen = ProfileSettings(**settings)
+    try:
+        chosen = replace(settings or ProfileSettings(), **overrides)
+    except TypeError as error:
+        raise SettingsError(f"profile: {error}; the settings are "
+                            f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
     models = _resolve_stages(stages, sft, names)
     keys = stage_names(len(models), names)
     by_name = dict(zip(keys, models, strict=True))
@@ -335,7 +342,7 @@ def _pooled_rows(table: Table, h: int, pooled: PooledStates, keys: Sequence[str]
             else:
                 _replicate_row(table, h, metric, "difference", values[later][metric] - values[earlier][metric],
                                replicates[later][metric] - replicates[earlier][metric], n, settings, **extra)
-    for metric, per_row in (("l2_norm", metrics.row_norms), ("gini", metrics.row_gini)):
+    for metric, per_row in (("l2_norm", metrics.row_norms), ("gini", metrics.gini_rows)):
         rows = {s: per_row(x[s]).numpy() for s in keys}
         for stage in keys:
             _mean_row(table, h, metric, stage, rows[stage], settings)
@@ -352,16 +359,18 @@ def _replicate_row(table: Table, h: int, metric: str, side: str, value: float, d
     table.add("hidden", h, metric, side, Interval(value, interval.low, interval.high, n), **extra)
 
 
-def _spectrum_values(eigenvalues: Tensor, smaller: int, settings: ProfileSettings, n: int, d: int
-                     ) -> dict[str, Tensor]:
+def _spectrum_values(eigenvalues: Tensor, n: int, d: int, settings: ProfileSettings) -> dict[str, Tensor]:
     """Every spectral quantity of (..., k) eigenvalues of XX'; see `metrics` for the formulas."""
-    s = eigenvalues.clamp(min=0).sqrt()
-    scale = {"max": math.log(smaller), "rows": math.log(n), "dim": math.log(d), "none": 1.0}[settings.normalize]
+    s = eigenvalues.sqrt()
     top = s.amax(dim=-1)
+    rank = metrics.effective_rank_from_singular_values(s, energy=settings.energy)
     return {
-        "dataset_entropy": metrics.entropy_from_spectrum(eigenvalues.clamp(min=0), settings.alpha) / scale,
-        "effective_rank": metrics.effective_rank_from_singular_values(s, energy=settings.energy),
-        "rank_deficiency": 1 - (s > settings.rank_tol * top.unsqueeze(-1)).sum(dim=-1).double() / smaller,
+        "dataset_entropy": metrics.normalized_entropy_from_spectrum(
+            eigenvalues, rows=n, dim=d, alpha=settings.alpha, normalize=settings.normalize),
+        "effective_rank": rank,
+        "effective_rank_normalized": rank / min(n, d),
+        "rank_deficiency": metrics.rank_deficiency_from_singular_values(s, max_rank=min(n, d),
+                                                                        tol=settings.rank_tol),
         "spectral_norm": top,
         "condition_number": top / s.amin(dim=-1),
     }
@@ -370,56 +379,40 @@ def _spectrum_values(eigenvalues: Tensor, smaller: int, settings: ProfileSetting
 def _spectral(x: Tensor, w: Tensor, settings: ProfileSettings
               ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, str]]:
     n, d = x.shape
-    smaller = min(n, d)
-    names = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm", "condition_number")
+    names = ("dataset_entropy", "effective_rank", "effective_rank_normalized", "rank_deficiency", "spectral_norm",
+             "condition_number")
     if not bool(x.any()):
         return {}, {}, dict.fromkeys(names, "every pooled hidden state is zero")
-    # eigh of the smaller side; left eigenvectors of XX' either way
-    if settings.unit_rows:
-        rows = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        entropy_at = _resampled(rows, w, settings)
-    values_at = _resampled(x, w, settings)
-    point, draws = (_spectrum_values(e, smaller, settings, n, d) for e in values_at)
-    if settings.unit_rows:  # only the entropy is defined on unit rows
-        unit_point, unit_draws = (_spectrum_values(e, smaller, settings, n, d) for e in entropy_at)
-        point["dataset_entropy"], draws["dataset_entropy"] = (unit_point["dataset_entropy"],
-                                                              unit_draws["dataset_entropy"])
+    point, draws = (_spectrum_values(e, n, d, settings) for e in _resampled(x, w, settings))
+    if settings.unit_rows:  # the earlier code scales rows for the entropy alone
+        scaled = (_spectrum_values(e, n, d, settings) for e in _resampled(metrics.unit_norm_rows(x), w, settings))
+        point["dataset_entropy"], draws["dataset_entropy"] = (v["dataset_entropy"] for v in scaled)
     reasons: dict[str, str] = {}
-    for stage_values in (point,):
-        # the Gram matrix squares the spectrum: below sqrt(eps) of the largest, zero cannot be told
-        if not bool(stage_values["condition_number"] < 1 / math.sqrt(torch.finfo(x.dtype).eps)):
-            reasons["condition_number"] = ("the smallest singular value is zero to working precision "
-                                           "(repeated or linearly dependent samples)")
-    values = {k: float(v) for k, v in point.items() if k not in reasons}
-    return values, {k: v for k, v in draws.items() if k not in reasons}, reasons
+    # the Gram matrix squares the spectrum: below sqrt(eps) of the largest, zero cannot be told
+    if not bool(point["condition_number"] < 1 / math.sqrt(torch.finfo(x.dtype).eps)):
+        reasons["condition_number"] = ("the smallest singular value is zero to working precision "
+                                       "(repeated or linearly dependent samples)")
+    return ({k: float(v) for k, v in point.items() if k not in reasons},
+            {k: v for k, v in draws.items() if k not in reasons}, reasons)
 
 
 def _resampled(x: Tensor, w: Tensor, settings: ProfileSettings) -> tuple[Tensor, Tensor]:
     """Eigenvalues (k,) of XX' and of its bootstrap replicates (B, k)."""
-    eigenvalues, left = metrics.gram_spectrum(x)
+    spectrum = metrics.gram_spectrum(x)
     if settings.resampling == "first-order":
-        return eigenvalues, metrics.first_order_spectra(left, eigenvalues, w)
-    k = eigenvalues.shape[0]
-    exact = torch.stack([torch.linalg.eigvalsh(_smaller_gram(x * row.sqrt().unsqueeze(1)))[-k:] for row in w])
-    return eigenvalues, exact
-
-
-def _smaller_gram(x: Tensor) -> Tensor:
-    return x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+        return spectrum.values, metrics.first_order_spectra(spectrum.vectors, spectrum.values, w)
+    return spectrum.values, torch.stack([metrics.gram_spectrum(x * row.sqrt().unsqueeze(1)).values for row in w])
 
 
 def _intrinsic(x: Tensor, w: Tensor, values: dict[str, float], draws: dict[str, Tensor],
                reasons: dict[str, str]) -> None:
     try:
-        ratios = metrics.two_nn_log_ratios(x)
+        estimate = metrics.intrinsic_dimension(x)
     except UndefinedMetricError as error:
         reasons["intrinsic_dimension"] = str(error)
         return
-    known = ~ratios.isnan()
-    count = known.double()
-    logs = torch.where(known, ratios, torch.zeros_like(ratios))
-    values["intrinsic_dimension"] = float(count.sum() / logs.sum())
-    draws["intrinsic_dimension"] = (w @ count) / (w @ logs)
+    values["intrinsic_dimension"] = float(estimate.mle)
+    draws["intrinsic_dimension"] = metrics.intrinsic_dimension_from_log_ratios(estimate.log_ratios, w)
 
 
 def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, settings: ProfileSettings,
@@ -439,12 +432,12 @@ def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, 
         return Interval(float(value), interval.low, interval.high, n)
 
     def debiased() -> Interval:
-        value = float(metrics.cka_debiased(gram_base, gram_sft, gram=True))
+        value = float(metrics.cka_debiased_from_grams(gram_base, gram_sft))
         left_out = metrics.cka_jackknife(gram_base, gram_sft).numpy()
         interval = stats.jackknife_interval(value, left_out, settings.confidence)
         return Interval(value, interval.low, interval.high, n)
 
-    add("cka", lambda: resampled(metrics.cka(gram_base, gram_sft, gram=True),
+    add("cka", lambda: resampled(metrics.cka_from_grams(gram_base, gram_sft),
                                  metrics.cka_bootstrap(gram_base, gram_sft, w)))
     if n >= 5:
         add("cka_debiased", debiased)
@@ -452,44 +445,43 @@ def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, 
         table.add_undefined("hidden", h, "cka_debiased", "pair", "the debiased CKA needs at least 5 samples", n=n,
                             **extra)
     _mean_row(table, h, "cosine", "pair", metrics.cosine_similarity(base, sft).numpy(), settings, **extra)
-    distances = (sft - base).norm(dim=1)
+    distances = metrics.row_changes(base, sft)
     _mean_row(table, h, "change_intensity", "pair", distances.numpy(), settings, **extra)
     shift, shift_draws = metrics.mean_shift(base, sft), metrics.mean_shift_bootstrap(base, sft, w)
     add("mean_shift", lambda: resampled(shift, shift_draws))
     norm = base.mean(dim=0).norm()
-    norm_draws = ((w / w.sum(dim=1, keepdim=True)) @ base).norm(dim=1)
-    if float(norm) > 0:
-        add("mean_shift_relative", lambda: resampled(shift / norm, shift_draws / norm_draws))
-        add("change_intensity_relative",
-            lambda: resampled(distances.mean() / norm, (w @ distances) / w.sum(dim=1) / norm_draws))
-    else:
+    if float(norm) == 0:
         for metric in ("mean_shift_relative", "change_intensity_relative"):
             table.add_undefined("hidden", h, metric, "pair", "the mean of the base's hidden states is zero", n=n,
                                 **extra)
+        return
+    norm_draws = (w @ base).norm(dim=1) / w.sum(dim=1)
+    add("mean_shift_relative", lambda: resampled(shift / norm, shift_draws / norm_draws))
+    add("change_intensity_relative",
+        lambda: resampled(distances.mean() / norm, (w @ distances) / w.sum(dim=1) / norm_draws))
 
+
+_VIEW_STEP = 1 << 40  # sample number of view v of sample i: (v + 1) * _VIEW_STEP + i
 
 # -- augmented views -----------------------------------------------------------------------------
 
 
 def _views(dataset: Dataset, usable: Sequence[int], tokenizer: Any, settings: ProfileSettings,
            keys: Sequence[str], num_hidden: int, width: int) -> tuple[list[Any], PooledStates | None]:
-    """Token rows and accumulator of the augmented views; sample number (view+1)*10^6 + index."""
+    """Token rows and accumulator of the augmented views, which get sample numbers of their own."""
     if not settings.views:
         return [], None
     chosen = list(usable)[:settings.view_samples]
+    originals = replace(dataset, examples=[dataset.examples[i] for i in chosen], fingerprint="")
     rows, ids = [], []
-    from dataclasses import replace
-
     for view in range(settings.views):
-        texts = [replace(dataset.examples[i], text=augment(dataset.examples[i].text, view, settings.seed))
-                 for i in chosen]
-        encoded = tokenize(replace(dataset, examples=texts), tokenizer, max_length=settings.max_length,
-                           min_tokens=1)
+        encoded = tokenize(augment_dataset(originals, view, settings.seed), tokenizer,
+                           max_length=settings.max_length, min_tokens=1)
         if len(encoded.rows) != len(chosen):
             raise DataError(f"{dataset.source}: an augmented view left a sample without tokens; "
                             "use longer samples or --views 0.")
         for row, sample in zip(encoded.rows, chosen, strict=True):
-            number = (view + 1) * 1_000_000 + sample
+            number = (view + 1) * _VIEW_STEP + sample
             rows.append(replace(row, index=number))
             ids.append(number)
     return rows, PooledStates(keys, num_hidden, ids, width)
@@ -502,7 +494,7 @@ def _view_rows(table: Table, h: int, views: PooledStates, keys: Sequence[str],
 
     def quantities(x: Tensor) -> dict[str, float]:
         return {
-            "infonce": float(metrics.infonce(x[0], x[1])),
+            "infonce": float(metrics.infonce(x[0], x[1]).loss),
             "lidar": float(metrics.lidar(x.transpose(0, 1))),
             "dime": float(metrics.dime(x[0], x[1], alpha=settings.alpha,
                                        generator=torch.Generator().manual_seed(generator_seed))),

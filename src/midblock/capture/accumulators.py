@@ -96,7 +96,7 @@ class TokenMetrics:
 
     def __init__(self, stages: Sequence[str], pairs: Sequence[tuple[str, str]], num_hidden: int,
                  samples: Sequence[int], *, alpha: float = 1.0, eps: float = 1e-2, relative_eps: bool = False,
-                 unit_rows: bool = False, normalize: metrics.EntropyScale = "max") -> None:
+                 unit_rows: bool = False, normalize: metrics.Normalize = "max") -> None:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self.pairs = list(pairs)
         self._alpha, self._eps, self._relative, self._unit, self._normalize = (
@@ -117,14 +117,14 @@ class TokenMetrics:
         for stage, z in whole.items():
             valid = mask.to(z.device)
             self._keep("prompt_entropy", stage, h, rows, metrics.prompt_entropy(
-                z, valid, alpha=self._alpha, unit_rows=self._unit, normalize=self._normalize))
-            self._keep("curvature", stage, h, rows, metrics.curvature(z, valid))
+                z, self._alpha, mask=valid, unit_rows=self._unit, normalize=self._normalize))
+            self._keep("curvature", stage, h, rows, metrics.curvature(z, mask=valid))
             self._keep("sparsity", stage, h, rows, metrics.sparsity(
                 z, self._eps, relative=self._relative, mask=valid))
         for later, earlier in self.pairs:
             a, b = whole[earlier], whole[later]
             self._keep("token_cosine", f"{later}-{earlier}", h, rows,
-                       metrics.token_cosine(a, b.to(a.device), mask.to(a.device)))
+                       metrics.token_cosine(a, b.to(a.device), mask=mask.to(a.device)))
 
     def _keep(self, metric: str, side: str, h: int, rows: Tensor, values: Tensor) -> None:
         self.values[metric][side][h, rows] = values.to("cpu", torch.float64)

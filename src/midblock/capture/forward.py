@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
-from midblock.models import Anatomy
+from midblock.models.anatomy import Anatomy
 
 __all__ = ["Listener", "Lockstep", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
            "resume_at", "run_blocks", "run_layer_major", "verify_resume"]

@@ -1,0 +1,55 @@
+"""Write any result into its run folder: the tidy table, the figures, the reading in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
+
+from midblock.figures import save_figure
+from midblock.progress import Progress, silent
+from midblock.provenance import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from midblock.results import Table
+
+__all__ = ["Result", "save_result"]
+
+
+class Result(Protocol):
+    """What every analysis returns."""
+
+    @property
+    def table(self) -> Table: ...
+
+    @property
+    def frame(self) -> pd.DataFrame: ...
+
+    def summary(self) -> str: ...
+
+    def figures(self) -> dict[str, Figure]: ...
+
+
+def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | None = None,
+                progress: Progress = silent) -> list[str]:
+    """Write ``table.csv``, ``summary.txt`` and ``figures/*.svg|png``; returns the names written.
+
+    Args:
+        run: The open run folder.
+        result: The result.
+        fields: Further fields of ``run.json``, such as ``{"data": {...}}``.
+        progress: Told how many figures are drawn.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    names = [run.write_table(result.table).name, run.write_text("summary.txt", result.summary() + "\n").name]
+    figures = result.figures()
+    for number, (name, figure) in enumerate(figures.items(), start=1):
+        names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
+        progress("figures", number, len(figures))
+    run.update(files=names, **(fields or {}))
+    return names
