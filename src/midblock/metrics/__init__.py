@@ -1,0 +1,13 @@
+"""Every quantity of the analysis as a pure function of tensors (no I/O, no models).
+
+`spectral`: entropies, ranks and scale of a spectrum. `geometry`: sparsity, curvature, norms,
+Gini, intrinsic dimension. `alignment`: CKA, cosine, mean shift, change intensity. `views`:
+InfoNCE, LiDAR, DiME of augmented views. `logits`: loss, entropy, rank and agreement of
+next-token distributions.
+"""
+
+from midblock.metrics.alignment import *  # noqa: F403
+from midblock.metrics.geometry import *  # noqa: F403
+from midblock.metrics.logits import *  # noqa: F403
+from midblock.metrics.spectral import *  # noqa: F403
+from midblock.metrics.views import *  # noqa: F403
