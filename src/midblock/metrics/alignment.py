@@ -33,6 +33,8 @@ __all__ = [
     "cka",
     "cka_bootstrap",
     "cka_debiased",
+    "cka_debiased_from_grams",
+    "cka_from_grams",
     "cka_jackknife",
     "cosine_similarity",
     "linear_gram",
@@ -115,16 +117,26 @@ def _centered_features(x: Tensor, name: str, what: str) -> Tensor:
     return centered
 
 
-def cka(x: Tensor, y: Tensor, *, gram: bool = False) -> Tensor:
+def cka_from_grams(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """Plain linear CKA of two Gram matrices (n, n), centred or not; see `cka`.
+
+    Raises:
+        ValueError: shapes that differ or are not square, non-finite entries.
+        UndefinedMetricError: a centred Gram matrix is 0.
+    """
+    k, l = _pair(k, l)  # noqa: E741
+    return _ratio((k * l).sum(), k.square().sum(), l.square().sum(), "CKA")
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
     """Plain linear CKA, <HKH, HLH> / (||HKH|| ||HLH||) (paper, eq. 6) [1].
 
     BIASED towards 1 when n is not much larger than d: 200 independent Gaussian rows score 0.50
     at d = 200 and 0.95 at d = 4096. Report `cka_debiased` beside it.
 
     Args:
-        x: Features (n, d1), one row per sample; or their Gram matrix (n, n), centred or not.
-        y: Features (n, d2), the same samples; or their Gram matrix.
-        gram: x and y are Gram matrices.
+        x: Features (n, d1), one row per sample.
+        y: Features (n, d2), the same samples.
 
     Returns:
         (), float64, in [0, 1]; invariant to rotation, shift and isotropic scale of either side.
@@ -141,9 +153,6 @@ def cka(x: Tensor, y: Tensor, *, gram: bool = False) -> Tensor:
     References:
         [1] Kornblith et al., ICML 2019.
     """
-    if gram:
-        k, l = _pair(x, y)  # noqa: E741
-        return _ratio((k * l).sum(), k.square().sum(), l.square().sum(), "CKA")
     _same_samples(x, y)
     x, y = _centered_features(x, "x", "CKA"), _centered_features(y, "y", "CKA")
     if x.shape[0] <= max(x.shape[1], y.shape[1]):
@@ -165,7 +174,26 @@ def _hollow(k: Tensor) -> Tensor:
     return k.clone().fill_diagonal_(0)
 
 
-def cka_debiased(x: Tensor, y: Tensor, *, gram: bool = False) -> Tensor:
+def cka_debiased_from_grams(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """Debiased linear CKA of two Gram matrices (n, n), centred or not, n >= 4; see `cka_debiased`.
+
+    Raises:
+        ValueError: fewer than four samples, shapes that differ, non-finite entries.
+        UndefinedMetricError: the unbiased self-similarity of one side is not above 0.
+    """
+    k, l = _pair(k, l)  # noqa: E741
+    if k.shape[0] < 4:
+        raise ValueError(f"debiased CKA needs at least 4 samples, got {k.shape[0]}.")
+    k, l = _hollow(k), _hollow(l)  # noqa: E741
+    own_k, own_l = _hsic1(k, k), _hsic1(l, l)
+    eps = 1e-14
+    if not (bool(own_k > eps * k.square().mean()) and bool(own_l > eps * l.square().mean())):
+        raise UndefinedMetricError("debiased CKA is undefined: the unbiased self-similarity of one side is "
+                                   "0 (all rows equal, or too few samples).")
+    return _ratio(_hsic1(k, l), own_k, own_l, "debiased CKA")
+
+
+def cka_debiased(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA with the unbiased HSIC_1 [1] in numerator and denominator [2].
 
     HSIC_1 = [tr(K~L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3)), K~ and L~
@@ -173,9 +201,8 @@ def cka_debiased(x: Tensor, y: Tensor, *, gram: bool = False) -> Tensor:
     negative; equal to `cka` in the limit of many samples.
 
     Args:
-        x: Features (n, d1), n >= 4; or their Gram matrix (n, n), centred or not.
-        y: Features (n, d2), the same samples; or their Gram matrix.
-        gram: x and y are Gram matrices.
+        x: Features (n, d1), n >= 4.
+        y: Features (n, d2), the same samples.
 
     Returns:
         (), float64, in [-1, 1].
@@ -193,21 +220,10 @@ def cka_debiased(x: Tensor, y: Tensor, *, gram: bool = False) -> Tensor:
     References:
         [1] Song et al., JMLR 13, 2012. [2] Nguyen, Raghu, Kornblith, ICLR 2021.
     """
-    if not gram:
-        _same_samples(x, y)
-        x = _centered_features(x, "x", "debiased CKA")
-        y = _centered_features(y, "y", "debiased CKA")
-        x, y = x @ x.T, y @ y.T
-    k, l = _pair(x, y)  # noqa: E741
-    if k.shape[0] < 4:
-        raise ValueError(f"debiased CKA needs at least 4 samples, got {k.shape[0]}.")
-    k, l = _hollow(k), _hollow(l)  # noqa: E741
-    own_k, own_l = _hsic1(k, k), _hsic1(l, l)
-    eps = 1e-14
-    if not (bool(own_k > eps * k.square().mean()) and bool(own_l > eps * l.square().mean())):
-        raise UndefinedMetricError("debiased CKA is undefined: the unbiased self-similarity of one side is "
-                                   "0 (all rows equal, or too few samples).")
-    return _ratio(_hsic1(k, l), own_k, own_l, "debiased CKA")
+    _same_samples(x, y)
+    x = _centered_features(x, "x", "debiased CKA")
+    y = _centered_features(y, "y", "debiased CKA")
+    return cka_debiased_from_grams(x @ x.T, y @ y.T)
 
 
 def cka_jackknife(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741

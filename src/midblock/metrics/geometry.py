@@ -30,10 +30,10 @@ __all__ = [
     "TwoNN",
     "curvature",
     "gini",
+    "gini_rows",
     "intrinsic_dimension",
     "intrinsic_dimension_from_log_ratios",
     "l2_norm",
-    "row_gini",
     "row_norms",
     "sparsity",
     "two_nn_log_ratios",
@@ -191,7 +191,7 @@ def l2_norm(x: Tensor) -> NormSummary:
     return NormSummary(norms.mean(-1), norms.std(-1))
 
 
-def row_gini(x: Tensor) -> Tensor:
+def gini_rows(x: Tensor) -> Tensor:
     """Gini coefficient of the absolute entries of each row of ``x`` (*, n, d): (*, n).
 
     With a_(1) <= ... <= a_(d): sum_i (2i - d - 1) a_(i) / (d sum a). 0 when all entries are
@@ -212,7 +212,7 @@ def row_gini(x: Tensor) -> Tensor:
 
 
 def gini(x: Tensor) -> Tensor:
-    """Mean over rows of the Gini coefficient of |x| (see `row_gini`), all-zero rows left out.
+    """Mean over rows of the Gini coefficient of |x| (see `gini_rows`), all-zero rows left out.
 
     Args:
         x: Features (*, n, d).
@@ -228,7 +228,7 @@ def gini(x: Tensor) -> Tensor:
         >>> gini(torch.tensor([[0.0, 0.0, 0.0, 5.0], [1.0, -1.0, 1.0, 1.0]])).item()
         0.375
     """
-    return scalar_or_raise(row_gini(x).nanmean(-1), x.ndim > 2,
+    return scalar_or_raise(gini_rows(x).nanmean(-1), x.ndim > 2,
                            "the Gini coefficient is undefined: every row is zero.")
 
 

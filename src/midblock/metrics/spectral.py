@@ -37,8 +37,8 @@ from midblock.metrics._inputs import (
 )
 
 __all__ = [
-    "EntropyScale",
     "GramSpectrum",
+    "Normalize",
     "algebraic_rank",
     "algebraic_rank_from_singular_values",
     "condition_number",
@@ -60,7 +60,7 @@ __all__ = [
     "unit_norm_rows",
 ]
 
-EntropyScale = Literal["max", "rows", "dim", "none"]
+Normalize = Literal["max", "rows", "dim", "none"]
 """What an entropy is divided by: ln min(T, d), ln T, ln d, or nothing."""
 
 # Below this entropy (nats) a float32 spectrum is computed again in float64: the error of the
@@ -312,7 +312,7 @@ def entropy_from_spectrum(values: Tensor, alpha: float = 1.0) -> Tensor:
     return scalar_or_raise(entropy, values.ndim > 1, f"matrix entropy is undefined: {_ZERO}.")
 
 
-def _log_count(rows: int, dim: int, normalize: EntropyScale) -> float:
+def _log_count(rows: int, dim: int, normalize: Normalize) -> float:
     if normalize == "none":
         return 1.0
     counts = {"max": min(rows, dim), "rows": rows, "dim": dim}
@@ -322,7 +322,7 @@ def _log_count(rows: int, dim: int, normalize: EntropyScale) -> float:
     return math.log(count) if count > 1 else math.nan
 
 
-def _undefined_entropy(rows: int, dim: int, normalize: EntropyScale) -> str:
+def _undefined_entropy(rows: int, dim: int, normalize: Normalize) -> str:
     if math.isnan(_log_count(rows, dim, normalize)):
         return (f"entropy of {rows} x {dim} states normalised by '{normalize}' divides by ln 1; "
                 "use two rows or more, or normalize='none'.")
@@ -330,7 +330,7 @@ def _undefined_entropy(rows: int, dim: int, normalize: EntropyScale) -> str:
 
 
 def normalized_entropy_from_spectrum(values: Tensor, *, rows: int, dim: int, alpha: float = 1.0,
-                                     normalize: EntropyScale = "max") -> Tensor:
+                                     normalize: Normalize = "max") -> Tensor:
     """`entropy_from_spectrum` divided by ln min(rows, dim), ln rows, ln dim, or 1.
 
     Args:
@@ -338,7 +338,7 @@ def normalized_entropy_from_spectrum(values: Tensor, *, rows: int, dim: int, alp
         rows: Rows T or N of the features that the spectrum belongs to.
         dim: Their width d.
         alpha: Order, above 0.
-        normalize: See `EntropyScale`.
+        normalize: See `Normalize`.
 
     Returns:
         (*), in [0, 1] for ``max``. Undefined entries of a batch are NaN.
@@ -368,7 +368,7 @@ def _entropies(z: Tensor, alpha: float) -> Tensor:
 
 
 def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
-                   normalize: EntropyScale = "max", mask: Tensor | None = None,
+                   normalize: Normalize = "max", mask: Tensor | None = None,
                    lengths: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """Matrix-based Renyi entropy of order ``alpha`` of each (T, d) matrix [1].
 
@@ -438,7 +438,7 @@ def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
 
 def prompt_entropy(z: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None,
                    alpha: float = 1.0, unit_rows: bool = False,
-                   normalize: EntropyScale = "max", dtype: torch.dtype = torch.float64) -> Tensor:
+                   normalize: Normalize = "max", dtype: torch.dtype = torch.float64) -> Tensor:
     """Entropy of each sample's tokens (B); the paper's prompt entropy is its mean (eq. 2).
 
     Values per sample are returned so that the caller can give them an interval.
@@ -462,7 +462,7 @@ def prompt_entropy(z: Tensor, mask: Tensor | None = None, *, lengths: Tensor | N
 
 
 def dataset_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
-                    normalize: EntropyScale = "max", dtype: torch.dtype = torch.float64) -> Tensor:
+                    normalize: Normalize = "max", dtype: torch.dtype = torch.float64) -> Tensor:
     """Entropy of the pooled states X (N, d), one row per sample (the paper's eq. 3).
 
     Raises:

@@ -7,7 +7,7 @@ to prompt i. LiDAR takes all q views of each prompt at once, (n, q, d).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,26 @@ from midblock.errors import UndefinedMetricError
 from midblock.metrics._inputs import features, matching, norms, symmetric_eigenvalues
 from midblock.metrics.spectral import _check_alpha, effective_rank_from_singular_values, entropy_from_spectrum
 
-__all__ = ["dime", "infonce", "infonce_terms", "lidar"]
+__all__ = ["InfoNCE", "dime", "infonce", "lidar"]
+
+
+class InfoNCE(NamedTuple):
+    """Contrastive loss of matching views.
+
+    Attributes:
+        loss: Mean cross-entropy of finding the partner among n, nats; ln n when the
+            similarities say nothing, smaller is more invariant.
+        bound: ln n - loss, a lower bound of the mutual information of the views, nats.
+        normalized: bound / ln n, at most 1; 0 for uninformative similarities, below 0 when
+            worse than that.
+        per_sample: The n terms of ``loss``. They share their negatives, so that resampling
+            them speaks about the anchors only.
+    """
+
+    loss: Tensor
+    bound: Tensor
+    normalized: Tensor
+    per_sample: Tensor
 
 
 def _two_views(views_a: Tensor, views_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,69 +56,47 @@ def _directions(x: Tensor, name: str) -> Tensor:
     return x / norms(x, dim=1, keepdim=True)
 
 
-def infonce_terms(views_a: Tensor, views_b: Tensor, *, temperature: float = 0.1,
-                  symmetric: bool = True) -> Tensor:
-    """The n terms whose mean is the `infonce` loss, nats.
-
-    They share their negatives, so that resampling them speaks about the anchors only.
-
-    Raises:
-        ValueError: as `infonce`.
-        UndefinedMetricError: a zero row.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0.")
-    a, b = _two_views(views_a, views_b)
-    logits = _directions(a, "views_a") @ _directions(b, "views_b").T / temperature
-    match = logits.diagonal()
-    terms = torch.logsumexp(logits, dim=1) - match
-    if symmetric:
-        terms = (terms + torch.logsumexp(logits, dim=0) - match) / 2
-    return terms
-
-
-def infonce(views_a: Tensor, views_b: Tensor, temperature: float = 0.1, *, symmetric: bool = True,
-            form: Literal["loss", "bound", "normalized"] = "loss") -> Tensor:
+def infonce(views_a: Tensor, views_b: Tensor, temperature: float = 0.1, *,
+            symmetric: bool = True) -> InfoNCE:
     """InfoNCE between two views with cosine similarities [1].
 
     loss_i = -ln(exp(c_ii / t) / sum_j exp(c_ij / t)), c_ij the cosine of view a of prompt i and
-    view b of prompt j; with ``symmetric`` averaged with the same in the other direction.
+    view b of prompt j; with ``symmetric`` averaged with the same in the other direction. The
+    bound cannot exceed ln n, so compare only at equal n and temperature.
 
     Args:
         views_a: (n, d), n >= 2.
         views_b: (n, d), the same prompts in the same order.
         temperature: t, above 0.
         symmetric: Use both directions.
-        form: ``loss``: mean of loss_i, nats, ln n when similarities say nothing, smaller is
-            more invariant. ``bound``: ln n - loss, a lower bound of the mutual information of
-            the views in nats, which cannot exceed ln n. ``normalized``: bound / ln n, at most
-            1, 0 for uninformative similarities, below 0 when worse than that.
 
     Returns:
-        (), float64. Compare only at equal n and temperature.
+        See `InfoNCE`; float64.
 
     Raises:
         ValueError: different shapes, fewer than two prompts, temperature not above 0,
-            unknown form, non-finite entries.
+            non-finite entries.
         UndefinedMetricError: a zero row.
 
     Example:
         >>> views = torch.eye(4)
-        >>> round(infonce(views, views, form="normalized").item(), 3)
+        >>> round(infonce(views, views).normalized.item(), 3)
         1.0
 
     References:
         [1] van den Oord, Li, Vinyals, arXiv:1807.03748.
     """
-    loss = infonce_terms(views_a, views_b, temperature=temperature, symmetric=symmetric).mean()
-    if form == "loss":
-        return loss
-    chance = math.log(views_a.shape[0])
-    if form == "bound":
-        return chance - loss
-    if form == "normalized":
-        return (chance - loss) / chance
-    raise ValueError(f"form {form!r}: use 'loss', 'bound' or 'normalized'.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    a, b = _two_views(views_a, views_b)
+    logits = _directions(a, "views_a") @ _directions(b, "views_b").T / temperature
+    match = logits.diagonal()
+    per_sample = torch.logsumexp(logits, dim=1) - match
+    if symmetric:
+        per_sample = (per_sample + torch.logsumexp(logits, dim=0) - match) / 2
+    loss = per_sample.mean()
+    chance = math.log(a.shape[0])
+    return InfoNCE(loss, chance - loss, (chance - loss) / chance, per_sample)
 
 
 def lidar(views: Tensor, *, delta: float = 1e-4, relative_delta: bool = False) -> Tensor:
