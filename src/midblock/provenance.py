@@ -176,17 +176,10 @@ class RunFolder:
         self._created = not self.path.exists()
         self._started = time.perf_counter()
         resolved = json_ready(dict(settings))
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"--out {self.path} is a file; name a folder.")
-        existing = (sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-                    if self.path.exists() else [])
+        if not resume:
+            self.check_free(self.path)
         previous: dict[str, Any] = {}
-        if existing and not resume:
-            raise OutputError(
-                f"--out {self.path} is not empty (it holds {existing[0]}"
-                f"{' and more' if len(existing) > 1 else ''}); name another folder, "
-                "or continue the run in it with --resume.")
-        if existing:
+        if self._contents(self.path):
             previous = read_run(self.path)
             self._check_same(previous, command, resolved)
             self.resumed = True
@@ -206,6 +199,25 @@ class RunFolder:
         for key in ("models", "data"):
             self.run[key] = previous.get(key, {})
         self.save()
+
+    @staticmethod
+    def _contents(path: Path) -> list[str]:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"--out {path} is a file; name a folder.")
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.exists() else []
+
+    @classmethod
+    def check_free(cls, path: Path | str) -> None:
+        """Refuse a folder that already holds something; call it before long work.
+
+        Raises:
+            OutputError: it is a file or not empty.
+        """
+        path = Path(path).expanduser()
+        if existing := cls._contents(path):
+            raise OutputError(
+                f"--out {path} is not empty (it holds {existing[0]}{' and more' if len(existing) > 1 else ''}); "
+                "name another folder, or continue the run in it with --resume.")
 
     @staticmethod
     def _check_same(previous: dict[str, Any], command: str, resolved: dict[str, Any]) -> None:
@@ -234,6 +246,24 @@ class RunFolder:
         """Set fields of ``run.json`` (``models``, ``data``, ``results`` ...) and save it."""
         self.run.update(json_ready(fields))
         self.save()
+
+    def record_inputs(self, *, models: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Store what was read; a resumed run must read the same.
+
+        Args:
+            models: name -> description with a ``fingerprint``.
+            data: Description of the data with a ``fingerprint``.
+
+        Raises:
+            SettingsError: resumed with other weights or data than those of the first call.
+        """
+        before: dict[str, Any] = {**self.run["models"], "data": self.run["data"]}
+        for name, now in {**models, "data": data}.items():
+            then = (before.get(name) or {}).get("fingerprint")
+            if self.resumed and then and then != now.get("fingerprint"):
+                raise SettingsError(f"--resume: the content of {name} has changed since the run was interrupted; "
+                                    "name a new folder.")
+        self.update(models=models, data=data)
 
     def file(self, name: str) -> Path:
         """Path of a file in this folder; its parent folder is made."""

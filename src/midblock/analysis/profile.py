@@ -15,11 +15,11 @@ from torch import Tensor
 
 from midblock import metrics, stats
 from midblock.analysis.passes import PassState, feed_batches
-from midblock.analysis.stages import comparisons, side_of, stage_names
+from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
 from midblock.data import Dataset, augment_dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError, UndefinedMetricError
-from midblock.models import LoadedModel, load_chain
+from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
 
@@ -216,7 +216,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     except TypeError as error:
         raise SettingsError(f"profile: {error}; the settings are "
                             f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
-    models = _resolve_stages(stages, sft, names)
+    models = resolve_stages(stages, sft, names)
     keys = stage_names(len(models), names)
     by_name = dict(zip(keys, models, strict=True))
     pairs = comparisons(keys)
@@ -266,22 +266,6 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
               "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
               "batches": len(batches)}
     return ProfileResult(table, keys, num_hidden, chosen, counts)
-
-
-def _resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None,
-                    names: Sequence[str] | None) -> list[LoadedModel]:
-    chain: list[Any] = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else [stages]
-    if sft is not None:
-        chain.append(sft)
-    if len(chain) < 2:
-        raise SettingsError("a profile compares at least two checkpoints: give a base and a tuned one.")
-    if all(isinstance(m, str) for m in chain):
-        return load_chain(chain, names=names)
-    from midblock.models import check_chain, load_model
-
-    loaded = [load_model(m) if isinstance(m, str) else m for m in chain]
-    check_chain(loaded)
-    return loaded
 
 
 # -- token level ---------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from midblock.errors import SettingsError
+from midblock.models import LoadedModel, check_chain, load_chain, load_model
 
-__all__ = ["comparisons", "side_of", "stage_names"]
+__all__ = ["comparisons", "resolve_stages", "side_of", "stage_names"]
 
 _DEFAULT_NAMES = ("base", "sft", "dpo", "rlvr")
 
@@ -47,3 +49,23 @@ def comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
 def side_of(pair: tuple[str, str]) -> str:
     """The ``stage`` cell of a comparison: ``sft-base``."""
     return f"{pair[0]}-{pair[1]}"
+
+
+def resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None,
+                   names: Sequence[str] | None, *, least: int = 2) -> list[LoadedModel]:
+    """Loaded models of a chain given as models, specs, or a base and a tuned one.
+
+    Raises:
+        SettingsError: fewer than ``least``.
+        PairMismatchError: they do not fit together.
+    """
+    chain: list[Any] = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else [stages]
+    if sft is not None:
+        chain.append(sft)
+    if len(chain) < least:
+        raise SettingsError("at least two checkpoints are compared: give a base and a tuned one.")
+    if all(isinstance(m, str) for m in chain):
+        return load_chain(chain, names=names)
+    loaded = [load_model(m) if isinstance(m, str) else m for m in chain]
+    check_chain(loaded)
+    return loaded

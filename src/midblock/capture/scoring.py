@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midblock.data import Batch
 
-__all__ = ["TokenScores", "chunks_of_logits", "counted_positions", "next_token_scores", "sample_means"]
+__all__ = ["TokenScores", "chunk_rows", "chunks_of_logits", "counted_positions", "next_token_scores", "sample_means"]
 
 # logits of one chunk: 2**24 float32 numbers are 64 MiB
 _CHUNK_NUMBERS = 1 << 24
@@ -33,10 +33,15 @@ def counted_positions(batch: Batch) -> Tensor:
     return counts
 
 
+def chunk_rows(vocab_size: int) -> int:
+    """How many positions go through the head at once, so that their logits stay small."""
+    return max(1, _CHUNK_NUMBERS // vocab_size)
+
+
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
     """Float32 logits (n, V) of hidden rows (N, d), a bounded chunk at a time, with their slice."""
-    step = max(1, _CHUNK_NUMBERS // vocab_size)
+    step = chunk_rows(vocab_size)
     for lo in range(0, rows.shape[0], step):
         part = slice(lo, min(lo + step, rows.shape[0]))
         yield part, read_out(rows[part]).float()

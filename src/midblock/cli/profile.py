@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import Chain, Names, run_analysis, show
 from midblock.cli.options import (
     AllowPickle,
     BatchSize,
@@ -31,18 +32,16 @@ def register(app: typer.Typer) -> None:
     """Add the command to the program."""
     app.command("profile", epilog=examples(
         "midblock profile allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --data gsm8k --out runs/olmo",
-        "midblock profile smollm2 runs/tuned/model --data arithmetic --samples 200 --out runs/profile",
+        "midblock profile smollm2 runs/tuned/model --data arithmetic --samples 100 --out runs/profile",
         "midblock profile BASE SFT DPO --names base,sft,dpo --data mmlu --paper --json"))(profile)
 
 
 def profile(
-    models: Annotated[list[str], typer.Argument(
-        metavar="BASE SFT [DPO ...]", show_default=False,
-        help="Two or more checkpoints of one architecture: local folders, *.gguf, hub ids, smollm2.")],
+    models: Chain,
     data: Data,
     out: Annotated[Path, typer.Option(
-        "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty unless --resume.",
-        show_default=False)] = Path("runs/profile"),
+        "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty unless --resume.")
+    ] = Path("runs/profile"),
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="Samples of the pooled level.")] = 200,
     token_samples: Annotated[int, typer.Option(
         "--token-samples", metavar="N", help="Samples of the token level (the first of the same draw).")] = 50,
@@ -50,8 +49,7 @@ def profile(
         "--paper", help="The paper's sizes: 1,000 pooled and 100 token-level samples.")] = False,
     max_length: MaxLength = 512,
     batch_size: BatchSize = 8,
-    names: Annotated[str | None, typer.Option(
-        "--names", metavar="A,B,...", help="Stage names. Default: base,sft,dpo,rlvr.", show_default=False)] = None,
+    names: Names = None,
     views: Annotated[int, typer.Option(
         "--views", metavar="Q", help="Augmented views per sample for InfoNCE, LiDAR, DiME; 0 leaves them out.")] = 0,
     view_samples: Annotated[int, typer.Option("--view-samples", metavar="N", help="Samples that get views.")] = 100,
@@ -64,7 +62,8 @@ def profile(
                                "singular values, sparsity relative to the largest entry.")] = False,
     replicates: Annotated[int, typer.Option("--replicates", metavar="B", help="Bootstrap replicates.")] = 1000,
     exact_bootstrap: Annotated[bool, typer.Option(
-        "--exact-bootstrap", help="Decompose every bootstrap replicate anew (slow) instead of to first order.")] = False,
+        "--exact-bootstrap", help="Decompose every bootstrap replicate anew (slow) instead of to first order.")
+    ] = False,
     seeds: Annotated[int, typer.Option(
         "--seeds", metavar="N", min=1, help="Repeat with N draws of samples and augmentations; adds a t-test "
                                             "per hidden state against no change.")] = 1,
@@ -85,16 +84,8 @@ def profile(
     """
     from midblock.analysis.profile import ProfileSettings
     from midblock.analysis.profile import profile as measure
-    from midblock.analysis.stages import stage_names
-    from midblock.data import load_data
     from midblock.errors import SettingsError
-    from midblock.models import known_pair_warning, load_chain
-    from midblock.provenance import RunFolder
-    from midblock.report import save_result
 
-    if len(models) < 2:
-        raise SettingsError(f"profile compares at least two checkpoints, got only {' '.join(models)}; "
-                            "give a base and a tuned one.")
     if paper:
         samples, token_samples = 1000, 100
     if normalize not in ("max", "rows", "dim", "none"):
@@ -104,34 +95,21 @@ def profile(
         alpha=alpha, normalize=normalize, unit_rows=earlier_code, energy=earlier_code,  # type: ignore[arg-type]
         sparsity_eps=sparsity_eps, sparsity_relative=earlier_code, views=views, view_samples=view_samples,
         replicates=replicates, resampling="exact" if exact_bootstrap else "first-order")
-    keys = stage_names(len(models), names.split(",") if names else None)
-    settings = {"models": models, "names": keys, "data": data, "dtype": dtype.value, "device": device,
-                "seeds": seeds, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}
-    dataset = load_data(data, seed=seed)
-    for tuned in models[1:]:
-        if note := known_pair_warning(models[0], tuned):
-            console.warn(note)
-    chain = load_chain(models, names=keys, dtype=dtype.value, device=device,
-                       trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    with RunFolder(out, command="profile", settings=settings, resume=resume) as run, \
-            console.progress_bar() as progress:
-        run.update(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},
-                   data=dataset.describe())
-        if seeds > 1:
-            from midblock.analysis.stability import profile_seeds
 
-            result = profile_seeds(chain, data=dataset, names=keys, seeds=seeds, state_folder=run.path / "state",
-                                   progress=progress, settings=wanted)
-        else:
-            result = measure(chain, data=dataset, names=keys, state_folder=run.path / "state", progress=progress,
-                             settings=wanted)
-        save_result(run, result, fields={"counts": result.counts}, progress=progress)
-    if result.counts["truncated"]:
-        console.warn(f"{result.counts['truncated']} of the samples were cut at --max-length {max_length} tokens.")
+    def work(chain: Any, keys: Any, dataset: Any, run: Any, progress: Any) -> Any:
+        call = {"data": dataset, "names": keys, "state_folder": run.path / "state", "progress": progress,
+                "settings": wanted}
+        if seeds == 1:
+            return measure(chain, **call)
+        from midblock.analysis.stability import profile_seeds
+
+        return profile_seeds(chain, seeds=seeds, **call)
+
+    run, result = run_analysis(
+        "profile", models, names=names, data=data, seed=seed, out=out, resume=resume, dtype=dtype.value,
+        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        settings={"seeds": seeds, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}, measure=work)
     if result.counts["pooled_samples"] < samples:
-        console.warn(f"only {result.counts['pooled_samples']} of the {samples} samples asked for were available.")
+        console.warn(f"only {result.counts['pooled_samples']} of the {samples} samples asked for were usable.")
     console.print_table(result.regions(), title="Change by depth (early < 0.2, late > 0.8)")
-    console.say(result.summary())
-    console.say(f"\nTable, figures and settings: {run.path}")
-    console.emit_json({"run": run.run, "summary": result.summary(), "regions": result.regions(),
-                       "table": result.frame})
+    show(run, result, regions=result.regions())

@@ -1,0 +1,353 @@
+"""Logit lens: what each hidden state already says about the next token (paper section 4.3, figure 3).
+
+Hidden h is read out through the model's own final norm and head. The last hidden then gives
+the model's own output exactly. The paper's public code norms the last hidden state twice
+(transformers' ``hidden_states[-1]`` is already normed), which is what lowers its last
+point; ``earlier_code=True`` reproduces that, under the side name ``<stage> (normed twice)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from midblock import metrics, stats
+from midblock.analysis.passes import PassState, feed_batches
+from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
+from midblock.capture import counted_positions, sample_means
+from midblock.capture.scoring import chunk_rows
+from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
+from midblock.errors import DataError, SettingsError
+from midblock.models import LoadedModel
+from midblock.progress import Progress, silent
+from midblock.results import Interval, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LensResult", "LensSettings", "lens"]
+
+_OWN = ("loss", "accuracy", "entropy", "gold_probability", "gold_rank")
+_SHARED = ("kl", "top1_agreement", "top_k_overlap")
+TWICE = " (normed twice)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensSettings:
+    """What is read out; `lens` takes the same names as keyword arguments."""
+
+    samples: int = 100
+    """Samples (the paper: 100 at the token level)."""
+    max_length: int = 256
+    """Tokens per sample; longer ones are cut and counted."""
+    batch_size: int = 8
+    """Samples per forward pass."""
+    seed: int = 0
+    """Seed of the draw."""
+    supervised: bool = False
+    """Count only completion tokens where the data has prompts and completions."""
+    top_k: int = 10
+    """Size of the lists whose overlap is measured."""
+    every: int = 1
+    """Read out every n-th hidden state (the last one always)."""
+    trace: int = 0
+    """For this many samples, keep the most likely token at every depth."""
+    earlier_code: bool = False
+    """Also read out the last hidden state normed twice, as the earlier code does."""
+    confidence: float = 0.95
+    """Confidence of every interval."""
+
+    def __post_init__(self) -> None:
+        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                  for name, least in (("samples", 1), ("max_length", 2), ("batch_size", 1), ("top_k", 1),
+                                      ("every", 1), ("trace", 0)) if getattr(self, name) < least]
+        if faults:
+            raise SettingsError("; ".join(faults) + ".")
+
+
+class _Readouts:
+    """Accumulator: per-sample means of every quantity at every hidden state, and traces.
+
+    Attributes:
+        values: "metric|side" -> float64 (L+1, n).
+        traces: (sample, h, stage) -> most likely next token of each counted position.
+    """
+
+    def __init__(self, stages: Mapping[str, LoadedModel], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],
+                 samples: Sequence[int], settings: LensSettings) -> None:
+        self.place = {sample: row for row, sample in enumerate(samples)}
+        self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
+        self.last = next(iter(stages.values())).anatomy.num_blocks
+        sides = list(stages) + ([s + TWICE for s in stages] if settings.earlier_code else [])
+
+        def empty() -> Tensor:
+            return torch.full((self.last + 1, len(samples)), torch.nan, dtype=torch.float64)
+        self.values = {f"{m}|{s}": empty() for m in _OWN for s in sides}
+        self.values |= {f"{m}|{side_of(p)}": empty() for m in _SHARED for p in self._pairs}
+        self.tokens = torch.zeros(len(samples), dtype=torch.float64)
+        self.traced = list(samples)[:settings.trace]
+        self.traces: dict[str, Tensor] = {}
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        if h not in self._hidden:
+            return
+        mask = counted_positions(batch)
+        target = batch.input_ids.roll(-1, dims=1)[mask]
+        row = mask.nonzero()[:, 0]
+        rows = {s: z[mask.to(z.device)] for s, z in states.items()}
+        got: dict[str, list[Tensor]] = {}
+        tops: dict[str, list[Tensor]] = {s: [] for s in states}
+        vocab = max(m.anatomy.vocab_size for m in self._stages.values())
+        step = chunk_rows(vocab)
+        for lo in range(0, target.shape[0], step):
+            part = slice(lo, lo + step)
+            self._chunk({s: r[part] for s, r in rows.items()}, target[part], h, got, tops)
+        place = torch.tensor([self.place[i] for i in batch.indices])
+        for key, parts in got.items():
+            means, counts = sample_means(row, torch.cat(parts), len(batch.indices))
+            self.values[key][h, place] = means.to("cpu")
+            self.tokens[place] = counts.to("cpu")
+        for position, sample in enumerate(batch.indices):
+            if sample in self.traced:
+                for stage, parts in tops.items():
+                    self.traces[f"{sample}|{h}|{stage}"] = torch.cat(parts)[row == position].to("cpu")
+
+    def _chunk(self, rows: Mapping[str, Tensor], target: Tensor, h: int, got: dict[str, list[Tensor]],
+               tops: dict[str, list[Tensor]]) -> None:
+        logits, weights, norms = {}, {}, {}
+        for stage, part in rows.items():
+            anatomy = self._stages[stage].anatomy
+            logits[stage] = anatomy.read_out(part).float()
+            weights[stage], norms[stage] = metrics.log_normalizer(logits[stage])
+            self._own(stage, logits[stage], target, got, weights[stage], norms[stage])
+            if h == self.last and self._settings.earlier_code:
+                again = anatomy.read_out(anatomy.normed(part)).float()
+                self._own(stage + TWICE, again, target, got, *metrics.log_normalizer(again))
+        if not self._pairs and not self.traced:
+            return
+        best = {s: metrics.top_k(v, self._settings.top_k) for s, v in logits.items()}
+        for stage, lists in best.items():
+            tops[stage].append(lists[:, 0])
+        for later, earlier in self._pairs:
+            side = side_of((later, earlier))
+            kl = metrics.kl_divergence(logits[earlier], logits[later], weights_p=weights[earlier],
+                                       log_norm_p=norms[earlier], log_norm_q=norms[later])
+            got.setdefault(f"kl|{side}", []).append(kl)
+            got.setdefault(f"top1_agreement|{side}", []).append(
+                (best[later][:, 0] == best[earlier][:, 0]).float())
+            got.setdefault(f"top_k_overlap|{side}", []).append(metrics.top_k_overlap(best[later], best[earlier]))
+
+    def _own(self, side: str, logits: Tensor, target: Tensor, got: dict[str, list[Tensor]], weights: Tensor,
+             norm: Tensor) -> None:
+        found = metrics.token_statistics(logits, target, weights=weights, log_norm=norm)
+        for metric, value in (("loss", found.loss), ("accuracy", (found.rank == 0).float()),
+                              ("entropy", found.entropy), ("gold_probability", found.probability),
+                              ("gold_rank", found.rank.float())):
+            got.setdefault(f"{metric}|{side}", []).append(value)
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self.place[s] for s in samples if s in self.place]
+        saved = {k: v[:, rows].contiguous() for k, v in self.values.items()}
+        saved["tokens"] = self.tokens[rows]
+        chosen = {str(s) for s in samples}
+        return saved | {f"trace|{k}": v for k, v in self.traces.items() if k.split("|")[0] in chosen}
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        rows = [self.place[s] for s in samples if s in self.place]
+        for key, value in part.items():
+            if key == "tokens":
+                self.tokens[rows] = value
+            elif key.startswith("trace|"):
+                self.traces[key.removeprefix("trace|")] = value
+            else:
+                self.values[key][:, rows] = value
+
+
+@dataclass
+class LensResult:
+    """Read-out of every hidden state, per stage and between stages."""
+
+    table: Table
+    stages: list[str]
+    num_hidden: int
+    settings: LensSettings
+    counts: dict[str, Any] = field(default_factory=dict)
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    """One row per traced sample, position, hidden and stage: position, token, next, predicted."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table."""
+        return self.table.frame()
+
+    def emergence(self, stage: str, share: float = 0.5) -> int | None:
+        """First hidden state whose accuracy reaches ``share`` of the last one's."""
+        frame = self.frame
+        part = frame[(frame["metric"] == "accuracy") & (frame["side"] == stage)].sort_values("layer")
+        if part.empty or not part["value"].iloc[-1] > 0:
+            return None
+        reached = part[part["value"] >= share * part["value"].iloc[-1]]
+        return int(reached["layer"].iloc[0])
+
+    def summary(self) -> str:
+        """In words: where the prediction emerges, and where the stages part."""
+        frame = self.frame
+        last = self.num_hidden - 1
+
+        def at(metric: str, side: str, layer: int, column: str = "side") -> Interval:
+            row = frame[(frame["metric"] == metric) & (frame[column] == side) & (frame["layer"] == layer)].iloc[0]
+            return Interval(row["value"], row["low"], row["high"], int(row["n"]))
+
+        lines = []
+        for stage in self.stages:
+            final, where = at("accuracy", stage, last), self.emergence(stage)
+            lines.append(f"{stage}: next-token accuracy {final.value:.4f} [{final.low:.4f}, {final.high:.4f}] at the "
+                         f"last hidden state ({final.n} samples)"
+                         + (f"; half of it is reached at hidden {where} (depth {where / last:.2f})." if where is not None
+                            else "."))
+            if self.settings.earlier_code:
+                twice = at("accuracy", stage + TWICE, last)
+                lines.append(f"{stage}: with the last hidden state normed twice, as the earlier code does, "
+                             f"{twice.value:.4f} [{twice.low:.4f}, {twice.high:.4f}].")
+        for pair in comparisons(self.stages):
+            kl = frame[(frame["metric"] == "kl") & (frame["stage"] == side_of(pair))]
+            top = kl.loc[kl["value"].idxmax()]
+            final = at("top1_agreement", side_of(pair), last, "stage")
+            lines.append(f"{side_of(pair)}: largest KL({pair[1]} || {pair[0]}) {top['value']:.4g} nats at hidden "
+                         f"{int(top['layer'])}; the most likely token agrees on {final.value:.1%} of positions at "
+                         "the last.")
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, Figure]:
+        """Accuracy, loss, entropy and gold token over depth; agreement over depth."""
+        from midblock.figures import depth_lines
+
+        frame = self.frame
+        made: dict[str, Figure] = {}
+        for pair in comparisons(self.stages) or [(self.stages[0], self.stages[0])]:
+            suffix = f"-{side_of(pair)}" if len(self.stages) > 2 else ""
+            sides = [*pair, *(s + TWICE for s in pair)]
+            chosen = frame[frame["side"].isin(sides) | (frame["stage"] == side_of(pair))]
+            made[f"lens{suffix}"] = depth_lines(chosen, ["accuracy", "loss", "entropy", "gold_probability"],
+                                                title="Read-out of each hidden state")
+            if (chosen["metric"] == "kl").any():
+                made[f"agreement{suffix}"] = depth_lines(chosen, list(_SHARED),
+                                                         title=f"Agreement of {pair[0]} with {pair[1]}")
+        return made
+
+
+def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
+         data: Dataset | str, names: Sequence[str] | None = None, state_folder: Path | None = None,
+         progress: Progress = silent, settings: LensSettings | None = None, **overrides: Any) -> LensResult:
+    """Read every hidden state out as next-token prediction.
+
+    Logits exist for a bounded number of positions at a time; all stages go through the blocks
+    in lockstep, so that their agreement is measured at once.
+
+    Args:
+        stages: One model, a base (then give ``sft``), or a chain.
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        data: A data set or a D spec.
+        names: Stage names; default base, sft, dpo, rlvr.
+        state_folder: Where an interrupted pass keeps what it has, and resumes from.
+        progress: Told how far the pass is, in tokens.
+        settings: What to read out.
+        **overrides: Single fields of `LensSettings`.
+
+    Returns:
+        Rows of kind ``hidden``: ``loss`` (nats), ``accuracy``, ``perplexity``, ``entropy`` (nats),
+        ``gold_probability`` and ``gold_rank`` (0 = most likely) per stage; their differences; and
+        ``kl`` (nats, earlier from later), ``top1_agreement``, ``top_k_overlap`` per comparison. Each is the
+        mean over samples of the sample's mean over counted tokens, with a t interval;
+        perplexity is exp(loss), and its difference an exponential's.
+
+    Raises:
+        SettingsError: a setting out of range.
+        DataError: no usable sample.
+    """
+    chosen = replace(settings or LensSettings(), **overrides)
+    models = resolve_stages(stages, sft, names, least=1)
+    keys = stage_names(len(models), names)
+    by_name = dict(zip(keys, models, strict=True))
+    pairs = comparisons(keys)
+    last = models[0].anatomy.num_blocks
+    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
+    dataset = dataset.sample(chosen.samples, chosen.seed)
+    tokenizer = models[0].tokenizer
+    encoded = tokenize(dataset, tokenizer, max_length=chosen.max_length, min_tokens=2, supervised=chosen.supervised)
+    if not encoded.rows:
+        raise DataError(f"{dataset.source}: no sample has the 2 tokens that a next-token score needs.")
+    samples = [r.index for r in encoded.rows]
+    hidden = sorted({*range(0, last + 1, chosen.every), last})
+    readouts = _Readouts(by_name, pairs, hidden, samples, chosen)
+    batches = make_batches(encoded.rows, batch_size=chosen.batch_size, pad_id=pad_token_id(tokenizer))
+    feed_batches(by_name, batches, {"lens": readouts}, state=PassState(state_folder) if state_folder else None,
+                 progress=progress, what="read-out")
+    table = _table(readouts, keys, pairs, hidden, chosen)
+    for row in table.rows:
+        row["data"] = dataset.name
+    counts = {"samples": len(samples), "counted_tokens": int(readouts.tokens.sum()), **encoded.describe()}
+    return LensResult(table, keys, last + 1, chosen, counts, _trace_rows(readouts, encoded.rows, tokenizer))
+
+
+def _table(readouts: _Readouts, keys: Sequence[str], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],
+           settings: LensSettings) -> Table:
+    table = Table()
+
+    def add(h: int, metric: str, side: str, values: np.ndarray[Any, Any], **extra: Any) -> Interval:
+        interval = stats.mean_interval(values, settings.confidence)
+        table.add("hidden", h, metric, side, interval, **extra)
+        return interval
+
+    def value(metric: str, side: str, h: int) -> np.ndarray[Any, Any]:
+        return readouts.values[f"{metric}|{side}"][h].numpy()
+
+    for h in hidden:
+        sides = list(keys)
+        if settings.earlier_code and h == readouts.last:
+            sides += [k + TWICE for k in keys]
+        for side in sides:
+            for metric in _OWN:
+                interval = add(h, metric, side, value(metric, side, h))
+                if metric == "loss":
+                    table.add("hidden", h, "perplexity", side, exponential(interval))
+        for later, earlier in pairs:
+            extra = {"stage": side_of((later, earlier))}
+            for metric in _OWN:
+                interval = add(h, metric, "difference", value(metric, later, h) - value(metric, earlier, h), **extra)
+                if metric == "loss":  # the ratio of perplexities, exactly paired
+                    table.add("hidden", h, "perplexity_ratio", "pair", exponential(interval), **extra)
+            for metric in _SHARED:
+                add(h, metric, "pair", value(metric, side_of((later, earlier)), h), **extra)
+    return table
+
+
+def exponential(interval: Interval) -> Interval:
+    """exp of a value and of its bounds (overflow becomes infinity)."""
+    def exp(x: float) -> float:
+        return math.exp(x) if x < 700 else math.inf
+    return Interval(exp(interval.value), exp(interval.low), exp(interval.high), interval.n)
+
+
+def _trace_rows(readouts: _Readouts, rows: Sequence[Any], tokenizer: Any) -> list[dict[str, Any]]:
+    made = []
+    ids = {r.index: r for r in rows}
+    for key, predicted in sorted(readouts.traces.items(), key=lambda kv: tuple(map(int, kv[0].split("|")[:2]))):
+        sample, h, stage = key.split("|", 2)
+        row = ids[int(sample)]
+        spans = row.supervised or ((0, len(row.ids)),)
+        positions = [t - 1 for start, stop in spans for t in range(max(1, start), stop)]
+        for position, token in zip(positions, predicted.tolist(), strict=True):
+            made.append({"sample": int(sample), "hidden": int(h), "stage": stage, "position": position,
+                         "token": tokenizer.decode([row.ids[position]]),
+                         "next": tokenizer.decode([row.ids[position + 1]]),
+                         "predicted": tokenizer.decode([token])})
+    return made
