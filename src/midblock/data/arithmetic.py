@@ -133,6 +133,14 @@ def _apply(op: str, a: int, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
 
+def _sentences(op: str, operand: int, final: bool) -> tuple[str, ...]:
+    if final:
+        return _ASK_PRICE if op == "*" else _ASK_SHARE
+    if op == "*":
+        return _TIMES[operand]
+    return _ADD if op == "+" else _SUBTRACT
+
+
 def _draw(steps: int, rng: random.Random) -> _Problem | None:
     """One problem, or None where the numbers drawn leave no way to go on."""
     girl = rng.random() < 0.5
@@ -157,10 +165,10 @@ def _draw(steps: int, rng: random.Random) -> _Problem | None:
         value = rng.randint(2, 20)
         sentences.append(rng.choice(_START).format(n=value, **words))
     else:
-        op, templates = ("+", _START_MORE) if opening == "more" else ("-", _START_FEWER)
+        op, openings = ("+", _START_MORE) if opening == "more" else ("-", _START_FEWER)
         n = rng.randint(4, 20)
         m = rng.randint(2, 20 if opening == "more" else n - 2)
-        sentences.append(rng.choice(templates).format(m=m, n=n, **words))
+        sentences.append(rng.choice(openings).format(m=m, n=n, **words))
         value = step(op, n, m)
     ending = rng.choices(("", "*", "/"), (6, 1, 1))[0]
     while len(equations) < steps:
@@ -169,11 +177,7 @@ def _draw(steps: int, rng: random.Random) -> _Problem | None:
         operand = _operand(op, value, rng)
         if operand is None:
             return None
-        if final:
-            templates = _ASK_PRICE if op == "*" else _ASK_SHARE
-        else:
-            templates = {"+": _ADD, "-": _SUBTRACT}.get(op) or _TIMES[operand]
-        sentence = rng.choice(templates).format(n=operand, **words)
+        sentence = rng.choice(_sentences(op, operand, final)).format(n=operand, **words)
         if sentence in sentences:
             return None
         sentences.append(sentence)

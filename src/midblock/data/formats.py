@@ -169,10 +169,10 @@ def _mt_bench(row: Mapping[str, Any], where: str) -> Example:
 def _toxigen(row: Mapping[str, Any], where: str) -> Example:
     text = _string(row, "text")
     fields = dict(row)
-    ratings = [row.get(name) for name in ("toxicity_ai", "toxicity_human")]
-    if row.get("label") is None and all(isinstance(r, int | float) for r in ratings):
+    machine, human = row.get("toxicity_ai"), row.get("toxicity_human")
+    if row.get("label") is None and isinstance(machine, int | float) and isinstance(human, int | float):
         # the hub's annotated split has ratings only; lm-evaluation-harness draws the line here
-        fields["label"] = int(sum(ratings) > 5.5)
+        fields["label"] = int(machine + human > 5.5)
     label = fields.get("label")
     if label is not None and label not in (0, 1):
         raise BadRowError(f"'label' is {label!r}, not 0 or 1")

@@ -8,6 +8,7 @@ differ a little between Python versions; the data set's fingerprint tells them a
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import re
@@ -68,12 +69,11 @@ def _is_prose(part: str, text: str) -> bool:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    try:
+    with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name in sorted(topics):
-        yield f"topic {name}", topics[name]
+
+        for name in sorted(topics):
+            yield f"topic {name}", topics[name]
     for module in _MODULES:
         spec = importlib.util.find_spec(module)
         if spec is None or not spec.origin or not Path(spec.origin).is_file():

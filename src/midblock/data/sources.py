@@ -147,7 +147,7 @@ def _from_folder(text: str, split: str | None) -> Dataset:
         has = f"has {', '.join(sorted(splits))}" if splits else "holds no data file"
         raise DataError(f"{folder}: there is no split {wanted!r}; the folder {has}. Name a split that "
                         f"is there ({folder}:SPLIT), or a file.")
-    return _dataset(folder.name, wanted, str(splits[wanted]), read_rows(splits[wanted]), "generic", 1, wanted)
+    return _dataset(folder.name, wanted, str(splits[wanted]), read_rows(splits[wanted]), "generic", 1, "all")
 
 
 def _unknown(text: str, root: Path | None) -> DataError:

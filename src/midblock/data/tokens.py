@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from midblock.data.examples import Dataset, Example
@@ -307,11 +308,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[_Pieces]) -> lis
         if any(whole[: len(h)] != h for h in heads):
             # a token spans a boundary: tokenise the pieces by themselves
             pieces = [heads[0], *_batch(tokenizer, item.texts[1:], False)]
-            heads, ids = [], []
-            for piece in pieces:
-                ids = ids + piece
-                heads.append(ids)
-            heads, whole = heads[:-1], ids
+            heads = [list(chain.from_iterable(pieces[:k])) for k in range(1, len(pieces) + 1)]
+            whole = heads.pop()
         bounds = [0, *map(len, heads), len(whole)]
         ids = list(whole)
         if item.add_eos and eos is not None and (not ids or ids[-1] != eos):
