@@ -452,6 +452,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index} names weights that no shard holds: {', '.join(lost[:3])}"
                                       f"{' ...' if len(lost) > 3 else ''}.")
         self._open: dict[Path, Any] = {}
+        self._data_start: dict[Path, int] = {}
         self._blocks_prefix: str | None = None
 
     def names(self) -> list[str]:
@@ -490,6 +491,15 @@ class Checkpoint:
         """Bytes of one tensor."""
         start, end = self._entry(name)["data_offsets"]
         return int(end) - int(start)
+
+    def location(self, name: str) -> tuple[Path, int]:
+        """File of a tensor and the byte at which its data begin (row-major, little-endian)."""
+        start = int(self._entry(name)["data_offsets"][0])
+        path = self._where[name]
+        if path not in self._data_start:
+            with path.open("rb") as stream:
+                self._data_start[path] = 8 + int.from_bytes(stream.read(8), "little")
+        return path, self._data_start[path] + start
 
     def main_dtype(self) -> torch.dtype:
         """The floating-point dtype that most bytes of the checkpoint are stored in."""
@@ -609,7 +619,7 @@ class Checkpoint:
         if self.config.get("lora_bias"):
             raise AdapterError(f"{self.folder} has LoRA biases, which have no part in a weight's change.")
         change = product * self._scaling(name.removesuffix(".weight"), rank)
-        if self.config.get("fan_in_fan_out"):
+        if self.config.get("fan_in_fan_out") and "embedding_A" not in parts:
             change = change.T
         if "magnitude" not in parts:
             return change
@@ -621,6 +631,32 @@ class Checkpoint:
         magnitude = self.read(parts["magnitude"]).float().reshape(-1)
         factor = magnitude / torch.linalg.vector_norm(moved, dim=axis)
         return moved * factor.unsqueeze(axis) - base.float()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Two thin float32 matrices whose product is `delta`, where the change is of low rank.
+
+        Args:
+            name: Name of a base weight.
+
+        Returns:
+            ``(left (m, r), right (r, n))`` with left @ right = the change in the weight's own
+            layout, scaling included; None for DoRA and for modules saved in full.
+
+        Raises:
+            AdapterError: as for `delta`.
+        """
+        parts = {part: full for full in self._entries for key, part in [_adapter_key(full)] if key == name}
+        if "full" in parts or "magnitude" in parts or not ({"A", "embedding_A"} & set(parts)):
+            self.delta(name, torch.zeros(())) if not parts else None  # tells what is wrong
+            return None
+        if self.config.get("lora_bias"):
+            raise AdapterError(f"{self.folder} has LoRA biases, which have no part in a weight's change.")
+        embedding = "embedding_A" in parts
+        a = self.read(parts["embedding_A" if embedding else "A"]).float()
+        b = self.read(parts["embedding_B" if embedding else "B"]).float()
+        b = b * self._scaling(name.removesuffix(".weight"), a.shape[0])
+        transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+        return (a.T, b.T) if transposed else (b, a)
 
     def _scaling(self, module: str, rank: int) -> float:
         alpha = float(self.config.get("lora_alpha", 8))
