@@ -629,7 +629,7 @@ class Checkpoint:
         moved = base.float() + change
         axis = 0 if self.config.get("fan_in_fan_out") else 1
         magnitude = self.read(parts["magnitude"]).float().reshape(-1)
-        factor = magnitude / torch.linalg.vector_norm(moved, dim=axis)
+        factor: Tensor = magnitude / torch.linalg.vector_norm(moved, dim=axis)
         return moved * factor.unsqueeze(axis) - base.float()
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -643,11 +643,12 @@ class Checkpoint:
             layout, scaling included; None for DoRA and for modules saved in full.
 
         Raises:
-            AdapterError: as for `delta`.
+            AdapterError: a weight that the adapter does not change, or LoRA biases.
         """
         parts = {part: full for full in self._entries for key, part in [_adapter_key(full)] if key == name}
-        if "full" in parts or "magnitude" in parts or not ({"A", "embedding_A"} & set(parts)):
-            self.delta(name, torch.zeros(())) if not parts else None  # tells what is wrong
+        if not parts:
+            raise AdapterError(f"{self.folder} does not change {name}.")
+        if "full" in parts or "magnitude" in parts:
             return None
         if self.config.get("lora_bias"):
             raise AdapterError(f"{self.folder} has LoRA biases, which have no part in a weight's change.")
