@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from midblock.errors import SettingsError
-from midblock.models import LoadedModel, check_chain, load_chain, load_model
+from midblock.models import LoadedModel, check_fit, load_chain, load_model
 
 __all__ = ["comparisons", "resolve_stages", "side_of", "stage_names"]
 
@@ -67,5 +67,5 @@ def resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft:
     if all(isinstance(m, str) for m in chain):
         return load_chain(chain, names=names)
     loaded = [load_model(m) if isinstance(m, str) else m for m in chain]
-    check_chain(loaded)
+    check_fit(loaded)
     return loaded
