@@ -1,1 +1,57 @@
 """Models: loading, anatomy, checkpoints on disk, and what is known of published pairs."""
+
+from __future__ import annotations
+
+from midblock.models.anatomy import (
+    Anatomy,
+    Projection,
+    attention_of,
+    check_read_out,
+    find_anatomy,
+    kind_of,
+    projections,
+    split_fused,
+    text_config,
+)
+from midblock.models.checkpoints import (
+    Checkpoint,
+    fingerprint,
+    quiet,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from midblock.models.load import (
+    LoadedModel,
+    check_fit,
+    load_chain,
+    load_model,
+    load_pair,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+
+__all__ = [
+    "Anatomy",
+    "Checkpoint",
+    "LoadedModel",
+    "Projection",
+    "attention_of",
+    "check_fit",
+    "check_read_out",
+    "find_anatomy",
+    "fingerprint",
+    "kind_of",
+    "load_chain",
+    "load_model",
+    "load_pair",
+    "load_tokenizer",
+    "projections",
+    "quiet",
+    "resolve_checkpoint",
+    "resolve_device",
+    "resolve_dtype",
+    "save_checkpoint",
+    "split_fused",
+    "text_config",
+]
