@@ -103,8 +103,8 @@ def sparsity(z: Tensor, eps: float = 0.01, *, relative: bool = False, mask: Tens
         size = parts[0].abs()
         if relative:
             top = size.amax(dim=(-2, -1), keepdim=True)
-            share = (size < eps * top).sum(dim=(-2, -1)) / (rows * z.shape[-1])
-            out[index] = torch.where(top[:, 0, 0] > 0, share, math.nan).to(torch.float64)
+            share = (size < eps * top).sum(dim=(-2, -1)).to(torch.float64) / (rows * z.shape[-1])
+            out[index] = torch.where(top[:, 0, 0] > 0, share, torch.full_like(share, math.nan))
         else:
             out[index] = (size < eps).sum(dim=(-2, -1)).to(torch.float64) / (rows * z.shape[-1])
     return scalar_or_raise(out.reshape(lead), bool(lead), "sparsity is undefined: no tokens, or all "

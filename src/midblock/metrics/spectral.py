@@ -26,6 +26,7 @@ from torch import Tensor
 from midblock.metrics._inputs import (
     as_batch,
     bootstrap_weights,
+    dots,
     features,
     floating,
     norms,
@@ -63,10 +64,9 @@ __all__ = [
 Normalize = Literal["max", "rows", "dim", "none"]
 """What an entropy is divided by: ln min(T, d), ln T, ln d, or nothing."""
 
-# Below this entropy (nats) a float32 spectrum is computed again in float64: the error of the
-# entropy is about 1e-7 absolute whatever its size (measured: at most 4e-7 on SmolLM2 with
-# T = 128), so that 1e-5 relative is kept above 0.04.
-_FLOAT32_ENTROPY_FLOOR = 0.1
+# float32 errs by about 1e-6 nats whatever the entropy (measured up to 1.3e-6 at T = 128), so
+# a sample whose sum p^2 is above this, whose entropy may be below 0.34 nats, takes float64.
+_FLOAT32_PURITY_LIMIT = 0.8
 
 _ZERO = "every singular value is 0 (all rows are zero), so the spectrum has no distribution"
 
@@ -351,12 +351,15 @@ def normalized_entropy_from_spectrum(values: Tensor, *, rows: int, dim: int, alp
     return scalar_or_raise(entropy, values.ndim > 1, _undefined_entropy(rows, dim, normalize))
 
 
-def _entropies(z: Tensor, alpha: float) -> Tensor:
-    """Entropies (g) of unpadded (g, T, d) in the dtype of ``z``; NaN where all is zero."""
-    gram, _ = _scaled_small_gram(z)
+def _unit_trace_gram(z: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor]:
+    """Gram matrices (g, k, k) of the smaller side with trace 1, and where they are not 0 (g)."""
+    gram, _ = _scaled_small_gram(unit_norm_rows(z) if unit_rows else z)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    nan = torch.full_like(trace, math.nan)
-    gram = gram / torch.where(trace > 0, trace, torch.ones_like(trace))[..., None, None]
+    return gram / torch.where(trace > 0, trace, torch.ones_like(trace))[..., None, None], trace > 0
+
+
+def _gram_entropies(gram: Tensor, alpha: float, defined: Tensor) -> Tensor:
+    """Entropies (g) of Gram matrices with trace 1; NaN where not ``defined``."""
     if alpha == 2:  # sum p^2 is the squared Frobenius norm: no eigenvalues needed
         entropy = -gram.square().sum(dim=(-2, -1)).log()
         entropy = entropy.clamp_min(0)
@@ -364,7 +367,33 @@ def _entropies(z: Tensor, alpha: float) -> Tensor:
         values = symmetric_eigenvalues(gram)
         total = values.sum(-1, keepdim=True)
         entropy = _renyi(values / torch.where(total > 0, total, torch.ones_like(total)), alpha)
-    return torch.where(trace > 0, entropy, nan)
+    return torch.where(defined, entropy, torch.full_like(entropy, math.nan)).to(torch.float64)
+
+
+def _entropies(z: Tensor, alpha: float, unit_rows: bool, dtype: torch.dtype) -> Tensor:
+    """Entropies (g) of unpadded (g, T, d); NaN where all is zero."""
+    if dtype == torch.float64 or z.dtype == torch.float64:
+        gram, defined = _unit_trace_gram(z.to(torch.float64), unit_rows)
+        return _gram_entropies(gram, alpha, defined)
+    z = floating(z, dtype)
+    out = torch.full((z.shape[0],), math.nan, dtype=torch.float64, device=z.device)
+    left = torch.arange(z.shape[0], device=z.device)
+
+    def split(pure: Tensor) -> None:  # the pure samples are done in float64 and leave the rest
+        nonlocal left
+        if bool(pure.any()):
+            out[left[pure]] = _entropies(z[left[pure]], alpha, unit_rows, torch.float64)
+            left = left[~pure]
+
+    if not unit_rows:  # one long row (an attention sink) shows before any product: p_1 >= its share
+        rows = dots(z, z)
+        split(rows.amax(-1) > math.sqrt(_FLOAT32_PURITY_LIMIT) * rows.sum(-1))
+    if left.numel():
+        gram, defined = _unit_trace_gram(z[left] if left.numel() < len(z) else z, unit_rows)
+        pure = (gram.square().sum(dim=(-2, -1)) > _FLOAT32_PURITY_LIMIT) & defined
+        split(pure)
+        out[left] = _gram_entropies(gram[~pure], alpha, defined[~pure])
+    return out
 
 
 def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
@@ -384,10 +413,11 @@ def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
             ln T_i, ``dim`` by ln d, ``none`` keeps nats.
         mask: (*, T), true for real tokens; padding anywhere, with any content, changes nothing.
         lengths: (*), instead of a mask, for right padding.
-        dtype: torch.float64, or torch.float32: about twice as fast, with samples of an entropy
-            below 0.1 nats computed again in float64, because float32 errs by about 1e-7 nats
-            whatever the value. Equal to 1e-5 relative on hidden states with one dominating
-            direction (held by a test).
+        dtype: torch.float64, or torch.float32: about half the time, for alpha >= 1 equal to
+            1e-5 relative (a test holds it). Samples with one dominating direction (sum p^2
+            above 0.8: tiny entropies, of which float32 has too few digits) are detected from
+            the Gram matrix and take float64. Orders below 1 weigh the smallest eigenvalues
+            and keep about 1e-3. float64 input stays float64.
 
     Returns:
         (*), float64. In a batch NaN marks samples without a value: no tokens, all zero,
@@ -417,17 +447,7 @@ def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
         divisor = _log_count(rows, batch.shape[-1], normalize)
         if math.isnan(divisor):
             continue
-        z = parts[0]
-        exact = z.to(torch.float64) if dtype == torch.float64 or z.dtype == torch.float64 else None
-        if exact is not None:
-            entropy = _entropies(unit_norm_rows(exact) if unit_rows else exact, alpha)
-        else:
-            z = unit_norm_rows(floating(z, dtype)) if unit_rows else floating(z, dtype)
-            entropy = _entropies(z, alpha).to(torch.float64)
-            again = (entropy < _FLOAT32_ENTROPY_FLOOR).nonzero()[:, 0]
-            if again.numel():
-                entropy[again] = _entropies(z[again].to(torch.float64), alpha)
-        out[index] = entropy / divisor
+        out[index] = _entropies(parts[0], alpha, unit_rows, dtype) / divisor
     result = out.reshape(lead)
     if lead:
         return result
