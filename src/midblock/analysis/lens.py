@@ -289,9 +289,11 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     hidden = sorted({*range(0, last + 1, chosen.every), last})
     readouts = _Readouts(by_name, pairs, hidden, samples, chosen)
     batches = make_batches(encoded.rows, batch_size=chosen.batch_size, pad_id=pad_token_id(tokenizer))
-    feed_batches(by_name, batches, {"lens": readouts}, state=PassState(state_folder) if state_folder else None,
-                 progress=progress, what="read-out")
+    state = PassState(state_folder) if state_folder else None
+    feed_batches(by_name, batches, {"lens": readouts}, state=state, progress=progress, what="read-out")
     table = _table(readouts, keys, pairs, hidden, chosen)
+    if state:
+        state.discard()
     for row in table.rows:
         row["data"] = dataset.name
     counts = {"samples": len(samples), "counted_tokens": int(readouts.tokens.sum()), **encoded.describe()}

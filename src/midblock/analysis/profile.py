@@ -251,13 +251,18 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     feed_batches(by_name, batches, accumulators, state=state, progress=progress)
 
     table = Table()
-    weights = stats.bootstrap_weights(len(pooled_ids), chosen.replicates, chosen.seed)
+    # with multinomial weights an exact replicate has only 63% distinct rows, and so less rank than the
+    # sample: the Bayesian bootstrap keeps every row
+    weights = stats.bootstrap_weights(len(pooled_ids), chosen.replicates, chosen.seed,
+                                      kind="multinomial" if chosen.resampling == "first-order" else "dirichlet")
     for h in range(num_hidden):
         _token_rows(table, h, tokens, keys, pairs, chosen)
         _pooled_rows(table, h, pooled, keys, pairs, weights, chosen)
         if views is not None:
             _view_rows(table, h, views, keys, pairs, chosen)
         progress("metrics", h + 1, num_hidden)
+    if state:
+        state.discard()
     for row in table.rows:
         row["data"] = dataset.name
     lengths = [len(r.ids) for r in encoded.rows[:wanted]]

@@ -429,36 +429,49 @@ class _Sums:
             self.own[stage] = self.own[stage] + value if stage in self.own else value
 
 
-class _Reader(threading.local):
+class _Reader:
     """Buffers and file handles of one thread."""
 
     def __init__(self) -> None:
-        self.files: dict[Path, int] = {}
-        self.raw: dict[int, Tensor] = {}
-        self.wide: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._files: dict[Path, int] = {}
+        self._raw: dict[int, Tensor] = {}
+        self._wide: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def handle(self, path: Path) -> int:
-        if path not in self.files:
-            self.files[path] = os.open(path, os.O_RDONLY)
-            _advise(self.files[path], 0, 0, "POSIX_FADV_SEQUENTIAL")
-        return self.files[path]
+        """File descriptor; each thread has its own, so that the system's read-ahead sees one stream in each."""
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def close(self) -> None:
+        """Close all files."""
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
 
     def buffer(self, slot: int, dtype: torch.dtype, size: int) -> Tensor:
-        """Widened entries of one stage (slots 0..S-1) or the difference (slot S)."""
-        found = self.wide.get((slot, dtype))
+        """Room for the widened entries of one stage (slots 0..S-1) or for a difference (slot S)."""
+        found = self._wide.get((slot, dtype))
         if found is None or found.numel() < size:
-            found = self.wide[slot, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
+            found = self._wide[slot, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
         return found[:size]
+
+    def announce(self, slab: _Slab, first: int, stop: int) -> None:
+        """Ask the system to fetch entries that will be read in a moment."""
+        if hasattr(os, "posix_fadvise"):
+            size = slab.dtype.itemsize
+            with contextlib.suppress(OSError):  # it is only a hint
+                os.posix_fadvise(self.handle(slab.path), slab.offset + first * size, (stop - first) * size,
+                                 os.POSIX_FADV_WILLNEED)
 
     def load(self, slab: _Slab, first: int, out: Tensor, slot: int) -> None:
         """Read entries ``first``.. of a tensor and widen them into ``out``."""
-        size = out.numel() * slab.dtype.itemsize
-        if slab.dtype == out.dtype:
-            target = out
-        else:
-            raw = self.raw.get(slot)
+        target = out
+        if slab.dtype != out.dtype:
+            size = out.numel() * slab.dtype.itemsize
+            raw = self._raw.get(slot)
             if raw is None or raw.numel() < size:
-                raw = self.raw[slot] = torch.empty(max(size, _PIECE * 4), dtype=torch.uint8)
+                raw = self._raw[slot] = torch.empty(max(size, _PIECE * 4), dtype=torch.uint8)
             target = raw[:size].view(slab.dtype)
         view = memoryview(target.view(torch.uint8).numpy())
         position = slab.offset + first * slab.dtype.itemsize
@@ -471,34 +484,471 @@ class _Reader(threading.local):
             out.copy_(target)
 
 
-def _advise(handle: int, start: int, length: int, advice: str) -> None:
-    if hasattr(os, advice):  # not on every system; it is only a hint
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(handle, start, length, getattr(os, advice))
-
-
 @dataclass(frozen=True)
 class _Job:
-    weight: int
+    """Entries ``start``..``stop`` of one weight."""
+
+    index: int
     start: int
     stop: int
 
 
 class _Summer:
-    """Sums of squares of all weights, in threads."""
+    """Sums of squares of all weights, by a few threads."""
 
-    def __init__(self, stages: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair]) -> None:
-        self.stages, self.plan, self.pairs = stages, plan, list(pairs)
-        self.earlier = sorted({earlier for _, earlier in pairs})
-        self.opened: list[_Reader] = []
-        self.lock = threading.Lock()
-        self.local = threading.local()
+    def __init__(self, stages: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair], workers: int | None) -> None:
+        self._stages, self._plan, self._pairs = list(stages), plan, list(pairs)
+        self._earlier = sorted({earlier for _, earlier in pairs})
+        self._workers = workers or min(_cores(), 8)
+        self._local = threading.local()
+        self._readers: list[_Reader] = []
 
-    def reader(self) -> _Reader:
-        if not hasattr(self.local, "reader"):
-            torch.set_num_threads(1)  # one core for each thread; the default would multiply them
-            self.local.reader = _Reader()
-            with self.lock:
-                self.opened.append(self.local.reader)
-        reader: _Reader = self.local.reader
+    def run(self, progress: Progress) -> list[_Sums]:
+        """Sums of every weight, in the plan's order."""
+        weights = self._plan.weights
+        jobs = []
+        for index, weight in enumerate(weights):
+            step = max(1, _JOB // weight.columns) * weight.columns
+            jobs += [_Job(index, lo, min(lo + step, weight.numel)) for lo in range(0, weight.numel, step)]
+        sums = [_Sums({}, {}) for _ in weights]
+        bytes_of = [sum(s.checkpoint.nbytes_of(s.own_names[w.name]) for s in self._stages if s.adapter is None)
+                    for w in weights]
+        total = sum(bytes_of) / 1e6
+        done = 0.0
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="weights")
+        try:
+            # in the order of the jobs, so that equal calls give equal sums to the last bit
+            for job, found in zip(jobs, pool.map(self._job, jobs), strict=True):
+                sums[job.index].add(found)
+                weight = weights[job.index]
+                done += bytes_of[job.index] * (job.stop - job.start) / weight.numel / 1e6
+                progress("weights (MB)", done, total, note=weight.name)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for reader in self._readers:
+                reader.close()
+            torch.set_num_threads(threads)
+        for weight, found in zip(weights, sums, strict=True):
+            if not all(bool(v.isfinite().all()) for v in (*found.difference.values(), *found.own.values())):
+                self._explain(weight)
+        return sums
+
+    def _reader(self) -> _Reader:
+        reader: _Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            torch.set_num_threads(1)  # the threads are ours; torch's own would only multiply them
+            reader = self._local.reader = _Reader()
+            self._readers.append(reader)
         return reader
+
+    def _job(self, job: _Job) -> _Sums:
+        weight = self._plan.weights[job.index]
+        operands = [stage.operand(weight) for stage in self._stages]
+        found = _Sums({}, {})
+        dense = []
+        for pair in self._pairs:
+            thin = _thin_difference(operands[pair[0]], operands[pair[1]])
+            if thin is None:
+                dense.append(pair)
+            elif job.start == 0:
+                found.difference[pair] = _thin_squares(thin, weight)
+        needed = sorted({*self._earlier, *(stage for pair in dense for stage in pair)})
+        reader = self._reader()
+        for stage in needed:
+            if (slab := operands[stage].slab) is not None:
+                reader.announce(slab, job.start, job.stop)
+        wide = torch.float64 if any(operands[s].dtype == torch.float64 for s in needed) else torch.float32
+        rowwise = weight.fused is not None or any(operands[s].left is not None for s in needed)
+        piece = max(1, _PIECE // weight.columns) * weight.columns if rowwise else _PIECE
+        for lo in range(job.start, job.stop, piece):
+            hi = min(lo + piece, job.stop)
+            values = {stage: self._values(reader, stage, operands[stage], weight, lo, hi, wide) for stage in needed}
+            scratch = reader.buffer(len(self._stages), wide, hi - lo)
+            part = _Sums({}, {})
+            for later, earlier in dense:
+                torch.sub(values[later], values[earlier], out=scratch)
+                part.difference[later, earlier] = _squares(scratch, scratch, weight, lo)
+            for stage in self._earlier:
+                part.own[stage] = _squares(values[stage], scratch, weight, lo)
+            found.add(part)
+        return found
+
+    def _values(self, reader: _Reader, stage: int, operand: _Operand, weight: _Weight, lo: int, hi: int,
+                wide: torch.dtype) -> Tensor:
+        """Entries ``lo``..``hi`` of a stage's weight, widened."""
+        out = reader.buffer(stage, wide, hi - lo)
+        if operand.whole is not None:
+            return out.copy_(operand.whole.flatten()[lo:hi])
+        assert operand.slab is not None
+        reader.load(operand.slab, lo, out, stage)
+        if operand.left is not None and operand.right is not None:
+            rows = slice(lo // weight.columns, hi // weight.columns)
+            out.view(-1, weight.columns).addmm_(operand.left[rows].to(wide), operand.right.to(wide))
+        return out
+
+    def _explain(self, weight: _Weight) -> None:
+        """Raise for a weight whose sums are not finite."""
+        for stage in self._stages:
+            sources = [(stage.checkpoint, stage.own_names[weight.name])]
+            if stage.adapter is not None and weight.name in stage.changed:
+                module = stage.changed[weight.name].removesuffix(".weight")
+                sources += [(stage.adapter, n) for n in stage.adapter.names() if f".{module}." in f".{n}"]
+            for checkpoint, name in sources:
+                flat = checkpoint.read(name).reshape(-1)
+                if not all(bool(part.isfinite().all()) for part in flat.split(_JOB)):
+                    raise CheckpointError(f"{checkpoint.location(name)[0]}: {name} holds NaN or infinity; "
+                                          "fetch or write the checkpoint again.")
+        raise CheckpointError(f"{weight.name} holds values so large that their squares overflow float32; "
+                              "they are no plausible weights.")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _squares(values: Tensor, scratch: Tensor, weight: _Weight, first: int) -> Tensor:
+    """Sum of squares, float64: one number, or for a fused matrix one for each output."""
+    if weight.fused is None:
+        return torch.dot(values, values).double()
+    squares = torch.mul(values, values, out=scratch).view(-1, weight.columns)
+    if weight.fused == "columns":
+        return squares.sum(dim=0, dtype=torch.float64)
+    found = torch.zeros(weight.shape[0], dtype=torch.float64)
+    row = first // weight.columns
+    found[row:row + squares.shape[0]] = squares.sum(dim=1, dtype=torch.float64)
+    return found
+
+
+def _thin_difference(later: _Operand, earlier: _Operand) -> tuple[Tensor, Tensor] | None:
+    """Thin float64 factors of later - earlier where both rest on the same stored weight; else None.
+
+    Equal operands give factors of rank 0.
+    """
+    if later.slab is None or later.slab != earlier.slab:
+        return None
+    left = [sign * o.left for o, sign in ((later, 1), (earlier, -1)) if o.left is not None]
+    right = [o.right for o in (later, earlier) if o.right is not None]
+    if not left:
+        return torch.zeros(1, 0), torch.zeros(0, 1)
+    return torch.cat(left, dim=1).double(), torch.cat(right, dim=0).double()
+
+
+def _thin_squares(thin: tuple[Tensor, Tensor], weight: _Weight) -> Tensor:
+    """As `_squares`, of left @ right: row i has left_i (right right') left_i'."""
+    left, right = thin
+    if left.shape[1] == 0:
+        outputs = {None: (), "rows": weight.shape[:1], "columns": weight.shape[-1:]}[weight.fused]
+        return torch.zeros(outputs, dtype=torch.float64)
+    if weight.fused == "columns":
+        return (right * ((left.T @ left) @ right)).sum(dim=0).clamp(min=0)
+    rows = (left * (left @ (right @ right.T))).sum(dim=1).clamp(min=0)
+    return rows.sum() if weight.fused is None else rows
+
+
+# ---------------------------------------------------------------------------------------------
+# spectra of the difference
+
+
+def _spectrum(stages: Sequence[_Stage], weight: _Weight, pair: Pair) -> Tensor:
+    """Singular values (float64, descending) of a matrix's difference.
+
+    From the Gram matrix of the smaller side, summed in float64 over strips of the other side, or
+    from an r x r matrix where the difference has rank r. Values below sqrt(k * eps) of the
+    largest, which the Gram matrix cannot tell from zero, are zero.
+    """
+    later, earlier = (stages[i].operand(weight) for i in pair)
+    if (thin := _thin_difference(later, earlier)) is not None:
+        left, right = thin
+        core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+        return torch.linalg.svdvals(core)
+    rows, columns = weight.shape
+    smaller = min(rows, columns)
+    strip = max(1, (1 << 22) // smaller)
+    gram = torch.zeros(smaller, smaller, dtype=torch.float64)
+    read = [_strips(stages[i], o, weight) for i, o in zip(pair, (later, earlier), strict=True)]
+    everything = slice(None)
+    for lo in range(0, max(rows, columns), strip):
+        part = slice(lo, lo + strip)
+        where = (part, everything) if columns <= rows else (everything, part)
+        difference = read[0](where) - read[1](where)
+        if columns <= rows:
+            difference = difference.T
+        gram.addmm_(difference, difference.T)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    floor = math.sqrt(smaller * torch.finfo(torch.float64).eps)
+    return torch.where(values > floor * values[0], values, 0.0)
+
+
+def _strips(stage: _Stage, operand: _Operand, weight: _Weight) -> Callable[[tuple[slice, slice]], Tensor]:
+    """Function from (rows, columns) to those entries of a stage's weight, in float64."""
+    if operand.whole is not None:
+        whole = operand.whole
+        return lambda where: whole[where].double()
+    assert operand.slab is not None
+    stored = operand.slab.owner.read(operand.slab.name)
+    if operand.left is None or operand.right is None:
+        return lambda where: stored[where].double()
+    left, right = operand.left.double(), operand.right.double()
+    return lambda where: stored[where].double() + left[where[0]] @ right[:, where[1]]
+
+
+def _spectra_cost(plan: _Plan, stages: Sequence[_Stage], pairs: Sequence[Pair]) -> float:
+    """Rough number of operations that the spectra of all matrices take; thin differences are free."""
+    dense = [p for p in pairs if not any(stages[i].adapter is not None for i in p)]
+    return len(dense) * sum(2.0 * w.numel * min(w.shape) + 10.0 * min(w.shape) ** 3
+                            for w in plan.weights if len(w.shape) == 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# the result
+
+
+@dataclass
+class WeightsResult:
+    """Weight change of every matrix, group and block."""
+
+    table: Table
+    stages: list[str]
+    num_blocks: int
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Bytes and weights compared, tying, what was left out, notes, whether spectra were taken."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table, with the columns ``stage``, ``matrix`` and ``tensor``."""
+        return self.table.frame()
+
+    def by_block(self, stage: str | None = None, metric: str = "weight_change") -> pd.DataFrame:
+        """One row a block, one column a group or kind of matrix, of one comparison.
+
+        Where a block has several matrices of a kind (norms, experts), their mean stands for them.
+
+        Args:
+            stage: ``sft-base``; default the first comparison.
+            metric: ``weight_change``, ``weight_change_relative``, ``weight_change_spectral_norm`` or
+                ``weight_change_effective_rank``.
+        """
+        stage = stage or side_of(comparisons(self.stages)[0])
+        frame = self.frame
+        part = frame[(frame["kind"] == "block") & (frame["stage"] == stage) & (frame["metric"] == metric)]
+        part = part.assign(matrix=part["matrix"].where(part["tensor"].isna() | (part["matrix"] != "norm"), "norm*"))
+        wide = part.pivot_table(index="layer", columns="matrix", values="value", aggfunc="mean", sort=False)
+        first = [g for g in (*GROUPS, "block") if g in wide]
+        wide = wide[[*first, *(c for c in wide if c not in (*first, "bias", "norm*"))]]
+        wide.columns.name = None
+        wide.insert(0, "depth", [round(depth(int(b), self.num_blocks), 3) for b in wide.index])
+        return wide.reset_index(names="block")
+
+    def regions(self) -> pd.DataFrame:
+        """Mean change of early (depth < 0.2), middle and late (> 0.8) blocks, and the largest, per group."""
+        frame = self.frame
+        frame = frame[(frame["kind"] == "block") & frame["tensor"].isna() & (frame["side"] == "difference")]
+        rows = []
+        for (stage, metric, matrix), part in frame.groupby(["stage", "metric", "matrix"], sort=False):
+            where = np.array([depth(int(b), self.num_blocks) for b in part["layer"]])
+            zone = np.where(where < 0.2, "early", np.where(where > 0.8, "late", "middle"))
+            means = part.groupby(zone)["value"].mean()
+            peak = part.loc[part["value"].idxmax()] if (part["value"] > 0).any() else None
+            rows.append({"stage": stage, "metric": metric, "matrix": matrix,
+                         **{z: means.get(z, math.nan) for z in ("early", "middle", "late")},
+                         "largest at block": None if peak is None else int(peak["layer"]),
+                         "there": None if peak is None else float(peak["value"])})
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """In words: where the weights moved most, absolutely and relative to their size."""
+        lines = []
+        regions = self.regions().set_index(["stage", "metric", "matrix"])
+        frame = self.frame
+        for pair in comparisons(self.stages):
+            stage = side_of(pair)
+            own = frame[(frame["stage"] == stage) & (frame["metric"] == "weight_change")]
+            if not (own["value"] > 0).any():
+                lines.append(f"{stage}: no weight differs.")
+                continue
+            for metric, what in (("weight_change", "change of q, k, v and o (sum of Frobenius norms)"),
+                                 ("weight_change_relative", "the same relative to the weights' own norm")):
+                if (stage, metric, "qkvo") not in regions.index:
+                    continue
+                row = regions.loc[(stage, metric, "qkvo")]
+                if pd.isna(row["largest at block"]):
+                    lines.append(f"{stage}: {what}: none.")
+                    continue
+                b = int(row["largest at block"])
+                lines.append(f"{stage}: {what}: largest in block {b} (depth {depth(b, self.num_blocks):.2f}: "
+                             f"{row['there']:.4g}); mean early {row['early']:.4g}, middle {row['middle']:.4g}, "
+                             f"late {row['late']:.4g}.")
+            blocks = own[(own["kind"] == "block") & (own["matrix"] == "block")]
+            outside = own[(own["kind"] == "model") & (own["value"] > 0)]["layer"].unique()
+            lines.append(f"{stage}: {int((blocks['value'] > 0).sum())} of {self.num_blocks} blocks changed; outside "
+                         f"them: {', '.join(outside) if len(outside) else 'nothing'}.")
+        if self.counts.get("tied"):
+            lines.append("The head is tied to the embeddings and stands under their name.")
+        return "\n".join([*lines, *self.counts.get("notes", [])])
+
+    def figures(self) -> dict[str, Figure]:
+        """Change by block and group, absolute and relative, and the relative change as a heatmap."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------
+# the call
+
+
+def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Path,
+            sft: LoadedModel | str | Path | None = None, *, names: Sequence[str] | None = None,
+            spectra: bool | Literal["auto"] = False, workers: int | None = None,
+            progress: Progress = silent) -> WeightsResult:
+    """Compare the weights of two or more checkpoints, matrix by matrix, straight from their files.
+
+    ``weight_change`` of a matrix is ||W_later - W_earlier||_F. Of a group (column ``matrix``: ``qkvo``
+    is the paper's equation 1; ``mlp``, ``norm``, ``block`` are all MLP matrices, norms, or everything in
+    a block) it is the sum of its members' norms. ``weight_change_relative`` is the Frobenius norm of
+    the difference over that of the earlier stage's weights, for a group over all of it at once.
+
+    Args:
+        stages: The base (then give ``sft``), or a chain: MODEL specs, folders, or loaded models (whose
+            files are read). Every stage but the first may be a folder with a LoRA adapter of
+            the first (rsLoRA, DoRA, embeddings and modules saved in full included).
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        names: Stage names; default base, sft, dpo, rlvr.
+        spectra: Also the spectral norm and the effective rank of every matrix's difference
+            (``weight_change_spectral_norm``, ``weight_change_effective_rank``). They cost an
+            eigendecomposition for each matrix; ``auto`` takes them where that is a minute or two at
+            most on a small machine (up to some 300M parameters, and adapters of any size).
+        workers: Threads; default one for each core, at most 8.
+        progress: Told how many megabytes have been read.
+
+    Returns:
+        Rows of kind ``block`` for every matrix (columns ``matrix``, its role, and ``tensor``, its name) and
+        group (no ``tensor``), and of kind ``model`` (layer ``embeddings``, ``final_norm``, ``head``,
+        ``other``) outside the blocks. ``n`` is the number of entries compared. Nothing is sampled, so
+        there are no intervals. Fused qkv matrices have rows for q, k and v as well.
+
+    Raises:
+        PairMismatchError: weights that one side lacks, or of another shape.
+        AdapterError: an adapter of another model or kind.
+        CheckpointError: a damaged file, quantised weights, or NaN or infinity (the tensor is named).
+
+    Source: "A Layer-wise Analysis of Supervised Fine-Tuning", equation 1.
+    """
+    specs = list(stages) if isinstance(stages, Sequence) and not isinstance(stages, str) else [stages]
+    if sft is not None:
+        specs.append(sft)
+    if len(specs) < 2:
+        raise SettingsError("at least two checkpoints are compared: give a base and a tuned one.")
+    if workers is not None and workers < 1:
+        raise SettingsError(f"{workers} threads cannot read anything; use 1 or more.")
+    keys = stage_names(len(specs), names)
+    chain: list[_Stage] = []
+    for key, spec in zip(keys, specs, strict=True):
+        chain.append(_stage(key, spec, chain[0] if chain else None))
+    plan = _plan(chain)
+    pairs = [(keys.index(later), keys.index(earlier)) for later, earlier in comparisons(keys)]
+    sums = _Summer(chain, plan, pairs, workers).run(progress)
+    if spectra == "auto":
+        spectra = _spectra_cost(plan, chain, pairs) <= _AUTO_SPECTRA
+    table = Table()
+    _table(table, keys, plan, pairs, sums)
+    if spectra:
+        _spectra_rows(table, chain, plan, pairs, sums, progress)
+    for stage in chain:
+        stage.release()
+    counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),
+              "bytes": sum(s.source.nbytes for s in chain), "tied": plan.tied, "left_out": plan.left_out,
+              "notes": plan.notes, "spectra": bool(spectra)}
+    return WeightsResult(table, keys, plan.num_blocks, counts)
+
+
+def _stage(key: str, spec: LoadedModel | str | Path, base: _Stage | None) -> _Stage:
+    if isinstance(spec, str | Path):
+        return _Stage(key, resolve_checkpoint(spec), base)
+    folder = spec.adapter or spec.folder
+    if folder is None:
+        raise SettingsError(f"{spec.name} was not loaded from a folder, so there are no files to read; save it "
+                            "with save_checkpoint first.")
+    return _Stage(key, folder, base)
+
+
+def _place(weight: _Weight) -> tuple[Literal["block", "model"], int | str]:
+    return ("model", weight.kind) if weight.block is None else ("block", weight.block)
+
+
+def _table(table: Table, keys: Sequence[str], plan: _Plan, pairs: Sequence[Pair], sums: Sequence[_Sums]) -> None:
+    for pair in pairs:
+        stage = side_of((keys[pair[0]], keys[pair[1]]))
+        groups: dict[tuple[int, str], list[tuple[float, float, int]]] = {}
+        for weight, found in zip(plan.weights, sums, strict=True):
+            parts = _parts(weight, found.difference[pair], found.own[pair[1]], plan.config)
+            for matrix, *part in parts:
+                _change_rows(table, _place(weight), [tuple(part)],
+                             {"stage": stage, "matrix": matrix, "tensor": weight.name})
+            if weight.block is None:
+                continue
+            # a fused matrix counts as its parts where they are known, else as one
+            counted = [tuple(p[1:]) for p in parts if p[0] != weight.kind] or [tuple(p[1:]) for p in parts]
+            for group in ("block", *(g for g, kinds in _ALL_GROUPS.items() if weight.kind in kinds)):
+                groups.setdefault((weight.block, group), []).extend(counted)
+        for (block, group), members in sorted(groups.items()):
+            _change_rows(table, ("block", block), members, {"stage": stage, "matrix": group, "tensor": None})
+    for i in sorted({earlier for _, earlier in pairs}):
+        for weight, found in zip(plan.weights, sums, strict=True):
+            table.add(*_place(weight), "weight_norm", keys[i], math.sqrt(float(found.own[i].sum())), n=weight.numel,
+                      stage=None, matrix=weight.kind, tensor=weight.name)
+
+
+def _change_rows(table: Table, place: tuple[Literal["block", "model"], int | str],
+                 members: Sequence[tuple[float, float, int]], cell: Mapping[str, Any]) -> None:
+    """Absolute and relative change of weights given as (squared change, squared norm, entries)."""
+    size = sum(m[2] for m in members)
+    square, own = math.fsum(m[0] for m in members), math.fsum(m[1] for m in members)
+    table.add(*place, "weight_change", "difference", math.fsum(math.sqrt(m[0]) for m in members), n=size, **cell)
+    if own > 0:
+        table.add(*place, "weight_change_relative", "difference", math.sqrt(square / own), n=size, **cell)
+    else:
+        table.add_undefined(*place, "weight_change_relative", "difference",
+                            "every weight of the earlier stage is zero", n=size, **cell)
+
+
+def _parts(weight: _Weight, difference: Tensor, own: Tensor, config: Any) -> list[tuple[str, float, float, int]]:
+    """(matrix, squared change, squared norm, entries) of a weight, then of q, k and v where it fuses them."""
+    found = [(weight.kind, float(difference.sum()), float(own.sum()), weight.numel)]
+    if weight.fused is not None:
+        changed, norms = split_fused(weight.name, difference, config), split_fused(weight.name, own, config)
+        assert changed is not None
+        assert norms is not None
+        inputs = weight.numel // difference.numel()
+        found += [(part, float(changed[part].sum()), float(norms[part].sum()), changed[part].numel() * inputs)
+                  for part in changed]
+    return found
+
+
+def _spectra_rows(table: Table, chain: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair],
+                  sums: Sequence[_Sums], progress: Progress) -> None:
+    matrices = [(w, s) for w, s in zip(plan.weights, sums, strict=True) if len(w.shape) == 2]
+    total = sum(w.numel * min(w.shape) for w, _ in matrices) * len(pairs) or 1
+    done, held = 0, 0
+    for pair in pairs:
+        stage = side_of((chain[pair[0]].name, chain[pair[1]].name))
+        for weight, found in matrices:
+            place = _place(weight)
+            cell = {"stage": stage, "matrix": weight.kind, "tensor": weight.name}
+            if float(found.difference[pair].sum()) > 0:
+                values = _spectrum(chain, weight, pair)
+                norm, rank = float(values[0]), float(metrics.effective_rank_from_singular_values(values))
+                table.add(*place, "weight_change_spectral_norm", "difference", norm, n=weight.numel, **cell)
+                table.add(*place, "weight_change_effective_rank", "difference", rank, n=weight.numel, **cell)
+                held += weight.numel
+            else:
+                table.add(*place, "weight_change_spectral_norm", "difference", 0.0, n=weight.numel, **cell)
+                table.add_undefined(*place, "weight_change_effective_rank", "difference",
+                                    "the weight did not change", n=weight.numel, **cell)
+            done += weight.numel * min(weight.shape)
+            if held > 1 << 27:  # mapped pages count as this process's memory until they are let go
+                held = 0
+                for checkpoint in chain:
+                    checkpoint.release()
+            progress("spectra", done, total, note=weight.name)

@@ -117,7 +117,7 @@ class TokenMetrics:
         for stage, z in whole.items():
             valid = mask.to(z.device)
             self._keep("prompt_entropy", stage, h, rows, metrics.prompt_entropy(
-                z, self._alpha, mask=valid, unit_rows=self._unit, normalize=self._normalize))
+                z, mask=valid, alpha=self._alpha, unit_rows=self._unit, normalize=self._normalize))
             self._keep("curvature", stage, h, rows, metrics.curvature(z, mask=valid))
             self._keep("sparsity", stage, h, rows, metrics.sparsity(
                 z, self._eps, relative=self._relative, mask=valid))

@@ -28,7 +28,7 @@ from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["Listener", "Lockstep", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
+__all__ = ["Listener", "Lockstep", "forwards_replaced", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
            "resume_at", "run_blocks", "run_layer_major", "verify_resume"]
 
 Listener = Callable[[int, Tensor], None]
@@ -193,29 +193,45 @@ def resume_at(anatomy: Anatomy, start: int, hidden: Tensor) -> Iterator[None]:
     if not 0 <= start < len(anatomy.blocks):
         raise ValueError(f"start {start} is not a block (0..{len(anatomy.blocks) - 1})")
     tuples = _learn_return_type(anatomy)
+    if start == 0:
+        def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return replace_hidden(args, kwargs, hidden)
+
+        # prepended: a listener on the same block must see the replaced hidden
+        handle = anatomy.blocks[0].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
 
     def passed_over(*args: Any, **kwargs: Any) -> Any:
         value = hidden_of_call(args, kwargs)
         return (value,) if tuples else value
 
-    def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_hidden(args, kwargs, hidden)
+    def fed(*args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if tuples else hidden
 
-    skipped = anatomy.blocks[:start]
-    before = [b.__dict__.get("forward") for b in skipped]
-    # prepended: a listener on the same block must see the replaced hidden
-    handle = anatomy.blocks[start].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)
+    # The last block passed over returns the given hidden, so that block ``start`` is called with it
+    # as if nothing had happened: gradient checkpointing keeps it for its second forward.
+    with forwards_replaced(anatomy.blocks[:start], [passed_over] * (start - 1) + [fed]):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Within the context each block's ``forward`` is the given function; restored also after errors."""
+    before = [b.__dict__.get("forward") for b in blocks]
     try:
-        for block in skipped:
-            block.forward = passed_over
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
         yield
     finally:
-        handle.remove()
-        for block, forward in zip(skipped, before, strict=True):
-            if forward is None:
+        for block, previous in zip(blocks, before, strict=True):
+            if previous is None:
                 block.__dict__.pop("forward", None)
             else:
-                block.forward = forward
+                block.forward = previous
 
 
 def verify_resume(model: nn.Module, anatomy: Anatomy) -> None:
