@@ -195,6 +195,13 @@ def test_cosine_of_zero_rows() -> None:
     assert math.isnan(got[1].item())
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_cosine_does_not_over_or_underflow(scale: float) -> None:
+    x, y = (side.float() for side in related(6, 5, seed=13))
+    expected = metrics.token_cosine(x, y).item()
+    assert metrics.token_cosine(x * scale, y).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_shift_and_intensity_equal_loop() -> None:
     x, y = related(9, 4, seed=10)
     a, b = x.numpy(), y.numpy()

@@ -81,6 +81,18 @@ def safe_scale(x: Tensor) -> Tensor:
     return x / torch.where(top > 0, top, torch.ones_like(top))
 
 
+def unit_largest_entry(x: Tensor) -> Tensor:
+    """Vectors along the last dim divided by their largest absolute entry (all-zero: unchanged)."""
+    top = x.abs().amax(dim=-1, keepdim=True)
+    return x / torch.where(top > 0, top, torch.ones_like(top))
+
+
+def in_safe_range(squares: Tensor) -> bool:
+    """Whether sums of squares are far from overflow and underflow, so that no scaling is needed."""
+    low, high = torch.aminmax(squares)
+    return bool((low > 1e-25) & (high < 1e30))
+
+
 def scalar_or_raise(values: Tensor, batched: bool, reason: str) -> Tensor:
     """NaN marks undefined entries of a batch; a single undefined value is an error."""
     if not batched and bool(torch.isnan(values).any()):

@@ -18,12 +18,14 @@ from midblock.metrics._inputs import (
     bootstrap_weights,
     dots,
     features,
+    in_safe_range,
     matching,
     norms,
     require_finite,
     resolve_mask,
     safe_scale,
     scalar_or_raise,
+    unit_largest_entry,
     unpadded_chunks,
 )
 
@@ -318,12 +320,12 @@ def cka_bootstrap(k: Tensor, l: Tensor, weights: Tensor, *,  # noqa: E741
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """cos of rows, NaN where one is zero; rounding beyond +-1 is cut."""
-    top_a, top_b = a.abs().amax(-1, keepdim=True), b.abs().amax(-1, keepdim=True)
-    a = a / torch.where(top_a > 0, top_a, torch.ones_like(top_a))
-    b = b / torch.where(top_b > 0, top_b, torch.ones_like(top_b))
-    dot = dots(a, b)
-    scale = (dots(a, a) * dots(b, b)).sqrt()
-    return (dot / scale).clamp(-1.0, 1.0)  # 0/0 is NaN
+    own_a, own_b = dots(a, a), dots(b, b)
+    if not (in_safe_range(own_a) and in_safe_range(own_b)):
+        a, b = unit_largest_entry(a), unit_largest_entry(b)
+        own_a, own_b = dots(a, a), dots(b, b)
+    scale = (own_a.to(torch.float64) * own_b.to(torch.float64)).sqrt()
+    return (dots(a, b).to(torch.float64) / scale).clamp(-1.0, 1.0)  # 0/0 is NaN
 
 
 def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -370,7 +372,7 @@ def token_cosine(za: Tensor, zb: Tensor, mask: Tensor | None = None, *,
     out = torch.full((batch.shape[0],), math.nan, dtype=torch.float64, device=za.device)
     for index, rows, parts in unpadded_chunks(batch, flat_mask, None, "the states", (other,)):
         if rows:
-            out[index] = _cosine(parts[0], parts[1]).to(torch.float64).nanmean(-1)
+            out[index] = _cosine(parts[0], parts[1]).nanmean(-1)
     return scalar_or_raise(out.reshape(lead), bool(lead),
                            "the cosine is undefined: no token has a non-zero state on both sides.")
 

@@ -18,10 +18,12 @@ from midblock.metrics._inputs import (
     bootstrap_weights,
     features,
     floating,
+    in_safe_range,
     norms,
     require_finite,
     resolve_mask,
     scalar_or_raise,
+    unit_largest_entry,
     unpadded_chunks,
 )
 
@@ -146,11 +148,11 @@ def curvature(z: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None =
         if rows < 3:
             continue
         step = parts[0].diff(dim=-2)
-        # Scaled by the largest entry first, so that squares cannot over- or underflow.
-        top = step.abs().amax(dim=-1, keepdim=True)
-        moved = top[..., 0] > 0
-        step = step / torch.where(top > 0, top, torch.ones_like(top))
-        norm = norms(step, dim=-1, keepdim=True)
+        norm = norms(step, keepdim=True)
+        if not in_safe_range(norm.square()):
+            step = unit_largest_entry(step)
+            norm = norms(step, keepdim=True)
+        moved = norm[..., 0] > 0
         step = step / torch.where(norm > 0, norm, torch.ones_like(norm))
         before, after = step[:, :-1], step[:, 1:]
         angle = 2 * torch.atan2(norms(after - before).to(torch.float64),

@@ -34,6 +34,7 @@ from midblock.metrics._inputs import (
     resolve_mask,
     scalar_or_raise,
     symmetric_eigenvalues,
+    unit_largest_entry,
     unpadded_chunks,
 )
 
@@ -90,8 +91,7 @@ def unit_norm_rows(x: Tensor) -> Tensor:
         >>> unit_norm_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
-    top = x.abs().amax(dim=-1, keepdim=True)
-    x = x / torch.where(top > 0, top, torch.ones_like(top))  # so that squares cannot over- or underflow
+    x = unit_largest_entry(x)  # so that squares cannot over- or underflow
     norm = norms(x, dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))
 
