@@ -14,8 +14,8 @@ Whether a problem belongs to ``train`` or ``test`` is decided by a hash of its c
 numbers and operations, whatever the story around them), so a computation met in training never
 occurs in the test part, not even with other names.
 
-On two steps SmolLM2-135M-Instruct solves about 1 problem in 100 before tuning and about 7 in
-10 after two epochs of LoRA on 400 problems (exact match, greedy decoding).
+With SmolLM2's tokenizer a completion has about 15, 25 and 36 tokens at 1, 2 and 3 steps (at most
+17, 29 and 42 in 500 problems each), and a whole row at most 55, 77 and 97.
 """
 
 from __future__ import annotations
