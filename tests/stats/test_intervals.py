@@ -1,0 +1,236 @@
+"""Intervals: against scipy, closed forms and simulated coverage (seeded)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from statsmodels.stats.proportion import proportion_confint
+
+from midblock.errors import SettingsError, UndefinedMetricError
+from midblock.stats import (
+    bootstrap_weights,
+    crossed_interval,
+    crossed_mean,
+    hierarchical_arms_bootstrap,
+    hierarchical_bootstrap,
+    jackknife_interval,
+    mean_interval,
+    paired_bootstrap,
+    paired_proportion_interval,
+    percentile_interval,
+    wilson_interval,
+)
+
+NAN = float("nan")
+
+
+def covered(interval, truth):
+    return interval.low <= truth <= interval.high
+
+
+def test_mean_interval_equals_scipy_and_counts_what_is_left():
+    x = np.random.default_rng(0).normal(3, 2, 17)
+    ours = mean_interval(np.append(x, [NAN, NAN]), 0.9)
+    low, high = scipy_stats.t.interval(0.9, 16, loc=x.mean(), scale=scipy_stats.sem(x))
+    assert (ours.value, ours.low, ours.high) == pytest.approx((x.mean(), low, high))
+    assert ours.n == 17
+
+
+def test_mean_interval_of_too_few_values():
+    assert math.isnan(mean_interval([]).value)
+    assert mean_interval([NAN]).n == 0
+    one = mean_interval([2.0, NAN])
+    assert one.value == 2.0
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+
+
+@pytest.mark.parametrize("bad", [[1.0, math.inf], [-math.inf]])
+def test_mean_interval_refuses_infinity(bad):
+    with pytest.raises(UndefinedMetricError, match="1 non-finite"):
+        mean_interval(bad)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
+def test_confidence_is_a_share(confidence):
+    with pytest.raises(SettingsError, match="between 0 and 1"):
+        mean_interval([1.0, 2.0], confidence)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 20), (20, 20), (7, 50), (75, 200)])
+def test_wilson_equals_statsmodels(k, n):
+    ours = wilson_interval(k, n, 0.95)
+    assert (ours.low, ours.high) == pytest.approx(proportion_confint(k, n, 0.05, method="wilson"), abs=1e-12)
+    assert 0 <= ours.low <= ours.value <= ours.high <= 1
+
+
+def test_wilson_bad_counts():
+    assert math.isnan(wilson_interval(0, 0).value)
+    with pytest.raises(SettingsError, match="5 successes of 4"):
+        wilson_interval(5, 4)
+
+
+@pytest.mark.parametrize("kind", ["multinomial", "dirichlet"])
+def test_bootstrap_weights_give_the_standard_error_of_the_mean(kind):
+    x = np.random.default_rng(1).exponential(size=40)
+    weights = bootstrap_weights(40, 20_000, seed=3, kind=kind)
+    assert weights.shape == (20_000, 40)
+    assert np.allclose(weights.sum(axis=1), 40)
+    assert (weights >= 0).all()
+    means = weights @ x / 40
+    expected = x.std() / math.sqrt(40 if kind == "multinomial" else 41)  # exact for each kind
+    assert means.mean() == pytest.approx(x.mean(), abs=4 * expected / math.sqrt(20_000))
+    assert means.std() == pytest.approx(expected, rel=0.03)
+    assert np.array_equal(weights, bootstrap_weights(40, 20_000, seed=3, kind=kind))
+    assert not np.array_equal(weights, bootstrap_weights(40, 20_000, seed=4, kind=kind))
+
+
+def test_bootstrap_weights_kind_and_size():
+    with pytest.raises(SettingsError, match="neither"):
+        bootstrap_weights(4, 2, 0, kind="poisson")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="at least 1"):
+        bootstrap_weights(0, 2, 0)
+
+
+def test_percentile_interval_is_the_quantiles_and_notes_undefined_replicates():
+    replicates = np.arange(1001.0)
+    found = percentile_interval(500.0, replicates, 0.9, n=12)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((500.0, 50.0, 950.0, 12))
+    few_undefined = np.where(replicates < 20, NAN, replicates)
+    assert not math.isnan(percentile_interval(500.0, few_undefined).low)
+    many_undefined = np.where(replicates < 100, NAN, replicates)
+    assert math.isnan(percentile_interval(500.0, many_undefined).low)
+
+
+def test_expanded_percentile_is_wider_and_covers_at_small_n():
+    rng = np.random.default_rng(5)
+    hits = {True: 0, False: 0}
+    weights = bootstrap_weights(8, 1500, seed=0)
+    for _ in range(1200):
+        x = rng.normal(size=8)
+        draws = weights @ x / 8
+        for expanded in hits:
+            hits[expanded] += covered(percentile_interval(x.mean(), draws, n=8, expanded=expanded), 0.0)
+    assert hits[True] / 1200 == pytest.approx(0.95, abs=0.02)
+    assert hits[False] / 1200 < 0.92
+
+
+def test_jackknife_of_a_ratio_agrees_with_the_delta_method():
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(5, 1, 400), rng.normal(10, 1, 400)
+    deleted = (x.sum() - x) / (y.sum() - y)
+    ratio = x.mean() / y.mean()
+    found = jackknife_interval(ratio, deleted)
+    delta = (x - ratio * y).std(ddof=1) / y.mean() / math.sqrt(400)
+    assert (found.high - found.low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, 399) * delta, rel=0.01)
+
+
+def test_paired_bootstrap_uses_the_pairing():
+    rng = np.random.default_rng(7)
+    item = rng.normal(0, 10, 300)
+    a, b = item + 0.5 + rng.normal(0, 0.5, 300), item + rng.normal(0, 0.5, 300)
+    found = paired_bootstrap(a, b)
+    reference = mean_interval(a - b)
+    assert found.value == pytest.approx(reference.value)
+    assert found.low == pytest.approx(reference.low, abs=0.02)
+    assert found.high == pytest.approx(reference.high, abs=0.02)
+    shuffled = paired_bootstrap(a, rng.permutation(b))
+    assert shuffled.high - shuffled.low > 10 * (found.high - found.low)
+    median = paired_bootstrap(a, b, "median")
+    assert median.value == pytest.approx(np.median(a - b))
+    assert median.low < median.value < median.high
+    with pytest.raises(SettingsError, match="same items"):
+        paired_bootstrap(a, b[:5])
+
+
+def test_paired_proportion_interval_covers_also_where_disagreement_is_rare():
+    rng = np.random.default_rng(8)
+    for up, down, n in ((0.03, 0.03, 60), (0.2, 0.1, 60), (0.0, 0.01, 100)):
+        u = rng.random((2000, n))
+        a, b = (u < up).astype(float), ((u >= up) & (u < up + down)).astype(float)
+        hits = np.mean([covered(paired_proportion_interval(x, y), up - down)
+                        for x, y in zip(a, b, strict=True)])
+        assert hits > 0.93, (up, down, hits)
+    never = paired_proportion_interval(np.ones(50), np.ones(50))
+    assert never.low < 0 == never.value < never.high
+
+
+def test_crossed_interval_one_seed_is_the_t_interval_over_items():
+    x = np.random.default_rng(9).normal(size=30)
+    assert crossed_interval(x).high == pytest.approx(mean_interval(x).high)
+    assert crossed_interval(x[:, None]).low == pytest.approx(mean_interval(x).low)
+
+
+def test_crossed_mean_squares_equal_an_anova_table():
+    import pandas as pd
+    import statsmodels.formula.api as smf
+    from statsmodels.stats.anova import anova_lm
+
+    table = np.random.default_rng(10).normal(size=(3, 12)) + np.arange(3)[:, None]
+    long = pd.DataFrame([(s, i, table[s, i]) for s in range(3) for i in range(12)],
+                        columns=["seed", "item", "y"])
+    anova = anova_lm(smf.ols("y ~ C(seed) + C(item)", long).fit())
+    ms = anova["mean_sq"]
+    expected = (ms["C(seed)"] + ms["C(item)"] - ms["Residual"]) / 36
+    assert crossed_mean(table).standard_error**2 == pytest.approx(
+        max(expected, ms["C(seed)"] / 36, ms["C(item)"] / 36))
+
+
+@pytest.mark.parametrize(("seeds", "item_sd", "seed_sd"), [(3, 1.0, 0.0), (3, 1.0, 0.15), (5, 0.5, 0.3),
+                                                         (4, 0.0, 0.5)])
+def test_crossed_interval_covers_with_item_and_seed_variability(seeds, item_sd, seed_sd):
+    rng = np.random.default_rng(11)
+    rounds, items = 1500, 50
+    scores = (rng.normal(size=(rounds, seeds, items)) + item_sd * rng.normal(size=(rounds, 1, items))
+              + seed_sd * rng.normal(size=(rounds, seeds, 1)))
+    hits = np.mean([covered(crossed_interval(s), 0.0) for s in scores])
+    assert 0.925 < hits < 0.99
+
+
+def test_ignoring_the_seeds_would_not_cover():
+    """The negative control: the same data, answers of all seeds taken as independent items."""
+    rng = np.random.default_rng(12)
+    scores = rng.normal(size=(500, 3, 50)) + 0.5 * rng.normal(size=(500, 3, 1))
+    assert np.mean([covered(mean_interval(s.ravel()), 0.0) for s in scores]) < 0.6
+
+
+def test_hierarchical_bootstrap_variance_has_both_sources():
+    rng = np.random.default_rng(13)
+    items_only = np.repeat(rng.normal(size=(1, 200)), 2, axis=0)
+    expected = items_only[0].std(ddof=1) / math.sqrt(200)
+    assert hierarchical_bootstrap(items_only, 8000, 1).std() == pytest.approx(expected, rel=0.04)
+    seeds_only = np.repeat(np.array([[0.0], [1.0]]), 200, axis=1)
+    draws = hierarchical_bootstrap(seeds_only, 8000, 1)
+    # two seeds at 0 and 1: unbiased variance of their mean 0.5 / 2
+    assert draws.var() == pytest.approx(0.25, rel=0.02)
+    one_seed = hierarchical_bootstrap(items_only[0], 8000, 1)
+    assert one_seed.std() == pytest.approx(expected, rel=0.04)
+
+
+def test_arms_bootstrap_shares_its_draws():
+    rng = np.random.default_rng(14)
+    base = rng.normal(size=(3, 100))
+    draws = hierarchical_arms_bootstrap({"a": base, "b": base + 0.25, "c": rng.normal(size=(3, 100))}, 500, 2)
+    assert np.allclose(draws["b"] - draws["a"], 0.25)
+    assert (draws["c"] - draws["a"]).std() > 0.05
+    assert np.array_equal(draws["a"], hierarchical_bootstrap(base, 500, 2))
+
+
+def test_arms_bootstrap_leaves_out_a_failed_seed_for_all_arms():
+    rng = np.random.default_rng(15)
+    a, b = rng.normal(size=(3, 40)), rng.normal(size=(3, 40))
+    b[1] = NAN
+    draws = hierarchical_arms_bootstrap({"a": a, "b": b}, 300, 0)
+    expected = hierarchical_arms_bootstrap({"a": a[[0, 2]], "b": b[[0, 2]]}, 300, 0)
+    assert all(np.array_equal(draws[k], expected[k]) for k in draws)
+    partly = b.copy()
+    partly[0, 3] = NAN
+    with pytest.raises(SettingsError, match="seed 0 lacks"):
+        hierarchical_arms_bootstrap({"a": a, "b": partly})
+    with pytest.raises(SettingsError, match="no seed"):
+        hierarchical_arms_bootstrap({"a": a, "b": np.full((3, 40), NAN)})
+    with pytest.raises(SettingsError, match="shapes differ"):
+        hierarchical_arms_bootstrap({"a": a, "b": b[:, :5]})
