@@ -30,10 +30,12 @@ from midblock.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
 
 __all__ = [
     "Anatomy",
     "Checkpoint",
+    "KnownPair",
     "LoadedModel",
     "Projection",
     "attention_of",
@@ -42,10 +44,12 @@ __all__ = [
     "find_anatomy",
     "fingerprint",
     "kind_of",
+    "known_pairs",
     "load_chain",
     "load_model",
     "load_pair",
     "load_tokenizer",
+    "pair_warning",
     "projections",
     "quiet",
     "resolve_checkpoint",
@@ -53,5 +57,6 @@ __all__ = [
     "resolve_dtype",
     "save_checkpoint",
     "split_fused",
+    "stages_of",
     "text_config",
 ]
