@@ -16,6 +16,7 @@ _EXPORTS = {
     "load_data": "midblock.data",
     "segment_blocks": "midblock.segments",
     "profile": "midblock.analysis.profile",
+    "evaluate": "midblock.evaluation",
 }
 _MODULES = ("metrics", "stats")
 
@@ -24,6 +25,7 @@ __all__ = ["__version__", *_EXPORTS, *_MODULES]
 if TYPE_CHECKING:
     from midblock.analysis.profile import profile as profile
     from midblock.data import load_data as load_data
+    from midblock.evaluation import evaluate as evaluate
     from midblock.models import find_anatomy as find_anatomy
     from midblock.models import load_chain as load_chain
     from midblock.models import load_model as load_model

@@ -1,0 +1,24 @@
+"""Evaluation: scores of a model on tasks, through lm-evaluation-harness, item by item.
+
+`evaluate` scores one model on one task; `compare` pairs two results by item; `TASKS` lists the tasks.
+"""
+
+from midblock.evaluation.evaluate import check_options, evaluate, model_limit
+from midblock.evaluation.outcome import (
+    Comparison,
+    EvalResult,
+    compare,
+    file_name,
+    lm_eval_results,
+    perplexity_interval,
+    read_result,
+    write_lm_eval_files,
+    write_result,
+)
+from midblock.evaluation.sandbox import Outcome, run_program
+from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
+
+__all__ = ["TASKS", "Comparison", "EvalResult", "Outcome", "TaskSpec", "check_options", "compare",
+           "evaluate", "file_name", "find_task", "item_ids", "lm_eval_results", "model_limit",
+           "perplexity_interval", "read_result", "run_program", "task_data",
+           "write_lm_eval_files", "write_result"]
