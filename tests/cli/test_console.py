@@ -70,6 +70,14 @@ def test_numbers_are_right_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines[-2]) == len(lines[-1])
 
 
+def test_a_long_title_and_booleans(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "A title much longer than its table"
+    print_table(pd.DataFrame({"suitable": [True, False], "n": [1, None]}), title)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == title
+    assert [line.split() for line in lines[-2:]] == [["yes", "1"], ["no"]]
+
+
 def test_progress_without_a_terminal_is_a_few_plain_lines() -> None:
     clock, lines = Clock(), []
     report = PlainProgress(lines.append, clock)

@@ -84,10 +84,10 @@ def format_figure(value: Any) -> str:
     """
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if hasattr(value, "item"):  # NumPy scalars
         value = value.item()
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -105,19 +105,21 @@ def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
     """
     if is_json():
         return
+    import pandas as pd
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                  pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in frame.columns:
-        numeric = all(isinstance(v, int | float) or hasattr(v, "item") or v is None for v in frame[name])
+        numeric = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
         table.add_column(Text(str(name)), justify="right" if numeric else "left", no_wrap=True)
     for row in frame.itertuples(index=False, name=None):
         table.add_row(*(Text(format_figure(v)) for v in row))
     terminal = sys.stdout.isatty()
     console = _console(sys.stdout, width=None if terminal else 10_000)
+    if title:  # a title of the table's own would be wrapped to the table's width
+        console.print(Text(title, style="bold"))
     console.print(table)
 
 

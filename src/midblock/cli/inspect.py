@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from midblock.cli.options import AllowPickle, Json, Model, Segments, TrustRemoteCode, examples
+from midblock.cli import console
+from midblock.cli.options import AllowPickle, Json, Model, TrustRemoteCode, examples
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-
-    @app.command(epilog=examples(
+    app.command("inspect", epilog=examples(
         "midblock inspect smollm2",
         "midblock inspect smollm2 --segments 3",
-        "midblock inspect ./my-model --json"))
-    def inspect(
-        model: Model,
-        segments: Segments = 5,
-        trust_remote_code: TrustRemoteCode = False,
-        allow_pickle: AllowPickle = False,
-        as_json: Json = False,
-    ) -> None:
-        """Show a model's blocks, sizes and depth segments.
+        "midblock inspect ./my-model --json"))(inspect)
 
-        Parameters are counted from the config; the weights are not loaded.
-        """
-        import pandas as pd
 
-        from midblock.cli.console import emit_json, print_table, say
-        from midblock.models.summary import summarize_model
+def inspect(
+    model: Model,
+    segments: Annotated[int | None, typer.Option(
+        "--segments", metavar="K", min=1, show_default="5, or fewer in a shallow model",
+        help="Number of equal depth segments: the length of a mask.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Show a model's blocks, sizes and depth segments.
 
-        found = summarize_model(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        parts = found.segments(segments)
-        emit_json({**found.to_dict(), "segments": [p.to_dict() for p in parts]})
-        say(found.text())
-        print_table(found.frame(), "Parameters of each block")
-        print_table(pd.DataFrame([p.to_dict() for p in parts]),
-                    f"{segments} segments (the mask's first digit is nearest the embeddings)")
+    Parameters are counted from the config; the weights are not loaded.
+    """
+    import pandas as pd
+
+    from midblock.models.summary import summarize_model
+
+    found = summarize_model(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    parts = found.segments(min(5, found.num_blocks) if segments is None else segments)
+    console.emit_json({**found.to_dict(), "segments": parts})
+    console.say(found.text() + "\n")
+    console.print_table(found.frame(), "Parameters of each block")
+    console.print_table(
+        pd.DataFrame([{"mask": p.mask, "blocks": f"{p.first}-{p.stop - 1}", "parameters": p.parameters,
+                       "share": f"{p.share:.1%}"} for p in parts]),
+        f"{len(parts)} segments (the first digit of a mask is nearest the embeddings)")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from midblock.cli import console
 from midblock.cli.options import Json, examples
 
 __all__ = ["register"]
@@ -11,19 +14,32 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
+    app.command("pairs", epilog=examples(
+        "midblock pairs", "midblock pairs olmo", "midblock pairs --json"))(pairs)
 
-    @app.command(epilog=examples("midblock pairs", "midblock pairs --json"))
-    def pairs(as_json: Json = False) -> None:
-        """List known pairs and how each was aligned.
 
-        Only some families publish a model that saw supervised fine-tuning and nothing else. Where
-        a pair mixes stages (SFT with DPO or RLHF), what is measured on it is the sum of them.
-        """
-        import pandas as pd
+def pairs(
+    family: Annotated[str | None, typer.Argument(
+        metavar="[FAMILY]", show_default=False, help="Only families whose name contains this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List known pairs and how each was aligned.
 
-        from midblock.cli.console import emit_json, print_table
-        from midblock.models.pairs import known_pairs
+    Only some families publish a model that saw supervised fine-tuning and nothing else; they come
+    first. Where a pair mixes stages (SFT with DPO or RLHF), what is measured on it is their sum.
+    """
+    import pandas as pd
 
-        found = known_pairs()
-        emit_json(found)
-        print_table(pd.DataFrame(found))
+    from midblock.errors import SettingsError
+    from midblock.models.pairs import known_pairs
+
+    found = known_pairs(family)
+    if not found:
+        families = sorted({p.family for p in known_pairs()})
+        raise SettingsError(f"no known pair of a family {family!r}; known: {', '.join(families)}.")
+    console.emit_json(found)
+    console.print_table(
+        pd.DataFrame([{"family": p.family, "base": p.base, "tuned": p.tuned or "none published",
+                       "pipeline": p.pipeline, "SFT alone": p.suitable} for p in found]),
+        "Known base and tuned checkpoints")
+    console.say("A pair with `SFT alone: no` shows the sum of its stages, not supervised fine-tuning.")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
-from midblock.models.anatomy import Anatomy, kind_of, text_config
+from midblock.models.anatomy import Anatomy, find_anatomy, kind_of, text_config
+from midblock.models.checkpoints import Checkpoint, is_adapter_folder, quiet, resolve_checkpoint
+from midblock.models.load import _base_of_adapter, _config_dtype, _model_class, _pickled, _read_config
 from midblock.segments import all_masks_single, depth, segment_bounds
 
-__all__ = ["ModelSummary", "SegmentSummary", "summarize"]
+__all__ = ["ModelSummary", "SegmentSummary", "summarize", "summarize_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,35 @@ class ModelSummary:
             lines.append(("Elsewhere", f"{self.other_parameters:,} parameters "
                                        "(positions, an encoder, another tower)"))
         return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+def summarize_model(spec: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False,
+                    revision: str | None = None) -> ModelSummary:
+    """Summary of a MODEL spec from its config and the headers of its files; no weight is read.
+
+    Args:
+        spec: As for `load_model`; of an adapter's folder its base model is shown.
+        trust_remote_code: Run the Python code that a checkpoint brings along.
+        allow_pickle: Accept ``.bin`` weights (their number format is then the config's word).
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ModelNotFoundError: nothing there.
+        CheckpointError: without config or weights, truncated or corrupt.
+        UnsafeCheckpointError: pickled weights or remote code that nobody asked for.
+        ArchitectureError: no such architecture, or its parts cannot be found.
+    """
+    name = str(spec)
+    folder = resolve_checkpoint(name, revision=revision, allow_pickle=allow_pickle,
+                                trust_remote_code=trust_remote_code)
+    if is_adapter_folder(folder):
+        folder = _base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config = _read_config(folder, name, trust_remote_code)
+    stored = _config_dtype(config) if _pickled(folder) else Checkpoint(folder).main_dtype()
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
+    with quiet(), torch.device("meta"):
+        model = _model_class(config, name, trust_remote_code).from_config(config, **remote)
+    return summarize(model, find_anatomy(model), name=name, dtype=str(stored).removeprefix("torch."))
 
 
 def summarize(model: nn.Module, anatomy: Anatomy, *, name: str, dtype: str) -> ModelSummary:
