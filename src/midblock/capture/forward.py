@@ -28,7 +28,7 @@ from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["Listener", "Lockstep", "forwards_replaced", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
+__all__ = ["Listener", "Lockstep", "block_returns_tuple", "forwards_replaced", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
            "resume_at", "run_blocks", "run_layer_major", "verify_resume"]
 
 Listener = Callable[[int, Tensor], None]
@@ -171,8 +171,12 @@ def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Li
 _RETURNS_TUPLE = "_midblock_returns_tuple"
 
 
-def _learn_return_type(anatomy: Anatomy) -> bool:
-    """Whether blocks return a tuple; learnt from one forward of two tokens and remembered."""
+def block_returns_tuple(anatomy: Anatomy) -> bool:
+    """Whether blocks return a tuple; `verify_resume` learns it from one forward and remembers it.
+
+    Raises:
+        ArchitectureError: the model was not verified.
+    """
     block = anatomy.blocks[0]
     known = getattr(block, _RETURNS_TUPLE, None)
     if known is not None:
@@ -192,7 +196,7 @@ def resume_at(anatomy: Anatomy, start: int, hidden: Tensor) -> Iterator[None]:
     """
     if not 0 <= start < len(anatomy.blocks):
         raise ValueError(f"start {start} is not a block (0..{len(anatomy.blocks) - 1})")
-    tuples = _learn_return_type(anatomy)
+    tuples = block_returns_tuple(anatomy)
     if start == 0:
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return replace_hidden(args, kwargs, hidden)
@@ -246,7 +250,7 @@ def verify_resume(model: nn.Module, anatomy: Anatomy) -> None:
         return
     outputs: list[Any] = []
     handle = first.register_forward_hook(lambda module, args, output: outputs.append(output))
-    device = anatomy.embeddings.weight.device
+    device = next(anatomy.embeddings.parameters()).device
     ids = torch.arange(2, 12, device=device).reshape(2, 5) % anatomy.vocab_size
     batch = Batch(indices=(0, 1), input_ids=ids, attention_mask=torch.ones_like(ids))
     states: dict[int, Tensor] = {}
