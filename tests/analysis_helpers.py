@@ -6,7 +6,6 @@ from functools import cache
 
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
-
 from midblock.data import Dataset, Example
 from midblock.models import LoadedModel, find_anatomy
 

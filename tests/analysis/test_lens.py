@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+
 from analysis_helpers import loaded, tiny_data
 from families import DECODER_ONLY
-
 from midblock.analysis.lens import TWICE, lens
 from midblock.capture import model_inputs, run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
@@ -44,7 +44,7 @@ def test_every_hidden_and_metric_equals_the_slow_way():
             states = {"base": [], "sft": []}
             for side, model in (("base", base), ("sft", sft)):
                 run_blocks(model.model, model.anatomy, batch,
-                           listener=lambda h, z, s=side: states[s].append(z.clone()))
+                           listener=lambda h, z, kept=states[side]: kept.append(z.clone()))
             target = batch.input_ids[0, 1:]
             for h in range(5):
                 logp = {s: m.anatomy.read_out(states[s][h])[0, :-1].double().log_softmax(-1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from analysis_helpers import loaded, tiny_data
 
+from analysis_helpers import loaded, tiny_data
 from midblock import metrics
 from midblock.analysis.profile import FAMILIES, METRICS, profile
 from midblock.capture import run_blocks

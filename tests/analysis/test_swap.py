@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from analysis_helpers import loaded, tiny_data
 
+from analysis_helpers import loaded, tiny_data
 from midblock.analysis.swap import cumulative_masks, swap, swap_blocks
 from midblock.capture import model_inputs, run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
@@ -77,9 +77,15 @@ def test_swap_blocks_restores_also_after_an_error(pair):
     batch, = make_batches(rows, batch_size=2, pad_id=pad_token_id(base.tokenizer))
     with torch.inference_mode():
         want = run_blocks(base.model, base.anatomy, batch)
-        with pytest.raises(RuntimeError, match="on purpose"), swap_blocks(base.anatomy, sft.anatomy, range(4)):
+        with swap_blocks(base.anatomy, sft.anatomy, range(4)):
             swapped = base.model(**model_inputs(base.model, batch)).logits
-            raise RuntimeError("on purpose")
+
+        def fail() -> None:
+            with swap_blocks(base.anatomy, sft.anatomy, range(4)):
+                raise RuntimeError("on purpose")
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            fail()
         assert not torch.allclose(base.anatomy.read_out(want), swapped)
         torch.testing.assert_close(run_blocks(base.model, base.anatomy, batch), want, rtol=0, atol=0)
     assert all("forward" not in b.__dict__ for b in (*base.anatomy.blocks, *sft.anatomy.blocks))
@@ -89,10 +95,8 @@ def test_cumulative_masks_end_with_everything(pair):
     base, sft = pair
     assert cumulative_masks(3)[-1] == cumulative_masks(3, from_output=True)[-1] == "111"
     frame = swap(base, sft, data=tiny_data(3), segments=2, cumulative=True, samples=3, max_length=64).frame
-    full = frame[(frame.layer == "11") & (frame.metric == "loss") & (frame.recipient == "base") & (frame["head"] == "sft")
-                 & (frame.side == "base")]["value"].item()
-    own = frame[(frame.layer == "00") & (frame.metric == "loss") & (frame.recipient == "sft") & (frame["head"] == "sft")
-                & (frame.side == "sft")]["value"].item()
+    loss = frame[(frame.metric == "loss") & (frame["head"] == "sft")].set_index(["layer", "side"])["value"]
+    full, own = loss["11", "base"], loss["00", "sft"]
     # all blocks and the head are sft's; only the embeddings are the base's, and differ
     assert full != pytest.approx(own, rel=1e-9)
 

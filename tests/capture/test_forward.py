@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import DECODER_ONLY, FAMILIES, token_ids
 
+from families import DECODER_ONLY, FAMILIES, token_ids
 from midblock.capture import Lockstep, model_inputs, resume_at, run_blocks, run_layer_major, verify_resume
 from midblock.data import Batch
 from midblock.errors import ArchitectureError

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, token_ids
 
+from families import FAMILIES, token_ids
 from midblock.capture import counted_positions, model_inputs, next_token_scores, run_blocks, sample_means, scoring
 from midblock.data import Batch
 from midblock.models.anatomy import find_anatomy

@@ -322,7 +322,7 @@ def _table(readouts: _Readouts, keys: Sequence[str], pairs: Sequence[tuple[str, 
                 if metric == "loss":
                     table.add("hidden", h, "perplexity", side, exponential(interval))
         for later, earlier in pairs:
-            extra = {"stage": side_of((later, earlier))}
+            extra: dict[str, Any] = {"stage": side_of((later, earlier))}
             for metric in _OWN:
                 interval = add(h, metric, "difference", value(metric, later, h) - value(metric, earlier, h), **extra)
                 if metric == "loss":  # the ratio of perplexities, exactly paired

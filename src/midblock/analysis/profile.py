@@ -324,7 +324,7 @@ def _pooled_rows(table: Table, h: int, pooled: PooledStates, keys: Sequence[str]
             else:
                 _replicate_row(table, h, metric, stage, values[stage][metric], replicates[stage][metric], n, settings)
         for later, earlier in pairs:
-            extra = {"stage": side_of((later, earlier))}
+            extra: dict[str, Any] = {"stage": side_of((later, earlier))}
             missing = [reasons[s][metric] for s in (later, earlier) if metric in reasons[s]]
             if missing:
                 table.add_undefined("hidden", h, metric, "difference", missing[0], n=n, **extra)
@@ -408,7 +408,7 @@ def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, 
                     stage: str) -> None:
     n = base.shape[0]
     gram_base, gram_sft = base @ base.mT, sft @ sft.mT
-    extra = {"stage": stage}
+    extra: dict[str, Any] = {"stage": stage}
 
     def add(metric: str, compute: Callable[[], Interval]) -> None:
         try:
@@ -417,7 +417,9 @@ def _alignment_rows(table: Table, h: int, base: Tensor, sft: Tensor, w: Tensor, 
             table.add_undefined("hidden", h, metric, "pair", str(error), n=n, **extra)
 
     def resampled(value: Tensor, draws: Tensor) -> Interval:
-        interval = stats.percentile_interval(float(value), draws.numpy(), settings.confidence)
+        # repeated rows push replicates of CKA and of norms upwards: their mean is put back on the value
+        interval = stats.percentile_interval(float(value), (draws - draws.mean() + value).numpy(),
+                                             settings.confidence)
         return Interval(float(value), interval.low, interval.high, n)
 
     def debiased() -> Interval:
@@ -501,7 +503,8 @@ def _view_rows(table: Table, h: int, views: PooledStates, keys: Sequence[str],
         parts = [quantities(x[:, [i for i in range(n) if i % folds != g]]) for g in range(folds)]
         left_out[stage] = {m: np.array([p[m] for p in parts]) for m in values[stage]}
     for metric in values[keys[0]]:
-        sides = [(s, values[s][metric], left_out[s][metric], {}) for s in keys]
+        sides: list[tuple[str, float, np.ndarray[Any, Any], dict[str, Any]]] = [
+            (s, values[s][metric], left_out[s][metric], {}) for s in keys]
         sides += [("difference", values[a][metric] - values[b][metric], left_out[a][metric] - left_out[b][metric],
                    {"stage": side_of((a, b))}) for a, b in pairs]
         for side, value, others, extra in sides:

@@ -21,7 +21,7 @@ from torch import Tensor
 from midblock import stats
 from midblock.analysis.lens import exponential
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
-from midblock.capture import next_token_scores, run_blocks, sample_means, verify_resume
+from midblock.capture import next_token_scores, forwards_replaced, run_blocks, sample_means, verify_resume
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import Anatomy, LoadedModel
@@ -50,18 +50,9 @@ def swap_blocks(recipient: Anatomy, donor: Anatomy, blocks: Sequence[int]) -> It
     if any(not 0 <= b < min(recipient.num_blocks, donor.num_blocks) for b in blocks):
         raise ValueError(f"blocks {list(blocks)} do not fit {recipient.num_blocks} and {donor.num_blocks} blocks")
     replaced = [(recipient.blocks[b], donor.blocks[b]) for b in dict.fromkeys(blocks)]
-    before = [own.__dict__.get("forward") for own, _ in replaced]
     lent = [other.forward for _, other in replaced]  # taken first: a model may swap with itself
-    try:
-        for (own, _), forward in zip(replaced, lent, strict=True):
-            own.forward = forward
+    with forwards_replaced([own for own, _ in replaced], lent):
         yield
-    finally:
-        for (own, _), forward in zip(replaced, before, strict=True):
-            if forward is None:
-                own.__dict__.pop("forward", None)
-            else:
-                own.forward = forward
 
 
 def cumulative_masks(num_segments: int, *, from_output: bool = False) -> list[str]:
@@ -154,7 +145,7 @@ class SwapResult:
         for metric in ("loss", "accuracy"):
             part = frame[frame["metric"] == metric].assign(
                 series=lambda f: f["donor"] + " in " + f["recipient"] + ", " + f["head"] + " head")
-            made[f"swap-{metric}"] = segment_bars(part, metric, hue="series",
+            made[f"swap-{metric}"] = segment_bars(part, metric=metric, hue="series",
                                                   title=f"Change of {metric} when a segment is swapped")
         return made
 
@@ -225,8 +216,12 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
                 here = batch.to(own.device)
                 starts = {blocks[0] for blocks in masks.values()}
                 states: dict[int, Tensor] = {}
-                last = run_blocks(own.model, own.anatomy, here,
-                                  listener=lambda h, z, s=states, w=starts: s.update({h: z}) if h in w else None)
+
+                def remember(h: int, z: Tensor, states: dict[int, Tensor] = states, wanted: set[int] = starts) -> None:
+                    if h in wanted:
+                        states[h] = z
+
+                last = run_blocks(own.model, own.anatomy, here, listener=remember)
                 heads = (recipient, donor)
                 keep((recipient, donor, nothing), here, last, heads)
                 done += num_blocks
@@ -247,7 +242,7 @@ def _table(scores: Mapping[tuple[str, str, str, str, str], np.ndarray[Any, Any]]
     table = Table()
     groups = dict.fromkeys((recipient, donor, head) for recipient, donor, _, head, _ in scores)
     for recipient, donor, head in groups:
-        extra = {"recipient": recipient, "donor": donor, "head": head,
+        extra: dict[str, Any] = {"recipient": recipient, "donor": donor, "head": head,
                  "stage": side_of((donor, recipient))}
         for mask in masks:
             for metric in ("loss", "accuracy"):

@@ -15,7 +15,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,10 @@ from midblock.errors import (
     CheckpointError,
     PairMismatchError,
     SettingsError,
-    UndefinedMetricError,
 )
 from midblock.models import LoadedModel
 from midblock.models.anatomy import Anatomy, find_anatomy, kind_of, split_fused, text_config
-from midblock.models.checkpoints import Checkpoint, is_adapter_folder, resolve_checkpoint
+from midblock.models.checkpoints import Checkpoint, is_adapter_folder, quiet, resolve_checkpoint
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import depth
@@ -54,12 +53,11 @@ GROUPS: dict[str, frozenset[str]] = {
     "mlp": frozenset({"gate", "up", "down", "gate_up", "router"}),
     "norm": frozenset({"norm"}),
 }
-_CROSS = frozenset({"cross_q", "cross_k", "cross_v", "cross_kv", "cross_o", "cross_qkv"})
+_ALL_GROUPS = {**GROUPS, "cross": frozenset(f"cross_{k}" for k in GROUPS["qkvo"])}
 
 _PIECE = 1 << 17  # entries: two widened pieces and their difference fit a core's second-level cache
 _JOB = 1 << 22  # entries handed to a thread at a time
 _AUTO_SPECTRA = 2e12  # operations: under a minute or two on two cores
-_OUTSIDE = ("embeddings", "final_norm", "head", "other")
 
 Pair = tuple[int, int]
 
@@ -76,7 +74,7 @@ class _Weight:
     shape: tuple[int, ...]
     block: int | None
     kind: str
-    """`kind_of` inside a block; outside, one of `_OUTSIDE`."""
+    """`kind_of` inside a block; outside, ``embeddings``, ``final_norm``, ``head`` or ``other``."""
     fused: Literal["rows", "columns"] | None = None
     """Axis of a fused qkv matrix along which q, k and v are told apart."""
 
@@ -97,6 +95,7 @@ class _Slab:
     offset: int
     dtype: torch.dtype
     name: str
+    owner: Checkpoint = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,6 @@ class _Operand:
     left: Tensor | None = None
     right: Tensor | None = None
     whole: Tensor | None = None
-
-    @property
-    def rowwise(self) -> bool:
-        return self.left is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,18 +135,19 @@ class _Stage:
                                       "Dequantise it first.")
         self.changed: dict[str, str] = {}  # base weight -> its name as the adapter has it
 
-    def describe(self) -> dict[str, Any]:
-        """For ``run.json``."""
-        source = self.adapter or self.checkpoint
-        return {"folder": str(source.folder), "adapter": self.adapter is not None, "bytes": source.nbytes,
-                "files": len(source.files)}
+    @property
+    def source(self) -> Checkpoint:
+        """What the spec named: the adapter, or the checkpoint."""
+        return self.adapter or self.checkpoint
 
-    def slab(self, weight: str) -> _Slab:
-        return _slab(self.checkpoint, self.own_names[weight])
+    def release(self) -> None:
+        """Let go of mapped pages."""
+        self.source.release()
+        self.checkpoint.release()
 
     def operand(self, weight: _Weight) -> _Operand:
         """What to read in place of a base weight."""
-        plain = _Operand(self.slab(weight.name))
+        plain = _Operand(_slab(self.checkpoint, self.own_names[weight.name]))
         if self.adapter is None or weight.name not in self.changed:
             return plain
         factors = self.factors(weight)
@@ -185,7 +181,7 @@ class _Stage:
 
 def _slab(checkpoint: Checkpoint, name: str) -> _Slab:
     path, offset = checkpoint.location(name)
-    return _Slab(path, offset, checkpoint.dtype(name), name)
+    return _Slab(path, offset, checkpoint.dtype(name), name, checkpoint)
 
 
 def _full_name(name: str) -> str | None:
@@ -206,18 +202,24 @@ def _no_fit(adapter: Checkpoint, name: str, shape: Sequence[int], weight: _Weigh
 def _meta_anatomy(folder: Path) -> tuple[Anatomy | None, set[str], Any]:
     """Anatomy, parameter names and text config of the model that a config describes, without weights.
 
-    (None, ...) where transformers does not know the architecture: the weights' names must do then.
+    Nothing (None, no names, None) where transformers does not know the architecture: the names of
+    the weights must do then.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-    from midblock.models.checkpoints import quiet
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None, set(), None
-    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText):
+    autos = (AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (AutoModelForCausalLM,
+                                                                          AutoModelForImageTextToText)
+    for auto in autos:
         try:
             with quiet(), torch.device("meta"):
                 model = auto.from_config(config)
@@ -268,7 +270,7 @@ def _plan(stages: Sequence[_Stage]) -> _Plan:
     anatomy, parameters, config = _meta_anatomy(base.folder)
     embeddings, head = _ends(anatomy, base)
     tied = anatomy.tied if anatomy is not None else head not in base
-    reference = [n for n in base.names()]
+    reference = base.names()
     has_head = any(head in s.checkpoint or (s.adapter is not None and head in map(_full_name, s.adapter.names()))
                    for s in stages)
     if head not in base and tied and has_head:
@@ -360,7 +362,8 @@ def _outside(name: str, anatomy: Anatomy | None, embeddings: str, head: str) -> 
     return "final_norm" if kind_of(name) == "norm" and name.count(".") <= 2 else "other"
 
 
-def _blocks(base: Checkpoint, anatomy: Anatomy | None, parameters: set[str]) -> tuple[int, Any]:
+def _blocks(base: Checkpoint, anatomy: Anatomy | None, parameters: set[str]
+            ) -> tuple[int, Callable[[str], int | None]]:
     """Number of blocks and a function from a weight's name to its block.
 
     The names alone show the structure; where the model can be described without weights, its
@@ -399,13 +402,15 @@ def _map_adapter(stage: _Stage, reference: Sequence[str]) -> None:
     stage.changed = {weight: name for name, weight in names.items()}
 
 
-def _fused_axis(name: str, kind: str, shape: tuple[int, ...], config: Any) -> Literal["rows", "columns"] | None:
+def _fused_axis(name: str, kind: str, shape: tuple[int, ...], config: Any
+                ) -> Literal["rows", "columns"] | None:
     """Axis along which `split_fused` splits a fused matrix; None where it cannot."""
     if kind != "qkv" or len(shape) != 2 or config is None:
         return None
-    axis: Literal["rows", "columns"] = "columns" if name.removesuffix(".weight").endswith("c_attn") else "rows"
-    length = shape[1] if axis == "columns" else shape[0]
-    return axis if split_fused(name, torch.empty(length), config) is not None else None
+    by_columns = name.removesuffix(".weight").endswith("c_attn")
+    if split_fused(name, torch.empty(shape[1 if by_columns else 0]), config) is None:
+        return None
+    return "columns" if by_columns else "rows"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from midblock.capture.forward import (
     Lockstep,
+    forwards_replaced,
     model_inputs,
     resume_at,
     run_blocks,
@@ -16,5 +17,5 @@ from midblock.capture.scoring import (
     sample_means,
 )
 
-__all__ = ["Lockstep", "TokenScores", "chunks_of_logits", "counted_positions", "model_inputs",
+__all__ = ["Lockstep", "TokenScores", "chunks_of_logits", "counted_positions", "forwards_replaced", "model_inputs",
            "next_token_scores", "resume_at", "run_blocks", "run_layer_major", "sample_means", "verify_resume"]

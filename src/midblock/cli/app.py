@@ -27,6 +27,9 @@ __all__ = ["COMMANDS", "app", "run"]
 COMMANDS = (
     "inspect",
     "pairs",
+    "profile",
+    "lens",
+    "swap",
 )
 
 USER_MISTAKE = 2

@@ -83,7 +83,7 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, *, weights_p: Tensor | Non
         weights_p, log_norm_p = log_normalizer(logits_p)
     if log_norm_q is None:
         log_norm_q = logits_q.logsumexp(dim=1)
-    expected = torch.linalg.vecdot(weights_p, logits_p - logits_q) / weights_p.sum(dim=1)
+    expected: Tensor = torch.linalg.vecdot(weights_p, logits_p - logits_q) / weights_p.sum(dim=1)
     return (expected - log_norm_p + log_norm_q).clamp_min(0)
 
 
@@ -109,4 +109,5 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 def top_k_overlap(top_a: Tensor, top_b: Tensor) -> Tensor:
     """Share of common tokens of two top-k lists (n, k), per row, in 0..1."""
-    return (top_a.unsqueeze(2) == top_b.unsqueeze(1)).any(dim=2).float().mean(dim=1)
+    common: Tensor = (top_a.unsqueeze(2) == top_b.unsqueeze(1)).any(dim=2)
+    return common.float().mean(dim=1)
