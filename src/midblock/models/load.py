@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -314,9 +315,27 @@ def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remot
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError,
             SafetensorError) as error:
+        if not pickled and (gaps := _gaps(Checkpoint(folder).names())):
+            raise CheckpointError(f"model {spec!r} lacks weights: {', '.join(gaps[:4])}"
+                                  f"{' ...' if len(gaps) > 4 else ''}.") from error
         raise CheckpointError(f"model {spec!r} cannot be loaded ({type(error).__name__}): "
                               f"{_first_line(error)}") from error
     return model, _check_loading(model, info, spec)
+
+
+def _gaps(names: list[str]) -> list[str]:
+    """Numbered weights (an expert of a block) that a regular numbering would have, but are absent.
+
+    transformers stacks experts while loading and says only that stacking failed.
+    """
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
+        if len(numbers) > 1:
+            found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), set()).add(numbers)
+    return [pattern.format(*numbers) for pattern, there in found.items()
+            for numbers in itertools.product(*(sorted(set(axis)) for axis in zip(*there, strict=True)))
+            if numbers not in there]
 
 
 def _check_loading(model: nn.Module, info: dict[str, Any], spec: str) -> tuple[str, ...]:
@@ -596,7 +615,8 @@ def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True)
 
 
 _PROBE_TEXT = ("Question: Tom has 12 apples, buys 345 more\u2014how many?\n\nAnswer: 357.  def f(x):\n"
-               "\treturn x**2  # na\u00efve \u4f60\u597d \U0001f642 don't")
+               "\treturn x**2  # na\u00efve \u4f60\u597d \U0001f642 don't. The quick brown fox that jumps over "
+               "the lazy dog is neither there nor here; WITHOUT a doubt, 3.14 > 2.7e-8!")
 
 
 def _compare_tokenizers(base: LoadedModel, other: LoadedModel, pair: str) -> None:

@@ -1,0 +1,425 @@
+"""Loading models, pairs and chains: what loads, in which dtype, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import build_tiny_tokenizer
+from families import FAMILIES, VOCAB, token_ids
+from midblock.errors import (
+    AdapterError,
+    ArchitectureError,
+    CheckpointError,
+    MidblockError,
+    ModelNotFoundError,
+    PairMismatchError,
+    SettingsError,
+    UnsafeCheckpointError,
+)
+from midblock.models import load_chain, load_model, load_pair, resolve_device, resolve_dtype, save_checkpoint
+from midblock.models.load import check_finite_weights
+
+
+def saved(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0,
+          tokenizer: object = None, **overrides: object) -> Path:
+    model = FAMILIES[family](seed=seed, **overrides).to(dtype)
+    return save_checkpoint(model, tokenizer or build_tiny_tokenizer(), folder)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+# -- what loads --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_with_equal_logits(tmp_path: Path, family: str,
+                                              capfd: pytest.CaptureFixture[str]) -> None:
+    model = FAMILIES[family]()
+    save_checkpoint(model, build_tiny_tokenizer(), tmp_path / family)
+    loaded = load_model(tmp_path / family, device="cpu")
+    ids = token_ids()
+    extra = {"decoder_input_ids": ids} if family in ("t5", "bart") else {}
+    with torch.no_grad():
+        assert torch.equal(loaded.model(input_ids=ids, **extra).logits, model(input_ids=ids, **extra).logits)
+    assert not loaded.model.training
+    assert loaded.name == family
+    assert loaded.notes == ()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_describe_is_json_and_complete(tmp_path: Path) -> None:
+    loaded = load_model(saved(tmp_path / "m"), device="cpu")
+    told = json.loads(json.dumps(loaded.describe()))
+    assert told["blocks"] == 4
+    assert told["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    assert told["dtype"] == "float32"
+    assert len(told["fingerprint"]) == 64
+    assert told["class"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(("stored", "asked", "gets"), [
+    (torch.float32, "auto", torch.float32), (torch.bfloat16, "auto", torch.bfloat16),
+    (torch.float16, "auto", torch.bfloat16), (torch.bfloat16, "float32", torch.float32),
+    (torch.float32, torch.bfloat16, torch.bfloat16), (torch.float32, "float16", torch.float16)])
+def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, gets: torch.dtype) -> None:
+    loaded = load_model(saved(tmp_path / "m", dtype=stored), dtype=asked, device="cpu")
+    assert loaded.dtype == gets
+    assert {p.dtype for p in loaded.model.parameters()} == {gets}
+
+
+def test_auto_dtype_on_an_accelerator_is_the_checkpoints_own() -> None:
+    assert resolve_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16
+    assert resolve_dtype("auto", torch.float32, torch.device("mps")) == torch.float32
+    assert resolve_dtype("auto", torch.int8, torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("dtype", "float64"), ("dtype", "half"), ("device", "gpu"), ("device", "cuda:99"), ("device", "xla")])
+def test_unknown_dtype_and_device_come_before_any_file(option: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=value):
+        load_model("no/such", **{option: value})
+
+
+def test_auto_device_is_a_device() -> None:
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_pickle_loads_when_asked(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsafeCheckpointError, match="pickle"):
+        load_model(folder, device="cpu")
+    loaded = load_model(folder, device="cpu", allow_pickle=True)
+    assert torch.equal(loaded.model.model.norm.weight, weights["model.norm.weight"])
+    assert len(loaded.fingerprint) == 64
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def test_model_that_does_not_exist() -> None:
+    with pytest.raises(ModelNotFoundError, match="nobody/nothing"):
+        load_model("nobody/nothing")
+
+
+def test_remote_code_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_config(folder, model_type="strange", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"})
+    (folder / "c.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(UnsafeCheckpointError, match="--trust-remote-code"):
+        load_model(folder)
+
+
+def test_remote_code_runs_only_when_asked(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_config(folder, model_type="strange_llama",
+                auto_map={"AutoConfig": "strange.StrangeConfig",
+                          "AutoModelForCausalLM": "strange.StrangeForCausalLM"})
+    (folder / "strange.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class StrangeConfig(LlamaConfig):\n    model_type = 'strange_llama'\n"
+        "class StrangeForCausalLM(LlamaForCausalLM):\n    config_class = StrangeConfig\n")
+    with pytest.raises(UnsafeCheckpointError):
+        load_model(folder, device="cpu")
+    loaded = load_model(folder, device="cpu", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "StrangeForCausalLM"
+    assert loaded.anatomy.num_blocks == 4
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_config(folder, model_type="unheard_of")
+    with pytest.raises(ArchitectureError, match="unheard_of"):
+        load_model(folder)
+
+
+def test_config_of_no_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="model_type"):
+        load_model(folder)
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_weight_is_named(tmp_path: Path, value: float) -> None:
+    folder = saved(tmp_path / "m")
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+
+    edit_weights(folder, spoil)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight \(1 of 2048\)"):
+        load_model(folder, device="cpu")
+    assert load_model(folder, device="cpu", check_finite=False).anatomy.num_blocks == 4
+
+
+def test_large_finite_weights_are_not_taken_for_infinite() -> None:
+    module = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        module.weight.fill_(3e38)
+    assert not torch.isfinite(module.weight.sum())
+    check_finite_weights(module)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "mixtral"])
+def test_missing_weight_is_named(tmp_path: Path, family: str) -> None:
+    folder = saved(tmp_path / "m", family)
+    victim = next(n for n in load_file(folder / "model.safetensors") if ".1." in n and n.endswith("weight"))
+    edit_weights(folder, lambda weights: weights.pop(victim))
+    with pytest.raises(CheckpointError, match=f"lacks weights.*{re.escape(victim)}"):
+        load_model(folder, device="cpu")
+
+
+def test_untied_head_missing(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_of_a_deeper_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"no place for.*layers\.3"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_of_a_wider_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_config(folder, intermediate_size=48)
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is \(32, 64\), the config asks for \(32, 48\)"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_outside_the_blocks_are_noted(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_weights(folder, lambda weights: weights.update({"value_head.weight": torch.zeros(1, 32)}))
+    assert "value_head.weight" in load_model(folder, device="cpu").notes[0]
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES["llama"](), None, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_model(tmp_path / "m", device="cpu")
+
+
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_model(folder, device="cpu")
+
+
+def test_tokenizer_with_more_ids_than_rows(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", vocab_size=64)
+    with pytest.raises(CheckpointError, match="ids up to 111, its embeddings only 64 rows"):
+        load_model(folder, device="cpu")
+
+
+def test_end_token_pads_where_no_padding_token_is_set(tmp_path: Path) -> None:
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.pad_token = None
+    loaded = load_model(saved(tmp_path / "m", tokenizer=tokenizer), device="cpu")
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id == 2
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def adapter(base: Path, folder: Path, *, base_name: str | None = None, seed: int = 7) -> Path:
+    model = load_model(base, device="cpu").model
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    wrapped.peft_config["default"].base_model_name_or_path = base_name if base_name is not None else str(base)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_adapter_folder_loads_its_base_and_merges(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    folder = adapter(base, tmp_path / "adapter")
+    by_folder = load_model(folder, device="cpu")
+    by_option = load_model(base, adapter=folder, device="cpu")
+    wrapped = load_model(folder, merge=False, device="cpu")
+    plain = load_model(base, device="cpu")
+    ids = token_ids()
+    with torch.no_grad():
+        expected = wrapped.model(input_ids=ids).logits
+        for loaded in (by_folder, by_option):
+            torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+            assert not any("lora" in n for n, _ in loaded.model.named_parameters())
+        assert (plain.model(input_ids=ids).logits - expected).abs().max() > 0.01
+    assert isinstance(wrapped.model, peft.PeftModel)
+    assert wrapped.anatomy.block_path(1) == "base_model.model.model.layers.1"
+    assert by_folder.fingerprint == by_option.fingerprint != plain.fingerprint
+    assert by_folder.adapter == folder
+    base_side, sft_side = load_pair(base, folder, device="cpu")
+    assert base_side.model is not sft_side.model
+
+
+def test_adapter_of_another_model(tmp_path: Path) -> None:
+    folder = adapter(saved(tmp_path / "base"), tmp_path / "adapter")
+    narrow = saved(tmp_path / "narrow", hidden_size=16)
+    with pytest.raises(AdapterError, match="trained on another model"):
+        load_model(narrow, adapter=folder, device="cpu")
+    shallow = saved(tmp_path / "shallow", num_hidden_layers=2)
+    with pytest.raises(AdapterError, match=r"layers\.2"):
+        load_model(shallow, adapter=folder, device="cpu")
+
+
+def test_adapter_with_damage(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    folder = adapter(base, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    lost = sorted(weights)[0]
+    save_file({n: t for n, t in weights.items() if n != lost}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="missing adapter keys"):
+        load_model(folder, device="cpu")
+
+
+def test_adapter_without_base(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    with pytest.raises(ModelNotFoundError, match="base model of the adapter"):
+        load_model(adapter(base, tmp_path / "a1", base_name="nobody/gone"), device="cpu")
+    folder = adapter(base, tmp_path / "a2", base_name="")
+    with pytest.raises(AdapterError, match="names no base model"):
+        load_model(folder, device="cpu")
+    assert load_model(base, adapter=folder, device="cpu").adapter == folder
+    with pytest.raises(SettingsError, match="itself an adapter"):
+        load_model(folder, adapter=folder)
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        load_model(base, adapter=base)
+
+
+# -- pairs and chains --------------------------------------------------------------------------
+
+
+def test_pair_and_chain(tmp_path: Path) -> None:
+    base, sft, dpo = (saved(tmp_path / n, seed=i) for i, n in enumerate(("base", "tuned", "dpo")))
+    first, second = load_pair(base, sft, device="cpu")
+    assert (first.name, second.name) == ("base", "sft")
+    assert first.fingerprint != second.fingerprint
+    chain = load_chain([str(base), str(sft), str(dpo)], device="cpu")
+    assert [m.name for m in chain] == ["base", "tuned", "dpo"]
+    named = load_chain([str(base), str(sft)], names=["a", "b"], device="cpu")
+    assert [m.name for m in named] == ["a", "b"]
+
+
+def test_same_checkpoint_twice_gives_two_models(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    first, second = load_pair(base, base, device="cpu")
+    assert first.model is not second.model
+    assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    ({"num_hidden_layers": 3}, "depth 4 against 3"),
+    ({"hidden_size": 16}, "width 32 against 16"),
+    ({"vocab_size": 136}, "vocabulary 128 against 136.*resize"),
+    ({"num_key_value_heads": 4}, "key-value heads 2 against 4"),
+    ({"intermediate_size": 96}, "MLP width 64 against 96")])
+def test_sizes_that_differ_are_named(tmp_path: Path, overrides: dict[str, int], says: str) -> None:
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", **overrides)
+    with pytest.raises(PairMismatchError, match=says):
+        load_pair(base, sft, device="cpu")
+
+
+def test_other_architecture_is_named(tmp_path: Path) -> None:
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", "qwen2")
+    with pytest.raises(PairMismatchError, match="architecture 'llama' against 'qwen2'"):
+        load_pair(base, sft, device="cpu")
+
+
+def test_weights_only_one_side_has(tmp_path: Path) -> None:
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", mlp_bias=True)
+    with pytest.raises(PairMismatchError, match=r"mlp\.down_proj\.bias.*absent against \(32,\)"):
+        load_pair(base, sft, device="cpu")
+
+
+def test_tied_base_with_untied_sft_is_a_pair(tmp_path: Path) -> None:
+    base, sft = saved(tmp_path / "base", "llama_tied"), saved(tmp_path / "sft")
+    first, second = load_pair(base, sft, device="cpu")
+    assert (first.anatomy.tied, second.anatomy.tied) == (True, False)
+
+
+def test_tokenizers_that_differ(tmp_path: Path) -> None:
+    other = build_tiny_tokenizer()
+    other.add_tokens(["<extra>"], special_tokens=True)
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", tokenizer=other)
+    with pytest.raises(PairMismatchError, match=r"1 entries.*'<extra>' \(absent against 112\).*--tokenizer base"):
+        load_pair(base, sft, device="cpu")
+    first, second = load_pair(base, sft, tokenizer="base", device="cpu")
+    assert second.tokenizer is first.tokenizer
+
+
+def test_equal_vocabularies_that_cut_text_differently(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    other = build_tiny_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("t", "isolated")  # no "th" any more
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", tokenizer=other)
+    with pytest.raises(PairMismatchError, match="vocabularies agree"):
+        load_pair(base, sft, device="cpu")
+
+
+@pytest.mark.parametrize("bad", [
+    {"specs": []}, {"specs": ["a", "b"], "names": ["x"]}, {"specs": ["a", "b"], "names": ["x", "x"]},
+    {"specs": ["a"], "tokenizer": "other"}])
+def test_bad_chain_settings(bad: dict) -> None:
+    with pytest.raises(SettingsError):
+        load_chain(**bad)
+
+
+def test_every_refusal_is_one_line_and_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(MidblockError) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_vocabulary_constant_matches_the_builders() -> None:
+    assert FAMILIES["llama"]().config.vocab_size == VOCAB
+
+
+@pytest.mark.slow
+def test_embedded_model_loads_and_speaks(smollm2_folder: Path) -> None:
+    loaded = load_model("smollm2", device="cpu")
+    assert loaded.folder == smollm2_folder
+    assert loaded.dtype == torch.float32
+    assert (loaded.anatomy.num_blocks, loaded.anatomy.hidden_size, loaded.anatomy.tied) == (30, 576, True)
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = loaded.model(input_ids=ids).logits
+    assert loaded.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
