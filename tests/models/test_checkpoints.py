@@ -207,6 +207,19 @@ def test_truncated_gguf_leaves_nothing_behind(tmp_path: Path, cache: Path) -> No
     assert [p for p in (cache / "converted").iterdir() if p.suffix != ".lock"] == []
 
 
+def test_remains_of_a_killed_conversion_are_cleared(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    folder = resolve_checkpoint(path)
+    shutil.rmtree(folder)
+    stale = folder.parent / f".{folder.name}.abc123"
+    stale.mkdir()
+    (stale / "model.safetensors").write_bytes(b"half")
+    assert resolve_checkpoint(path) == folder
+    assert not stale.exists()
+    assert (folder.parent / f".{folder.name}.lock").is_file()
+
+
 def test_split_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="one part of a split"):
@@ -460,6 +473,16 @@ def test_save_refuses_a_full_folder_and_leaves_it_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not an empty folder"):
         saved("llama", tmp_path / "m")
     assert [p.name for p in tmp_path.rglob("*")] == ["m", "mine.txt"]
+
+
+def test_saved_files_are_readable_as_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = saved("llama", tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o644"}
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import io
@@ -216,6 +217,8 @@ def _convert_gguf(path: Path, spec: str) -> Path:
         return folder
     with _locked(root / f".{folder.name}.lock"):
         if not folder.is_dir():  # another process may have made it while this one waited
+            for stale in root.glob(f".{glob.escape(folder.name)}.*/"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
             _write_converted(path, folder, spec)
     return folder
 
@@ -729,6 +732,8 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str) -> Pat
                 tokenizer.save_pretrained(temporary)
         _check_written(model, temporary)
         temporary.chmod(0o777 & ~_umask())
+        for path in temporary.iterdir():  # safetensors writes files that only their owner can read
+            path.chmod(0o666 & ~_umask())
         os.replace(temporary, folder)
     except SafetensorError as error:
         raise OutputError(f"cannot write {folder}: {_first_line(error)}.") from error
