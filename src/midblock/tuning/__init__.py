@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from midblock.tuning.adapter import Attachment, attach
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.plan import (
     ModulePlan,
@@ -15,6 +16,7 @@ from midblock.tuning.plan import (
     require_plan_fits,
 )
 from midblock.tuning.prefix import FrozenPrefix
+from midblock.tuning.trainer import StepLog, TrainResult, TrainSettings, train
 
-__all__ = ["FrozenPrefix", "ModulePlan", "Plan", "PrefixCache", "budget_of", "full_blocks_for_budget",
-           "load_plan", "lora_config", "make_plan", "random_block_set", "require_plan_fits"]
+__all__ = ["Attachment", "FrozenPrefix", "ModulePlan", "Plan", "PrefixCache", "StepLog", "TrainResult", "TrainSettings", "attach", "budget_of", "full_blocks_for_budget",
+           "load_plan", "lora_config", "make_plan", "random_block_set", "require_plan_fits", "train"]

@@ -120,8 +120,13 @@ def prefix_identity(anatomy: Anatomy, start: int) -> str:
     device = next(anatomy.embeddings.parameters()).device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
     return sha256_of(*parts, json.dumps(entries, sort_keys=True, default=str), type(anatomy.body).__name__,
-                     str(getattr(config, "_attn_implementation", "")), str(start), device, autocast,
+                     _attention_name(config), str(start), device, autocast,
                      torch.__version__, transformers.__version__)
+
+
+def _attention_name(config: Any) -> str:
+    # midblock's own attention hands forwards without grad, such as the prefix's, to sdpa
+    return str(getattr(config, "_attn_implementation", "")).replace("midblock_dense", "sdpa")
 
 
 def _before(anatomy: Anatomy, name: str, start: int) -> bool:
@@ -141,7 +146,7 @@ def _stamp(anatomy: Anatomy, start: int) -> tuple[Any, ...]:
                           getattr(inner, "disable_adapters", None))
     device = next(anatomy.embeddings.parameters()).device.type
     parts.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-    parts.append(getattr(anatomy.causal_lm.config, "_attn_implementation", None))
+    parts.append(_attention_name(anatomy.causal_lm.config))
     return tuple(parts)
 
 
