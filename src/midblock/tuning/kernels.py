@@ -9,6 +9,7 @@ where it does.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["dense_attention", "has_plain_head", "lean_lora", "supervised_loss"]
 # numbers in one chunk of logits: 2**23 float32 are 32 MiB
 _CHUNK_NUMBERS = 1 << 23
 # attention scores of one block, in numbers, above which they are not held at once
-_DENSE_LIMIT = 1 << 26
+_DENSE_LIMIT = 1 << 24
 
 # ---------------------------------------------------------------------------------------------
 # head and loss on supervised tokens
@@ -207,35 +208,83 @@ def lean_lora(model: nn.Module) -> Iterator[int]:
 # attention of short sequences on a CPU in bfloat16
 
 
-class _DenseAttention(torch.autograd.Function):
-    """softmax(q k' s + mask) v with float32 scores, key-value heads not repeated.
+# queries handled at once: keys behind the last of them are left out
+_QUERIES = 128
 
-    Shapes: q (B*K, G*T, D) for K key-value heads of G query heads each; k, v (B*K, S, D);
-    blocked (B, 1, 1, T, S) True where a query may not look.
+
+class _DenseAttention(torch.autograd.Function):
+    """softmax(q k' s + bias) v with float32 scores, key-value heads not repeated.
+
+    Shapes: q (B*K, G, T, D) for K key-value heads of G query heads each; k, v (B*K, S, D); bias
+    (B, 1, T, S) float32, 0 where a query may look and very low where not. With ``causal`` no query
+    looks at keys behind it, so that each group of queries meets only the keys up to its end.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scaling: float,
-                shape: tuple[int, int, int, int, int]) -> Tensor:
-        scores = torch.bmm(q.float() * scaling, k.float().transpose(1, 2))
-        scores.view(shape).masked_fill_(blocked, torch.finfo(torch.float32).min)
-        weights = torch.softmax(scores, dim=-1).to(q.dtype)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scaling = scaling
-        return torch.bmm(weights, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float,
+                causal: bool) -> Tensor:
+        many, groups, length, width = q.shape
+        batch = bias.shape[0]
+        out = torch.empty_like(q)
+        kept: list[Tensor] = []
+        wide_k = k.float().transpose(1, 2)
+        for lo, hi, end in _pieces(length, k.shape[1], causal):
+            part = q[:, :, lo:hi].reshape(many, -1, width)
+            scores = torch.bmm(part.float().mul_(scaling), wide_k[:, :, :end])
+            scores.view(batch, -1, groups, hi - lo, end).add_(bias[:, None, :, lo:hi, :end])
+            weights = torch.softmax(scores, dim=-1).to(q.dtype)
+            kept.append(weights)
+            out[:, :, lo:hi] = torch.bmm(weights, v[:, :end]).view(many, groups, hi - lo, width)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scaling, ctx.causal = scaling, causal
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_v = torch.bmm(weights.transpose(1, 2), grad)
-        grad_w = torch.bmm(grad, v.transpose(1, 2))
-        grad_s = torch.ops.aten._softmax_backward_data(grad_w, weights, -1, weights.dtype)
-        grad_q = torch.bmm(grad_s, k).mul_(ctx.scaling)
-        grad_k = torch.bmm(grad_s.transpose(1, 2), q).mul_(ctx.scaling)
-        return grad_q, grad_k, grad_v, None, None, None
+        q, k, v, *kept = ctx.saved_tensors
+        many, groups, length, width = q.shape
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        for weights, (lo, hi, end) in zip(kept, _pieces(length, k.shape[1], ctx.causal), strict=True):
+            grad = grads[0][:, :, lo:hi].reshape(many, -1, width)
+            part = q[:, :, lo:hi].reshape(many, -1, width)
+            grad_v[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+            grad_w = torch.bmm(grad, v[:, :end].transpose(1, 2))
+            grad_s = torch.ops.aten._softmax_backward_data(grad_w, weights, -1, weights.dtype)
+            grad_q[:, :, lo:hi] = torch.bmm(grad_s, k[:, :end]).view(many, groups, hi - lo, width)
+            grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), part)
+        return grad_q.mul_(ctx.scaling), grad_k.mul_(ctx.scaling), grad_v, None, None, None
 
 
+def _pieces(length: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:
+    """(first query, behind the last query, keys met) of each group of queries."""
+    if not causal:
+        return [(0, length, keys)]
+    return [(lo, min(lo + _QUERIES, length), min(lo + _QUERIES, length)) for lo in range(0, length, _QUERIES)]
+
+
+class _Bias:
+    """The additive form of the last mask seen: all layers of a forward get the same mask."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._value: tuple[Tensor, bool] | None = None
+
+    def of(self, mask: Tensor | None, length: int, keys: int) -> tuple[Tensor, bool]:
+        """Bias (B or 1, 1, T, S) and whether nothing behind a query is allowed."""
+        if mask is not None and self._mask is not None and self._mask() is mask and self._value is not None:
+            return self._value
+        low = torch.finfo(torch.float32).min
+        triangle = torch.ones(length, keys, dtype=torch.bool).tril()
+        allowed = triangle[None, None] if mask is None else mask
+        bias = torch.zeros(allowed.shape, dtype=torch.float32).masked_fill_(~allowed, low)
+        causal = length == keys and (mask is None or not bool((mask & ~triangle).any()))
+        if mask is not None:
+            self._mask, self._value = weakref.ref(mask), (bias, causal)
+        return bias, causal
+
+
+_bias = _Bias()
 _NAME = "midblock_dense"
 
 
@@ -257,15 +306,13 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
             or batch * heads * length * keys > _DENSE_LIMIT):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    groups = heads // kv_heads
-    if attention_mask is None:
-        allowed = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()[None, None]
-    else:
-        allowed = attention_mask
+    bias, causal_only = _bias.of(attention_mask, length, keys)
+    if bias.shape[0] != batch:
+        bias = bias.expand(batch, -1, -1, -1)
     out = _DenseAttention.apply(
-        query.reshape(batch * kv_heads, groups * length, width), key.reshape(batch * kv_heads, keys, width),
-        value.reshape(batch * kv_heads, keys, width), ~allowed[:, :, None],
-        width ** -0.5 if scaling is None else scaling, (batch, kv_heads, groups, length, keys))
+        query.reshape(batch * kv_heads, heads // kv_heads, length, width),
+        key.reshape(batch * kv_heads, keys, width), value.reshape(batch * kv_heads, keys, width), bias,
+        width ** -0.5 if scaling is None else scaling, causal_only)
     return out.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
 
