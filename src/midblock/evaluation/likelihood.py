@@ -8,14 +8,16 @@ only on positions that count; the results come in lm-eval's shapes.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from midblock.capture.forward import run_blocks
 from midblock.capture.scoring import next_token_scores, sample_means
-from midblock.data import Dataset, make_batches, pad_token_id, tokenize
+from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.tasks import find_task, item_ids
 from midblock.progress import Progress, silent
@@ -29,7 +31,8 @@ __all__ = ["score_tokens"]
 
 
 def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size: int, max_length: int,
-                 chat: bool = False, progress: Progress = silent) -> EvalResult:
+                 chat: bool = False, progress: Progress = silent,
+                 hidden_of: Callable[[Batch], Tensor] | None = None) -> EvalResult:
     """Mean loss per item and in all.
 
     Args:
@@ -41,6 +44,8 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
         max_length: Rows are cut to this many tokens.
         chat: Put prompt and completion into the tokenizer's chat template.
         progress: Told how many rows are done.
+        hidden_of: Gives hidden L (B, T, d) of a batch in place of a forward of all blocks, such as
+            one resumed behind blocks that several models share.
 
     Raises:
         DataError: no row is left, or ``answer_loss`` on rows without completion.
@@ -59,7 +64,8 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
             done = 0
             for batch in batches:
                 batch = batch.to(loaded.device)
-                hidden = run_blocks(loaded.model, loaded.anatomy, batch)
+                hidden = (run_blocks(loaded.model, loaded.anatomy, batch) if hidden_of is None
+                          else hidden_of(batch))
                 scores = next_token_scores(loaded.anatomy.read_out, hidden, batch, loaded.anatomy.vocab_size)
                 mean, number = sample_means(scores.row, scores.loss, len(batch))
                 places = list(batch.indices)

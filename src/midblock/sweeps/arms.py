@@ -1,0 +1,182 @@
+"""The arms of a sweep, in the order in which they share the most work."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from midblock.errors import MidblockError, SettingsError
+from midblock.segments import all_masks_single, depth
+from midblock.sweeps.config import RandomArms, SweepConfig
+from midblock.tuning import Plan, load_plan, make_plan, require_plan_fits
+
+if TYPE_CHECKING:
+    from midblock.models import Anatomy
+
+__all__ = ["BASE", "Arm", "Job", "expand_arms", "jobs_of"]
+
+BASE = "base"
+"""Name of the untuned model among the arms."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration: what is trained, with which learning rates."""
+
+    name: str
+    plan: Plan
+    learning_rates: tuple[float, ...]
+    is_baseline: bool = False
+
+    @property
+    def segment(self) -> tuple[str, int, int] | None:
+        """(method, K, index) of an arm that tunes exactly one of K segments, else None."""
+        mask = self.plan.mask
+        if mask is None or mask.count("1") != 1 or len(mask) < 2:
+            return None
+        return self.plan.method, len(mask), mask.index("1")
+
+    @property
+    def depth(self) -> float:
+        """Mean relative depth of the trained blocks, 0..1."""
+        blocks = self.plan.blocks
+        return sum(depth(b, self.plan.num_blocks) for b in blocks) / len(blocks)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with one learning rate and one seed; ``arm`` None is the untuned model."""
+
+    arm: Arm | None
+    learning_rate: float | None
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """Name of the arm."""
+        return BASE if self.arm is None else self.arm.name
+
+    @property
+    def key(self) -> str:
+        """File name of the result, without suffix."""
+        if self.arm is None:
+            return BASE
+        return f"{self.name}__lr{self.learning_rate:g}__seed{self.seed}"
+
+
+def expand_arms(config: SweepConfig, model: Any) -> list[Arm]:
+    """Every arm that the configuration asks for, each once, with its exact plan.
+
+    Args:
+        config: The sweep.
+        model: A model, `LoadedModel` or `Anatomy` (also on the meta device).
+
+    Raises:
+        SettingsError: arms that do not fit the model; all are listed.
+    """
+    wanted = list(_wanted(config))
+    arms: dict[str, Arm] = {}
+    faults = []
+    for name, how, arguments, rates in wanted:
+        try:
+            plan = _plan(config, model, arguments)
+        except MidblockError as error:
+            faults.append(f"{how}: {error}")
+            continue
+        if name in arms:
+            if (arms[name].plan.modules, arms[name].plan.params) != (plan.modules, plan.params):
+                faults.append(f"{how}: the name {name!r} already belongs to another arm")
+            continue
+        arms[name] = Arm(name, plan, rates, is_baseline=name == config.arms.baseline)
+    known = {*arms, BASE}
+    for a, b in config.statistics.comparisons or []:
+        faults += [f"statistics.comparisons: there is no arm {x!r} (arms: {', '.join(known)})"
+                   for x in (a, b) if x not in known]
+        if a == b:
+            faults.append(f"statistics.comparisons: arm {a!r} cannot be compared with itself")
+    if faults:
+        raise SettingsError(f"{len(faults)} of the arms and comparisons do not fit the model:\n"
+                            + "\n".join(f"  {f}" for f in dict.fromkeys(faults)))
+    return list(arms.values())
+
+
+def _numbers(value: list[int] | int | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value
+
+
+def _draws(value: list[RandomArms] | RandomArms) -> list[RandomArms]:
+    return value if isinstance(value, list) else [value]
+
+
+def _neighbours(num_segments: int, width: int) -> list[str]:
+    return ["0" * i + "1" * width + "0" * (num_segments - i - width)
+            for i in range(num_segments - width + 1)]
+
+
+def _wanted(config: SweepConfig) -> Iterable[tuple[str, str, dict[str, Any], tuple[float, ...]]]:
+    """(name, key in the configuration, arguments of the plan, learning rates)."""
+    arms, lora = config.arms, tuple(config.training.learning_rates)
+    full = tuple(config.training.full_learning_rates)
+    yield arms.baseline, "arms.baseline", {"mask": arms.baseline}, lora
+    for key, masks in (
+            ("arms.singles", [m for k in _numbers(arms.singles) for m in all_masks_single(k)]),
+            ("arms.pairs", [m for k in _numbers(arms.pairs) for m in _neighbours(k, 2)]),
+            ("arms.triples", [m for k in _numbers(arms.triples) for m in _neighbours(k, 3)]),
+            ("arms.masks", arms.masks)):
+        for mask in masks:
+            yield mask, key, {"mask": mask}, lora
+    for draw in _draws(arms.random):
+        for seed in range(draw.draws):
+            yield (f"random{draw.blocks}-{seed}", "arms.random", {"random_blocks": (draw.blocks, seed)}, lora)
+    for mask in arms.full:
+        yield f"full-{mask}", "arms.full", {"mask": mask, "method": "full"}, full
+    for draw in _draws(arms.full_random):
+        for seed in range(draw.draws):
+            yield (f"full-random{draw.blocks}-{seed}", "arms.full_random",
+                   {"random_blocks": (draw.blocks, seed), "method": "full"}, full)
+    for path in arms.plans:
+        from pathlib import Path
+
+        yield Path(path).stem, f"arms.plans {path}", {"file": path}, lora
+    for arm in arms.explicit:
+        options = {"mask": arm.mask, "blocks": arm.blocks, "method": arm.method, "rank": arm.rank,
+                   "budget": arm.budget, "scale": arm.scale, "target_modules": arm.target_modules}
+        rates = full if arm.method == "full" else lora
+        yield (arm.name, f"arms.explicit {arm.name}", {k: v for k, v in options.items() if v is not None},
+               (arm.learning_rate,) if arm.learning_rate is not None else rates)
+
+
+def _plan(config: SweepConfig, model: Any, arguments: dict[str, Any]) -> Plan:
+    if "file" in arguments:
+        return require_plan_fits(load_plan(arguments["file"]), model)
+    options = {"target_modules": config.target_modules, "scale": config.scale,
+               "alpha_over_rank": config.alpha_over_rank, **arguments}
+    if options.get("method") != "full" and "rank" not in options and "budget" not in options:
+        options["budget"] = config.budget
+    return make_plan(model, **options)
+
+
+def jobs_of(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """Every run: the untuned model first, then the arms by their first trainable block.
+
+    Arms with the same first block follow each other, so that their prefix is computed once and
+    freed when the next block's turn comes; later blocks come later, so that evaluation can go on
+    from the hidden states of the arm before.
+    """
+    ordered = sorted(arms, key=lambda a: a.plan.first_block)
+    return [Job(None, None, None)] + [
+        Job(arm, rate, seed)
+        for _, group in itertools.groupby(ordered, key=lambda a: a.plan.first_block)
+        for arm in group for rate in arm.learning_rates for seed in seeds]
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """The anatomy of a `LoadedModel`, a model, or itself."""
+    from midblock.models import Anatomy, find_anatomy
+
+    if isinstance(model, Anatomy):
+        return model
+    inner = getattr(model, "anatomy", None)
+    return inner if isinstance(inner, Anatomy) else find_anatomy(model)

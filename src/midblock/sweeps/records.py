@@ -1,0 +1,105 @@
+"""One run, one file: what an arm with one learning rate and one seed gave, or why it failed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from midblock.errors import OutputError
+from midblock.provenance import FORMAT_VERSION, write_json
+
+__all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
+
+FOLDER = "results"
+
+
+@dataclass
+class TaskScores:
+    """Scores of one run on one task.
+
+    Attributes:
+        task: Its label in the sweep.
+        metric: ``accuracy``, ``loss`` or ``perplexity``.
+        higher_is_better: Whether a larger value is a better model.
+        items: Content ids, equal in every run.
+        scores: Per item: 1 right / 0 wrong, or mean loss per token in nats.
+        tokens: Counted tokens per item where tokens were scored.
+        value: The metric over all items.
+        seconds: Time of the scoring.
+        notes: What a reader should know (answers cut off, rows left out).
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    items: list[str]
+    scores: list[float]
+    tokens: list[float] | None
+    value: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunRecord:
+    """Result of one run."""
+
+    arm: str
+    learning_rate: float | None
+    seed: int | None
+    status: Literal["done", "failed"]
+    reason: str = ""
+    """Why it failed, for people."""
+    traceback: str = ""
+    plan: dict[str, Any] | None = None
+    """`midblock.tuning.Plan.to_dict`; None for the untuned model."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """`midblock.tuning.TrainResult.describe` with every step's loss."""
+    tasks: dict[str, TaskScores] = field(default_factory=dict)
+    """Evaluation and retention, by label."""
+    validation_loss: float | None = None
+    seconds: float = 0.0
+    """Training and scoring."""
+    peak_memory_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """File name without suffix."""
+        return self.arm if self.seed is None else f"{self.arm}__lr{self.learning_rate:g}__seed{self.seed}"
+
+
+def write_record(folder: Path, record: RunRecord) -> Path:
+    """Write ``results/KEY.json`` atomically and return its path.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = folder / FOLDER / f"{record.key}.json"
+    write_json(path, {"format_version": FORMAT_VERSION, **asdict(record)})
+    return path
+
+
+def read_records(folder: Path) -> dict[str, RunRecord]:
+    """Every result of a sweep's folder, by key. Files that were never completed do not exist.
+
+    Raises:
+        OutputError: a file is not such a result.
+    """
+    found = {}
+    for path in sorted((folder / FOLDER).glob("[!.]*.json")):
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.pop("format_version") > FORMAT_VERSION:
+                raise OutputError(f"{path} was written by a newer midblock; update this one.")
+            tasks = {name: TaskScores(**{**t, "scores": [math.nan if v is None else v for v in t["scores"]]})
+                     for name, t in stored.pop("tasks").items()}
+            record = RunRecord(**stored, tasks=tasks)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path} is not the result of a run of a sweep ({error}); remove it, then repeat the "
+                              "command with --resume.") from None
+        found[record.key] = record
+    return found
