@@ -9,7 +9,7 @@ updates, the change of each block is measured, and the weights are put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,16 @@ from midblock import stats
 from midblock.analysis.stages import resolve_stages, stage_names
 from midblock.capture import model_inputs
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, SettingsError, TrainingError
+from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMetricError
 from midblock.models import LoadedModel, kind_of
 from midblock.progress import Progress, silent
 from midblock.results import Table
+from midblock.stats.correlation import Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "gradients", "parameters_by_block",
+__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "correlate_with_profile", "gradients", "parameters_by_block",
            "supervised_batches"]
 
 METRICS = ("gradient_norm", "gradient_norm_relative", "fisher", "taylor")
@@ -97,20 +98,30 @@ def supervised_batches(loaded: LoadedModel, dataset: Dataset, *, max_length: int
 
 
 def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callable[[int, float], None], *,
-                     progress: Progress = silent) -> None:
+                     parameters: Iterable[torch.nn.Parameter] | None = None, progress: Progress = silent) -> None:
     """Loss and gradients of every batch; ``use(number, loss)`` reads ``parameter.grad`` and may update.
 
     The model is in eval mode (no dropout); ``requires_grad`` of all parameters, their gradients and the
     mode are as before afterwards.
 
+    Args:
+        loaded: The model.
+        batches: With labels. The loss is the model's own: the mean over the counted tokens of the batch.
+        use: Called after each backward pass.
+        parameters: Only these get gradients. Default: all (floating) parameters.
+        progress: Told how many batches are done.
+
     Raises:
         TrainingError: a loss is not finite.
     """
     model = loaded.model
-    training, needed = model.training, [p.requires_grad for p in model.parameters()]
+    everything = list(model.parameters())
+    training, needed = model.training, [p.requires_grad for p in everything]
+    chosen = {id(p) for p in (everything if parameters is None else parameters) if p.is_floating_point()}
     model.eval()
     try:
-        model.requires_grad_(True)
+        for parameter in everything:
+            parameter.requires_grad_(id(parameter) in chosen)
         for number, batch in enumerate(batches):
             here = batch.to(loaded.device)
             model.zero_grad(set_to_none=True)
@@ -119,11 +130,12 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
                 raise TrainingError(f"the loss of batch {number} is {loss.item()}; use a smaller learning rate, or "
                                     "float32 weights (--dtype float32).")
             loss.backward()
-            use(number, float(loss))
-            progress("backward", number + 1, len(batches), note=f"loss {float(loss):.3f}")
+            value = loss.detach().item()
+            use(number, value)
+            progress("backward", number + 1, len(batches), note=f"loss {value:.3f}")
     finally:
         model.zero_grad(set_to_none=True)
-        for parameter, flag in zip(model.parameters(), needed, strict=True):
+        for parameter, flag in zip(everything, needed, strict=True):
             parameter.requires_grad_(flag)
         model.train(training)
 
@@ -173,6 +185,10 @@ class GradientsResult:
                              f"{part[top]:.4g}); early {zones[0]:.4g}, middle {zones[1]:.4g}, late {zones[2]:.4g}.")
         return "\n".join(lines)
 
+    def correlations(self, profile: pd.DataFrame, method: Method = "pearson") -> pd.DataFrame:
+        """Correlation over depth with representation metrics: see `correlate_with_profile`."""
+        return correlate_with_profile(self.frame, profile, method, self.settings.confidence)
+
     def figures(self) -> dict[str, Figure]:
         """Each quantity over depth, and a heatmap of block by matrix."""
         from midblock.figures import depth_lines, heatmap
@@ -205,7 +221,8 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         Rows of kind ``block`` with column ``matrix`` (``all`` = whole block): ``gradient_norm``,
         ``gradient_norm_relative`` (to the weights' norm), ``fisher`` (sum of squared gradients) and
         ``taylor`` (absolute sum of weight times gradient): mean over batches with a t interval. With
-        ``steps`` also ``weight_change`` (Frobenius norm of the change made), n = number of updates.
+        ``steps`` also ``weight_change`` (Frobenius norm of the change made) and
+        ``weight_change_relative`` (to the weights before), n = number of updates.
 
     Raises:
         SettingsError: a setting out of range.
@@ -232,39 +249,127 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
     return GradientsResult(table, keys, models[0].anatomy.num_blocks, chosen, counts, losses)
 
 
+def correlate_with_profile(gradient_frame: pd.DataFrame, profile: pd.DataFrame, method: Method = "pearson",
+                           confidence: float = 0.95) -> pd.DataFrame:
+    """Correlation over blocks of gradient quantities with representation metrics (paper figure 5).
+
+    Block b is set beside hidden b+1, its output. The gradients of a stage meet that stage's own
+    metrics, and every difference and pair score.
+
+    Args:
+        gradient_frame: `GradientsResult.frame`; its rows of whole blocks are used.
+        profile: Table of a profile of the same model.
+        method: ``pearson`` or ``spearman``.
+        confidence: Confidence of the intervals.
+
+    Returns:
+        One row per pair: ``stage``, ``a`` (gradient quantity), ``b`` (metric) with its ``side``, ``method``,
+        ``r``, ``low``, ``high``, ``n`` (blocks), ``p``, ``p_holm`` (Holm over all defined pairs) and ``reason``
+        where r is undefined.
+
+    Raises:
+        SettingsError: the profile is of a model with another number of blocks.
+    """
+    whole = gradient_frame[gradient_frame["matrix"] == "all"]
+    hidden = profile[profile["kind"] == "hidden"].assign(layer=lambda f: pd.to_numeric(f["layer"]))
+    blocks = int(whole["layer"].max()) + 1
+    if hidden.empty or int(hidden["layer"].max()) != blocks:
+        found = "no hidden states" if hidden.empty else f"{int(hidden['layer'].max())} blocks"
+        raise SettingsError(f"the profile shows {found}, the gradients {blocks} blocks; give the folder of a profile "
+                            "of the same model.")
+    stages = hidden["stage"].astype(str) if "stage" in hidden else pd.Series("", index=hidden.index)
+    compared = hidden["side"].isin(["difference", "pair"])
+    hidden = hidden.assign(label=hidden["side"].where(~compared, hidden["side"] + " " + stages))
+    rows: list[dict[str, Any]] = []
+    for stage in dict.fromkeys(whole["side"]):
+        own = whole[whole["side"] == stage].pivot_table(index="layer", columns="metric", values="value", sort=False)
+        usable = hidden[compared | (hidden["side"] == stage)]
+        for (metric, side), part in usable.groupby(["metric", "label"], sort=False):
+            values = part.set_index("layer")["value"].groupby(level=0).mean().reindex(own.index + 1).to_numpy(float)
+            for quantity in own.columns:
+                rows.append({"stage": stage, "a": quantity, "b": metric, "side": side, "method": method,
+                             **_correlated(own[quantity].to_numpy(float), values, method, confidence)})
+    frame = pd.DataFrame(rows)
+    frame["p_holm"] = stats.holm(frame["p"].to_numpy(float))
+    return frame
+
+
+def _correlated(a: Any, b: Any, method: Method, confidence: float) -> dict[str, Any]:
+    try:
+        found = stats.correlation(a, b, method, confidence)
+    except UndefinedMetricError as error:
+        both = int((np.isfinite(a) & np.isfinite(b)).sum())
+        return {"r": math.nan, "low": math.nan, "high": math.nan, "n": both, "p": math.nan, "reason": str(error)}
+    return {"r": found.r, "low": found.low, "high": found.high, "n": found.n, "p": found.p, "reason": ""}
+
+
+class _Trainer:
+    """AdamW without weight decay on float32 copies of 16-bit weights, which would round small updates away."""
+
+    def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
+        self._own = [p for p in model.parameters() if p.is_floating_point()]
+        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._own]
+        # without a gradient nothing moves: experts that no token reached keep their weights
+        self._optimizer = torch.optim.AdamW(self._masters, lr=learning_rate, weight_decay=0.0, foreach=False)
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for own, master in zip(self._own, self._masters, strict=True):
+                if master is not own:
+                    master.grad = None if own.grad is None else own.grad.float()
+            self._optimizer.step()
+            for own, master in zip(self._own, self._masters, strict=True):
+                if master is not own:
+                    own.copy_(master)
+
+    def trained(self) -> dict[int, Tensor]:
+        """id of each parameter -> its weights in float32."""
+        return {id(own): master.detach() for own, master in zip(self._own, self._masters, strict=True)}
+
+
 def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batch], settings: GradientSettings,
              progress: Progress) -> list[float]:
     groups = parameters_by_block(loaded)
     matrices = {b: [m for block, m in groups if block == b] for b, _ in groups}
+    inside = [p for named in groups.values() for _, p in named]
     seen: dict[tuple[int, str, str], list[float]] = {}
     losses: list[float] = []
-    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=settings.learning_rate, weight_decay=0.0) \
-        if settings.steps else None
+    trainer = _Trainer(loaded.model, settings.learning_rate) if settings.steps else None
+    squares: dict[int, float] = {}  # of the weights; they stand still unless there is training
+
+    def parts(parameter: torch.nn.Parameter) -> tuple[float, float, float]:
+        if trainer is not None or id(parameter) not in squares:
+            squares[id(parameter)] = parameter.detach().double().square().sum().item()
+        if parameter.grad is None:  # an expert that no token was sent to
+            return 0.0, squares[id(parameter)], 0.0
+        gradient = parameter.grad.double()
+        return (gradient.square().sum().item(), squares[id(parameter)],
+                torch.linalg.vecdot(parameter.detach().double().flatten(), gradient.flatten()).item())
 
     def read(number: int, loss: float) -> None:
         losses.append(loss)
         for block, names in matrices.items():
             square = weight = product = 0.0
             for matrix in names:
-                parts = [(p.grad.double().square().sum().item() if p.grad is not None else 0.0,
-                          p.detach().double().square().sum().item(),
-                          (p.detach().double() * p.grad.double()).sum().item() if p.grad is not None else 0.0)
-                         for _, p in groups[block, matrix]]
-                g, w, t = (sum(column) for column in zip(*parts, strict=True))
+                g, w, t = (sum(column) for column in zip(*(parts(p) for _, p in groups[block, matrix]), strict=True))
                 _note(seen, block, matrix, g, w, t)
                 square, weight, product = square + g, weight + w, product + t
             _note(seen, block, "all", square, weight, product)
-        if optimizer is not None:
-            optimizer.step()
+        if trainer is not None:
+            trainer.step()
 
-    if optimizer is None:
-        backward_batches(loaded, batches, read, progress=progress)
+    if trainer is None:
+        backward_batches(loaded, batches, read, parameters=inside, progress=progress)
     else:
         with _weights_restored(loaded.model) as before:
             backward_batches(loaded, batches, read, progress=progress)
-            _changes(table, key, loaded, groups, before, len(batches))
+            _changes(table, key, loaded, groups, before, trainer.trained(), len(batches))
     for (block, matrix, metric), values in seen.items():
-        table.add("block", block, metric, key, stats.mean_interval(values, settings.confidence), matrix=matrix)
+        interval = stats.mean_interval(values, settings.confidence)
+        if math.isnan(interval.value):
+            table.add_undefined("block", block, metric, key, "the weights are all zero", matrix=matrix)
+        else:
+            table.add("block", block, metric, key, interval, matrix=matrix)
     return losses
 
 
@@ -277,13 +382,29 @@ def _note(seen: dict[tuple[int, str, str], list[float]], block: int, matrix: str
 
 
 def _changes(table: Table, key: str, loaded: LoadedModel, groups: dict[tuple[int, str], list[tuple[str, Any]]],
-             before: dict[str, Tensor], steps: int) -> None:
-    total: dict[int, float] = {}
+             before: dict[str, Tensor], after: dict[int, Tensor], steps: int) -> None:
+    total: dict[int, list[float]] = {}
+
+    def add(block: int, matrix: str, change: float, weight: float) -> None:
+        table.add("block", block, "weight_change", key, math.sqrt(change), n=steps, matrix=matrix)
+        if weight > 0:
+            table.add("block", block, "weight_change_relative", key, math.sqrt(change / weight), n=steps,
+                      matrix=matrix)
+        else:
+            table.add_undefined("block", block, "weight_change_relative", key, "the weights are all zero",
+                                n=steps, matrix=matrix)
+
     for (block, matrix), named in groups.items():
         prefix = loaded.anatomy.block_path(block)
-        square = sum((p.detach().double() - before[f"{prefix}.{name}"].double()).square().sum().item()
-                     for name, p in named)
-        total[block] = total.get(block, 0.0) + square
-        table.add("block", block, "weight_change", key, math.sqrt(square), n=steps, matrix=matrix)
-    for block, square in total.items():
-        table.add("block", block, "weight_change", key, math.sqrt(square), n=steps, matrix="all")
+        change = weight = 0.0
+        for name, parameter in named:
+            if id(parameter) in after:
+                old = before[f"{prefix}.{name}"].double()
+                change += (after[id(parameter)].double() - old).square().sum().item()
+                weight += old.square().sum().item()
+        add(block, matrix, change, weight)
+        sums = total.setdefault(block, [0.0, 0.0])
+        sums[0] += change
+        sums[1] += weight
+    for block, (change, weight) in total.items():
+        add(block, "all", change, weight)

@@ -1,0 +1,218 @@
+"""Gradients per block against a slow loop over a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import pearsonr
+
+from analysis_helpers import loaded, tiny_data
+from midblock.analysis.gradients import backward_batches, gradients, supervised_batches
+from midblock.data import Dataset, Example
+from midblock.errors import SettingsError, TrainingError
+from midblock.models import LoadedModel, find_anatomy
+
+
+def fresh(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A model of its own: the cached ones must stay as they are."""
+    shared = loaded(name, seed)
+    model = copy.deepcopy(shared.model).to(dtype)
+    return LoadedModel(model=model, tokenizer=shared.tokenizer, anatomy=find_anatomy(model), spec=name, name=name,
+                       folder=None, dtype=dtype, device=shared.device)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "mixtral"])
+def test_every_quantity_equals_a_slow_loop(name):
+    model = fresh(name)
+    data = tiny_data(6)
+    frame = gradients(model, data=data, samples=6, batch_size=2, max_length=64).frame
+    batches, _ = supervised_batches(model, data.sample(6, 0), max_length=64, batch_size=2)
+    assert len(batches) == 3
+    norms, fisher, taylor = (np.zeros((3, 4)) for _ in range(3))
+    q_norms = np.zeros((3, 4))
+    for i, batch in enumerate(batches):
+        slow = copy.deepcopy(model.model).requires_grad_(True)
+        logits = slow(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        total = count = 0.0
+        for row in range(len(batch)):
+            for t in range(int(batch.lengths[row]) - 1):
+                total = total - logits[row, t].float().log_softmax(-1)[batch.input_ids[row, t + 1]]
+                count += 1
+        (total / count).backward()
+        for b, block in enumerate(find_anatomy(slow).blocks):
+            grads = [(n, p.detach().numpy().astype(float), p.grad.numpy().astype(float))
+                     for n, p in block.named_parameters() if p.grad is not None]
+            fisher[i, b] = sum((g ** 2).sum() for _, _, g in grads)
+            norms[i, b] = math.sqrt(fisher[i, b])
+            taylor[i, b] = abs(sum((w * g).sum() for _, w, g in grads))
+            q_norms[i, b] = math.sqrt(sum((g ** 2).sum() for n, _, g in grads if "q_proj.weight" in n))
+    whole = frame[frame.matrix == "all"].set_index(["metric", "layer"])
+    for metric, want in (("gradient_norm", norms), ("fisher", fisher), ("taylor", taylor)):
+        for b in range(4):
+            assert whole.loc[(metric, b), "value"] == pytest.approx(want[:, b].mean(), rel=1e-4), (metric, b)
+            assert whole.loc[(metric, b), "n"] == 3
+            assert whole.loc[(metric, b), "low"] < want[:, b].mean() < whole.loc[(metric, b), "high"]
+    for b, block in enumerate(model.anatomy.blocks):
+        size = math.sqrt(sum(p.double().square().sum().item() for p in block.parameters()))
+        assert whole.loc[("gradient_norm_relative", b), "value"] == pytest.approx(norms[:, b].mean() / size, rel=1e-4)
+    if q_norms.any():
+        own = frame[(frame.matrix == "q") & (frame.metric == "gradient_norm")].set_index("layer")["value"]
+        assert own.to_numpy() == pytest.approx(q_norms.mean(axis=0), rel=1e-4)
+
+
+def test_the_loss_counts_completions_only():
+    model = fresh("llama")
+    examples = [Example(text=f"{a} and {a} are{b}", prompt=f"{a} and {a} are", completion=f" {b}")
+                for a, b in (("one", "two"), ("two", "four"), ("three", "six"))]
+    result = gradients(model, data=Dataset("sums", "all", "built in", examples), samples=3, batch_size=1)
+    batches, _ = supervised_batches(model, Dataset("sums", "all", "built in", examples).sample(3, 0), max_length=256,
+                                    batch_size=1)
+    for batch, loss in zip(batches, result.losses["base"], strict=True):
+        counted = batch.labels[0, 1:] != -100
+        assert 0 < counted.sum() < counted.numel()
+        with torch.no_grad():
+            logp = model.model(input_ids=batch.input_ids).logits[0, :-1].log_softmax(-1)
+        gold = logp.gather(1, batch.input_ids[0, 1:, None])[:, 0]
+        assert loss == pytest.approx(-gold[counted].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_decoders_score_the_decoder_s_own_shifted_text(name):
+    model = fresh(name)
+    result = gradients(model, data=tiny_data(2), samples=2, batch_size=1, max_length=48)
+    batches, _ = supervised_batches(model, tiny_data(2).sample(2, 0), max_length=48, batch_size=1)
+    for batch, loss in zip(batches, result.losses["base"], strict=True):
+        with torch.no_grad():  # transformers shifts the labels into the decoder's input itself
+            want = model.model(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
+        assert loss == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_steps_train_as_a_plain_loop_and_put_the_weights_back(name):
+    model = fresh(name)
+    before = weights_of(model.model)
+    flags = [p.requires_grad for p in model.model.parameters()]
+    result = gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48, steps=3, learning_rate=1e-3)
+    after = weights_of(model.model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert [p.requires_grad for p in model.model.parameters()] == flags
+    assert all(p.grad is None for p in model.model.parameters())
+
+    batches, _ = supervised_batches(model, tiny_data(4).sample(4, 0), max_length=48, batch_size=2)
+    order = np.random.default_rng(0).permutation(len(batches))
+    plain = copy.deepcopy(model.model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for i in range(3):
+        batch = batches[order[i % len(order)]]
+        loss = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert result.losses["base"] == pytest.approx(losses, rel=1e-5)
+    frame = result.frame
+    change = frame[(frame.metric == "weight_change") & (frame.matrix == "all")].set_index("layer")["value"]
+    relative = frame[(frame.metric == "weight_change_relative") & (frame.matrix == "all")].set_index("layer")["value"]
+    trained = find_anatomy(plain)
+    for b in range(4):
+        pairs = list(zip(trained.blocks[b].parameters(), model.anatomy.blocks[b].parameters(), strict=True))
+        want = math.sqrt(sum((p.detach().double() - q.double()).square().sum().item() for p, q in pairs))
+        size = math.sqrt(sum(q.double().square().sum().item() for _, q in pairs))
+        assert change[b] == pytest.approx(want, rel=1e-4)
+        assert relative[b] == pytest.approx(want / size, rel=1e-4)
+
+
+def test_small_updates_of_16_bit_weights_are_not_rounded_away():
+    model = fresh("llama", dtype=torch.bfloat16)
+    before = weights_of(model.model)
+    frame = gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48, steps=2,
+                      learning_rate=1e-6).frame
+    change = frame[(frame.metric == "weight_change") & (frame.matrix == "q")]["value"]
+    entries = model.anatomy.blocks[0].self_attn.q_proj.weight.numel()
+    # AdamW moves each entry by at most the rate per update, and by nearly that in the first
+    assert (change > 0.5e-6 * math.sqrt(entries)).all()
+    assert (change < 2.5e-6 * math.sqrt(entries)).all()
+    after = weights_of(model.model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_weights_are_put_back_after_a_failure():
+    model = fresh("llama")
+    before = weights_of(model.model)
+    with pytest.raises(TrainingError, match="learning rate"):
+        gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48, steps=8, learning_rate=1e30)
+    after = weights_of(model.model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(p.grad is None for p in model.model.parameters())
+
+
+def test_only_chosen_parameters_get_gradients():
+    model = fresh("llama")
+    batches, _ = supervised_batches(model, tiny_data(2), max_length=48, batch_size=2)
+    chosen = list(model.anatomy.blocks[2].parameters())
+    seen: list[set[int]] = []
+    backward_batches(model, batches, lambda number, loss: seen.append(
+        {id(p) for p in model.model.parameters() if p.grad is not None}), parameters=chosen)
+    assert seen == [{id(p) for p in chosen}]
+
+
+def test_a_chain_measures_each_stage_by_itself():
+    base, sft = fresh("llama", 0), fresh("llama", 1)
+    both = gradients([base, sft], data=tiny_data(4), samples=4, max_length=48)
+    alone = gradients(sft, data=tiny_data(4), samples=4, max_length=48, names=["sft"])
+    frame = both.frame
+    pd.testing.assert_frame_equal(frame[frame.side == "sft"].reset_index(drop=True), alone.frame)
+    assert "base: gradient_norm" in both.summary()
+    assert "sft: gradient_norm" in both.summary()
+    assert set(both.figures()) == {"gradients", "gradient-heatmap-base", "gradient-heatmap-sft"}
+
+
+def test_correlation_sets_block_b_beside_hidden_b_plus_1():
+    model = fresh("llama")
+    result = gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48)
+    norm = result.frame[(result.frame.metric == "gradient_norm") & (result.frame.matrix == "all")]
+    norm = norm.sort_values("layer")["value"].to_numpy()
+    rows = [{"kind": "hidden", "layer": h, "metric": "curvature", "side": side, "value": v, "stage": stage}
+            for side, stage, values in (("base", None, [9, 1, 2, 4, 3]), ("sft", None, [0, 1, 1, 1, 1]),
+                                        ("difference", "sft-base", [5, 3, 2, 1, 7]))
+            for h, v in enumerate(values)]
+    found = result.correlations(pd.DataFrame(rows))
+    one = found[(found.a == "gradient_norm") & (found.side == "base")].iloc[0]
+    want = pearsonr(norm, [1, 2, 4, 3])
+    assert (one["r"], one["p"], one["n"]) == (pytest.approx(want.statistic), pytest.approx(want.pvalue), 4)
+    other = found[(found.a == "gradient_norm") & (found.side == "difference sft-base")].iloc[0]
+    assert other["r"] == pytest.approx(pearsonr(norm, [3, 2, 1, 7]).statistic)
+    assert "sft" not in set(found.side)
+    assert (found["p_holm"] >= found["p"]).all()
+    constant = pd.DataFrame(rows).assign(value=1.0)
+    undefined = result.correlations(constant)
+    assert undefined["r"].isna().all()
+    assert undefined["reason"].str.contains("constant").all()
+    with pytest.raises(SettingsError, match="4 blocks"):
+        result.correlations(pd.DataFrame(rows[:4]))
+
+
+def test_a_matrix_of_zeros_has_no_relative_norm_and_says_so():
+    model = fresh("gpt2")
+    with torch.no_grad():
+        model.model.transformer.h[1].attn.c_proj.weight.zero_()
+    result = gradients(model, data=tiny_data(2), samples=2, max_length=48)
+    reasons = [r for r in result.table.reasons if r["metric"] == "gradient_norm_relative"]
+    assert [(r["layer"], r["reason"]) for r in reasons] == [(1, "the weights are all zero")]
+
+
+def test_settings_out_of_range_are_refused_together():
+    with pytest.raises(SettingsError, match=r"--samples.*--steps.*--learning-rate"):
+        gradients(loaded("llama"), data=tiny_data(2), samples=0, steps=-1, learning_rate=0.0)
+
+
