@@ -30,6 +30,8 @@ COMMANDS = (
     "profile",
     "lens",
     "swap",
+    "gradients",
+    "demo",
 )
 
 USER_MISTAKE = 2
