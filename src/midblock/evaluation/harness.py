@@ -6,7 +6,7 @@ equal results (tests compare them with plain HFLM):
 * Likelihood: final norm and head run only on the positions of the continuations, in float32
   softmax, instead of a (batch x length x vocabulary) tensor.
 * Generation: a row stops by itself at its own stop string (HFLM waits until every row of the
-  batch has met the same one), and decoding is greedy whatever the checkpoint's generation
+  batch has met the same one), rows that are done leave the batch, and decoding is greedy whatever the checkpoint's generation
   config asks for (a repetition penalty would change the answers).
 
 `RowsTask` is lm-eval's `ConfigurableTask` whose documents come from memory.
@@ -18,7 +18,7 @@ import contextlib
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from midblock.capture.forward import run_blocks
 from midblock.capture.scoring import chunks_of_logits
@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
     from midblock.models import LoadedModel
 
-__all__ = ["MemoryLM", "RowsTask", "StopStrings", "run_lm_eval"]
+__all__ = ["MemoryLM", "RowsTask", "StopRows", "run_lm_eval"]
+
+
+# generation shrinks its batch when this share of the rows is done
+_SHARE = 0.25
 
 
 class RowsTask(ConfigurableTask):
@@ -87,31 +91,43 @@ class _Rows(list[dict[str, Any]]):
         return dict.fromkeys(self[0]) if self else {}
 
 
-class StopStrings(StoppingCriteria):
-    """Each row by itself is done once its new text holds one of the strings.
+class StopRows(StoppingCriteria):
+    """Each row by itself is done at an end token, or once its new text holds a stop string.
 
     Args:
         tokenizer: Decodes the new tokens.
         strings: Stop strings.
+        ends: Ids of end tokens.
         prompt_width: Width of the padded prompts: what is before does not count.
         rows: Rows in the batch.
+        share: End the whole generation when this share of the rows is done, so that the rest can
+            go on in a smaller batch; 1 waits for all.
+
+    Attributes:
+        done: (rows,) which rows are done.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], prompt_width: int, rows: int) -> None:
-        self._tokenizer, self._strings, self._from = tokenizer, [s for s in strings if s], prompt_width
+    def __init__(self, tokenizer: Any, strings: Sequence[str], ends: Collection[int], prompt_width: int,
+                 rows: int, share: float = 1.0) -> None:
+        self._tokenizer, self._strings, self._ends = tokenizer, [s for s in strings if s], frozenset(ends)
+        self._from, self._share = prompt_width, share
         # a token adds at least one byte, so a string ends within as many tokens as it has bytes;
         # one more for a token that begins before the string
         self._window = 1 + max((len(s.encode()) for s in self._strings), default=0)
         self.done = torch.zeros(rows, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        open_rows = (~self.done).nonzero()[:, 0].tolist() if self._strings else []
-        if open_rows:
+        last = input_ids[:, -1].tolist()
+        open_rows = (~self.done).nonzero()[:, 0].tolist()
+        for row in open_rows:
+            self.done[row] = last[row] in self._ends
+        if self._strings and open_rows:
             start = max(self._from, input_ids.shape[1] - self._window)
             texts = self._tokenizer.batch_decode(input_ids[open_rows, start:].tolist())
             for row, text in zip(open_rows, texts, strict=True):
-                self.done[row] = any(s in text for s in self._strings)
-        return self.done.to(input_ids.device)
+                self.done[row] |= any(s in text for s in self._strings)
+        enough = self.done.float().mean() >= self._share
+        return torch.full_like(self.done, True) if enough else self.done.to(input_ids.device)
 
 
 class MemoryLM(HFLM):
@@ -266,16 +282,11 @@ class MemoryLM(HFLM):
 
     def _continue(self, batch: Batch, stops: Sequence[str], longest: int) -> list[str]:
         batch = batch.to(self.device)
-        width = batch.input_ids.shape[1] if self.backend == "causal" else 1
         ends = self._end_ids(stops)
-        model: Any = self._causal
-        criterion = StopStrings(self.tokenizer, stops, width, len(batch))
-        with torch.inference_mode(), self._greedy(longest, ends):
-            output = model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                stopping_criteria=StoppingCriteriaList([criterion]))
         answers = []
-        for row in output[:, width:].tolist():
+        with torch.inference_mode():
+            rows = self._new_tokens(batch, stops, ends, longest)
+        for row in rows:
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
             text = self.tok_decode(row[:stop])
             cut = postprocess_generated_text(text, list(stops), None)
@@ -283,6 +294,38 @@ class MemoryLM(HFLM):
             self.unfinished += stop == len(row) >= longest and cut == text
             answers.append(cut)
         return answers
+
+    def _new_tokens(self, batch: Batch, stops: Sequence[str], ends: set[int], longest: int) -> list[list[int]]:
+        """New tokens of each row, at least up to where it is done.
+
+        Each time a quarter of the rows is done the others go on with their part of the cache, so
+        that finished rows cost nothing.
+        """
+        model: Any = self._causal
+        ids, mask = batch.input_ids, batch.attention_mask
+        first = ids.shape[1] if self.backend == "causal" else 1
+        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True)) \
+            if self.backend == "causal" and _plain_cache(model) else None
+        found: list[list[int]] = [[] for _ in range(len(batch))]
+        where = list(range(len(batch)))
+        made = 0
+        while where and made < longest:
+            criterion = StopRows(self.tokenizer, stops, ends, first, len(where), 1.0 if cache is None else _SHARE)
+            with self._greedy(longest - made, ends):
+                output = model.generate(
+                    input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([criterion]),
+                    **({} if cache is None else {"past_key_values": cache}))
+            made = output.shape[1] - first
+            for row, place in enumerate(where):
+                found[place] = output[row, first:].tolist()
+            still = (~criterion.done).nonzero()[:, 0].to(ids.device)
+            if cache is None or not len(still):
+                break
+            where = [where[row] for row in still.tolist()]
+            ids = output[still]
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], ids.shape[1] - mask.shape[1])], dim=1)[still]
+            cache.batch_select_indices(still)
+        return found
 
     def _end_ids(self, stops: Sequence[str]) -> set[int]:
         """Ids that end an answer: EOS of tokenizer and checkpoint, stop strings that are special tokens."""
@@ -325,6 +368,12 @@ def _quiet_lm_eval() -> Iterator[None]:
     finally:
         logger.setLevel(before)
         tasks.tqdm = bar
+
+
+def _plain_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values only, which a `DynamicCache` can give rows away from."""
+    stateful = bool(getattr(model, "_is_stateful", False))
+    return not stateful and bool(getattr(model, "_supports_default_dynamic_cache", lambda: True)())
 
 
 def run_lm_eval(lm: MemoryLM, name: str, build: Callable[[], RowsTask], *, chat: bool = False,
