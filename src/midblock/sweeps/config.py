@@ -357,7 +357,7 @@ def read_yaml(text: str) -> Any:
         >>> read_yaml("{mask: 01100, rate: 5e-4, n: 100}")
         {'mask': '01100', 'rate': 0.0005, 'n': 100}
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
