@@ -37,6 +37,14 @@ from midblock.stats.intervals import (
 )
 from midblock.stats.inverted_u import InvertedU, inverted_u_test
 from midblock.stats.power import minimum_detectable_difference
+from midblock.stats.set_overlap import (
+    SetOverlap,
+    chance_corrected,
+    expected_jaccard,
+    jaccard,
+    random_share_jaccard,
+    set_overlap,
+)
 
 __all__ = [
     "ARM_COLUMNS",
@@ -45,8 +53,10 @@ __all__ = [
     "CrossedMean",
     "InvertedU",
     "McNemar",
+    "SetOverlap",
     "TTest",
     "bootstrap_weights",
+    "chance_corrected",
     "cohens_d_paired",
     "cohens_h",
     "compare_arms",
@@ -56,8 +66,10 @@ __all__ = [
     "crossed_mean",
     "hierarchical_arms_bootstrap",
     "hierarchical_bootstrap",
+    "expected_jaccard",
     "holm",
     "inverted_u_test",
+    "jaccard",
     "jackknife_interval",
     "mcnemar_exact",
     "mean_interval",
@@ -67,8 +79,10 @@ __all__ = [
     "paired_permutation",
     "paired_proportion_interval",
     "percentile_interval",
+    "random_share_jaccard",
     "rank_arms",
     "regret",
+    "set_overlap",
     "spearman",
     "wilson_interval",
 ]
