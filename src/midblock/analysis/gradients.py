@@ -32,8 +32,8 @@ from midblock.stats.correlation import Method
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "correlate_with_profile", "gradients", "parameters_by_block",
-           "supervised_batches"]
+__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "correlate_with_profile", "gradients",
+           "parameters_by_block", "supervised_batches"]
 
 METRICS = ("gradient_norm", "gradient_norm_relative", "fisher", "taylor")
 
@@ -181,8 +181,9 @@ class GradientsResult:
                 depth = part.index.to_numpy() / max(1, self.num_blocks - 1)
                 zones = [part[(depth >= lo) & (depth <= hi)].mean() for lo, hi in ((0, 0.2), (0.2, 0.8), (0.8, 1))]
                 top = int(part.idxmax())
-                lines.append(f"{stage}: {metric} is largest at block {top} (depth {top / max(1, self.num_blocks - 1):.2f}: "
-                             f"{part[top]:.4g}); early {zones[0]:.4g}, middle {zones[1]:.4g}, late {zones[2]:.4g}.")
+                where = f"block {top} (depth {top / max(1, self.num_blocks - 1):.2f}: {part[top]:.4g})"
+                lines.append(f"{stage}: {metric} is largest at {where}; early {zones[0]:.4g}, "
+                             f"middle {zones[1]:.4g}, late {zones[2]:.4g}.")
         return "\n".join(lines)
 
     def correlations(self, profile: pd.DataFrame, method: Method = "pearson") -> pd.DataFrame:
