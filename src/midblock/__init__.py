@@ -16,6 +16,10 @@ _EXPORTS = {
     "load_data": "midblock.data",
     "segment_blocks": "midblock.segments",
     "profile": "midblock.analysis.profile",
+    "tune": "midblock.tuning",
+    "make_plan": "midblock.tuning",
+    "lora_config": "midblock.tuning",
+    "FrozenPrefix": "midblock.tuning",
     "evaluate": "midblock.evaluation",
 }
 _MODULES = ("metrics", "stats")
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from midblock.models import load_model as load_model
     from midblock.models import load_pair as load_pair
     from midblock.segments import segment_blocks as segment_blocks
+    from midblock.tuning import FrozenPrefix as FrozenPrefix
+    from midblock.tuning import lora_config as lora_config
+    from midblock.tuning import make_plan as make_plan
+    from midblock.tuning import tune as tune
 
 
 def __getattr__(name: str) -> Any:

@@ -28,8 +28,8 @@ from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["Listener", "Lockstep", "block_returns_tuple", "forwards_replaced", "hidden_of_call", "hidden_of_output", "model_inputs", "replace_hidden",
-           "resume_at", "run_blocks", "run_layer_major", "verify_resume"]
+__all__ = ["Listener", "Lockstep", "block_returns_tuple", "forwards_replaced", "hidden_of_call", "hidden_of_output",
+           "model_inputs", "replace_hidden", "resume_at", "run_blocks", "run_layer_major", "verify_resume"]
 
 Listener = Callable[[int, Tensor], None]
 

@@ -31,6 +31,8 @@ COMMANDS = (
     "lens",
     "swap",
     "gradients",
+    "steer",
+    "tune",
     "demo",
 )
 

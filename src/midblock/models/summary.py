@@ -130,6 +130,17 @@ def summarize_model(spec: str | Path, *, trust_remote_code: bool = False, allow_
         UnsafeCheckpointError: pickled weights or remote code that nobody asked for.
         ArchitectureError: no such architecture, or its parts cannot be found.
     """
+    model, stored, _ = model_skeleton(spec, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+                                      revision=revision)
+    return summarize(model, find_anatomy(model), name=str(spec), dtype=str(stored).removeprefix("torch."))
+
+
+def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False,
+                   revision: str | None = None) -> tuple[nn.Module, torch.dtype, Path]:
+    """A model without weights (on the meta device), the dtype it is stored in, and its folder.
+
+    Arguments and errors as for `summarize_model`.
+    """
     name = str(spec)
     folder = resolve_checkpoint(name, revision=revision, allow_pickle=allow_pickle,
                                 trust_remote_code=trust_remote_code)
@@ -140,7 +151,7 @@ def summarize_model(spec: str | Path, *, trust_remote_code: bool = False, allow_
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     with quiet(), torch.device("meta"):
         model = _model_class(config, name, trust_remote_code).from_config(config, **remote)
-    return summarize(model, find_anatomy(model), name=name, dtype=str(stored).removeprefix("torch."))
+    return model, stored, folder
 
 
 def summarize(model: nn.Module, anatomy: Anatomy, *, name: str, dtype: str) -> ModelSummary:

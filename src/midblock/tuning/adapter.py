@@ -220,7 +220,7 @@ def _casting(owners: Iterator[nn.Module]) -> Iterator[None]:
     try:
         for module in owners:
             if "forward" not in module.__dict__:
-                module.forward = _cast_forward(module)  # type: ignore[method-assign]
+                module.forward = _cast_forward(module)
                 changed.append(module)
         yield
     finally:

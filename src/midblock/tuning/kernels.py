@@ -304,7 +304,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if (not torch.is_grad_enabled() or dropout or special or not fits or query.dtype != torch.bfloat16
             or value.shape[-1] != width or (attention_mask is None and not (causal and length == keys))
             or batch * heads * length * keys > _DENSE_LIMIT):
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     bias, causal_only = _bias.of(attention_mask, length, keys)
     if bias.shape[0] != batch:

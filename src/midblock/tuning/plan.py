@@ -27,7 +27,7 @@ import pandas as pd
 from torch import nn
 
 from midblock.errors import AdapterError, BlockRangeError, BudgetError, SettingsError
-from midblock.models import Anatomy, find_anatomy, projections
+from midblock.models import Anatomy, LoadedModel, find_anatomy, projections
 from midblock.segments import blocks_from_spec, format_blocks, segment_blocks
 
 if TYPE_CHECKING:
@@ -247,13 +247,12 @@ def load_plan(path: Path | str) -> Plan:
 # which modules
 
 
-def _anatomy_of(model: nn.Module | Anatomy) -> tuple[Anatomy, int]:
+def _anatomy_of(model: nn.Module | Anatomy | LoadedModel) -> tuple[Anatomy, int]:
     """Anatomy and parameter count of a model, of a `LoadedModel`, or of an anatomy."""
     if isinstance(model, Anatomy):
         return model, _count(model.causal_lm)
-    inner = getattr(model, "anatomy", None)
-    if isinstance(inner, Anatomy):
-        return inner, _count(inner.causal_lm)
+    if isinstance(model, LoadedModel):
+        return model.anatomy, _count(model.anatomy.causal_lm)
     return find_anatomy(model), _count(model)
 
 
@@ -330,7 +329,7 @@ def _modules_of_blocks(anatomy: Anatomy, blocks: Iterable[int], targets: Sequenc
         except SettingsError as error:
             last = error  # hybrid models have blocks without attention; at least one must have it
             continue
-        planned += [_module_plan(f"{path}.{p.module}", block, p) for p in parts]
+        planned += [_module_plan(f"{path}.{p.module}", block, p, anatomy.blocks[block]) for p in parts]
     if last is not None and (not planned or not _is_hybrid(anatomy)):
         raise last
     return planned
@@ -341,8 +340,11 @@ def _is_hybrid(anatomy: Anatomy) -> bool:
     return len({frozenset(p.kind for p in projections(b).values()) for b in anatomy.blocks}) > 1
 
 
-def _module_plan(name: str, block: int, part: Projection) -> ModulePlan:
+def _module_plan(name: str, block: int, part: Projection, owner: nn.Module) -> ModulePlan:
+    module = owner.get_submodule(part.module)
     outputs, inputs = part.out_in
+    if isinstance(module, nn.Linear):  # quantised weights are stored in another shape
+        outputs, inputs = module.out_features, module.in_features
     return ModulePlan(name, block, part.kind, inputs, outputs)
 
 
@@ -357,7 +359,7 @@ def _modules_by_name(anatomy: Anatomy, names: Iterable[str]) -> list[ModulePlan]
         for part in projections(module).values():
             if part.linear and part.kind not in ("norm", "bias", "adapter"):
                 name = f"{anatomy.block_path(block)}.{part.module}"
-                known[name] = _module_plan(name, block, part)
+                known[name] = _module_plan(name, block, part, module)
     chosen = list(dict.fromkeys(n.removeprefix("base_model.model.") for n in names))
     unknown = [n for n in chosen if n not in known]
     if unknown or not chosen:
@@ -393,7 +395,7 @@ _MATCH = re.compile(r"^match:([01]+)@(\d+)$")
 _NUMBER = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmM]?)$")
 
 
-def budget_of(model: nn.Module | Anatomy, budget: int | str | None = None, *,
+def budget_of(model: nn.Module | Anatomy | LoadedModel, budget: int | str | None = None, *,
               targets: Sequence[str] = DEFAULT_TARGETS) -> int:
     """A budget in trainable parameters.
 
@@ -448,7 +450,7 @@ def _solve_rank(modules: Sequence[ModulePlan], budget: int, method: Method) -> i
     return max(rank, 1)
 
 
-def full_blocks_for_budget(model: nn.Module | Anatomy, budget: int, *,
+def full_blocks_for_budget(model: nn.Module | Anatomy | LoadedModel, budget: int, *,
                            targets: Sequence[str] = DEFAULT_TARGETS) -> int:
     """How many blocks a full-rank update may have to come nearest to a budget (at least 1)."""
     anatomy, _ = _anatomy_of(model)
@@ -456,7 +458,7 @@ def full_blocks_for_budget(model: nn.Module | Anatomy, budget: int, *,
     return min(anatomy.num_blocks, max(1, round(budget / each)))
 
 
-def make_plan(model: nn.Module | Anatomy, *, mask: str | None = None,
+def make_plan(model: nn.Module | Anatomy | LoadedModel, *, mask: str | None = None,
               blocks: str | Sequence[int] | None = None, random_blocks: tuple[int, int] | None = None,
               modules: Sequence[str] | None = None, rank: int | None = None,
               budget: int | str | None = None, target_modules: Sequence[str] = DEFAULT_TARGETS,
@@ -524,7 +526,7 @@ def make_plan(model: nn.Module | Anatomy, *, mask: str | None = None,
             origin = f"mask {mask}" if mask is not None else f"blocks {format_blocks(chosen)}"
         planned = ([] if whole else _modules_of_blocks(anatomy, chosen, targets))
         if whole:
-            planned = [_module_plan(f"{anatomy.block_path(b)}.{p.module}", b, p) for b in chosen
+            planned = [_module_plan(f"{anatomy.block_path(b)}.{p.module}", b, p, anatomy.blocks[b]) for b in chosen
                        for p in projections(anatomy.blocks[b]).values() if p.linear and p.kind != "norm"]
     common: dict[str, Any] = {
         "num_blocks": anatomy.num_blocks, "blocks": tuple(sorted({m.block for m in planned})),
@@ -560,12 +562,12 @@ def make_plan(model: nn.Module | Anatomy, *, mask: str | None = None,
 
 
 def _all_of_kinds(anatomy: Anatomy, kinds: set[str]) -> list[ModulePlan]:
-    return [_module_plan(f"{anatomy.block_path(b)}.{p.module}", b, p)
+    return [_module_plan(f"{anatomy.block_path(b)}.{p.module}", b, p, block)
             for b, block in enumerate(anatomy.blocks) for p in projections(block).values()
             if p.linear and p.kind in kinds]
 
 
-def require_plan_fits(plan: Plan, model: nn.Module | Anatomy) -> Plan:
+def require_plan_fits(plan: Plan, model: nn.Module | Anatomy | LoadedModel) -> Plan:
     """Check that a plan (from a file, or made for another copy) belongs to this model.
 
     Returns:
@@ -594,7 +596,7 @@ def require_plan_fits(plan: Plan, model: nn.Module | Anatomy) -> Plan:
 # as a PEFT config
 
 
-def lora_config(model: nn.Module | Anatomy, *, mask: str | None = None,
+def lora_config(model: nn.Module | Anatomy | LoadedModel, *, mask: str | None = None,
                 blocks: str | Sequence[int] | None = None, random_blocks: tuple[int, int] | None = None,
                 modules: Sequence[str] | None = None, rank: int | None = None,
                 budget: int | str | None = None, target_modules: Sequence[str] = DEFAULT_TARGETS,
@@ -622,7 +624,7 @@ def lora_config(model: nn.Module | Anatomy, *, mask: str | None = None,
                      budget=budget, target_modules=target_modules, method=method, scale=scale,
                      alpha_over_rank=alpha_over_rank, alpha=alpha)
     anatomy, _ = _anatomy_of(model)
-    whole = model if isinstance(model, nn.Module) else getattr(model, "model", anatomy.causal_lm)
+    whole = model if isinstance(model, nn.Module) else anatomy.causal_lm
     return _config_of(plan, whole, dropout, task_type)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from midblock.capture.forward import forwards_replaced, hidden_of_call, hidden_of_output, verify_resume
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
-from midblock.models import Anatomy, find_anatomy
+from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.provenance import sha256_of
 from midblock.tuning.cache import PrefixCache, row_bytes
 
@@ -190,7 +190,7 @@ class FrozenPrefix:
     it. Leave gradient checkpointing and the trainer's own options as you like.
 
     Args:
-        model: A transformers causal LM or a PEFT model around one, before or after its adapters
+        model: A transformers causal LM, a PEFT model around one, or a `LoadedModel`, before or after its adapters
             are attached.
         cache: ``"none"`` (or None), ``"memory"``, ``"disk:DIR"``, or a `PrefixCache` to share.
         limit_bytes: Byte limit of a cache made here (a number or ``"4GB"``).
@@ -206,10 +206,9 @@ class FrozenPrefix:
         ``with FrozenPrefix(trainer.model, cache="memory"): trainer.train()``
     """
 
-    def __init__(self, model: nn.Module, cache: str | PrefixCache | None = "none", *,
+    def __init__(self, model: nn.Module | LoadedModel, cache: str | PrefixCache | None = "none", *,
                  limit_bytes: int | str | None = None) -> None:
-        inner = getattr(model, "anatomy", None)
-        self.anatomy: Anatomy = inner if isinstance(inner, Anatomy) else find_anatomy(model)
+        self.anatomy = model.anatomy if isinstance(model, LoadedModel) else find_anatomy(model)
         self.cache = (cache if isinstance(cache, PrefixCache) or cache is None
                       else PrefixCache.from_spec(cache, limit_bytes=limit_bytes))
         self.start: int | None = None
@@ -333,7 +332,7 @@ class FrozenPrefix:
                         output = forward(*args, **kwargs)
                 finally:
                     if checkpointing:
-                        block.gradient_checkpointing = checkpointing
+                        block.gradient_checkpointing = checkpointing  # type: ignore[assignment]
                 return self._with_leaf(output, start) if last else output
             return run
 
@@ -383,7 +382,7 @@ class FrozenPrefix:
                 f"the prefix is random in training mode, so its output cannot be cached: {', '.join(noise[:3])}"
                 f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading, or use "
                 "cache='none'.")
-        rope = str((getattr(lm.config.get_text_config(decoder=True), "rope_parameters", None) or {}))
+        rope = str(getattr(lm.config.get_text_config(decoder=True), "rope_parameters", None) or {})
         if "'dynamic'" in rope:
             raise CacheRefusedError("the prefix cannot be cached: dynamic rotary embeddings depend on the longest "
                                     "sequence seen so far. Use cache='none'.")

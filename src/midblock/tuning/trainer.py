@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from midblock.data import TokenRow, TokenRows
 from midblock.errors import CacheRefusedError, DataError, OutputError, SettingsError, TrainingError
-from midblock.models import Anatomy, LoadedModel, quiet
+from midblock.models import Anatomy, quiet
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes, sha256_of, write_json
 from midblock.tuning.adapter import Attachment
@@ -238,7 +238,7 @@ def _labels(row: TokenRow) -> list[int]:
 # the trainer
 
 
-class MidblockTrainer(SFTTrainer):  # type: ignore[misc]
+class MidblockTrainer(SFTTrainer):
     """TRL's trainer with logits for labelled tokens only, batches of like length, and checkpoints
     that hold what is trained and nothing else.
 
@@ -251,7 +251,8 @@ class MidblockTrainer(SFTTrainer):  # type: ignore[misc]
         self._plain_head = plain_head
         self._pending: list[tuple[Tensor, int, int, int]] = []
         self.steps_per_epoch = 1
-        super().__init__(model=attachment.model, **kwargs)
+        model: Any = attachment.model
+        super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
@@ -289,7 +290,7 @@ class MidblockTrainer(SFTTrainer):  # type: ignore[misc]
         _require_finite(self._attachment, self.state.global_step)
         with quiet():
             super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         # written last: a checkpoint without it was cut short and is not resumed from
         write_json(folder / COMPLETE, {"step": self.state.global_step})
 
@@ -297,7 +298,7 @@ class MidblockTrainer(SFTTrainer):  # type: ignore[misc]
         if self._attachment.is_peft:
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         self._attachment.save(folder)
         torch.save(self.args, folder / "training_args.bin")
 
@@ -359,7 +360,8 @@ class _Watch(TrainerCallback):
         recent = self.steps[-20:]
         rate = sum(s.tokens for s in recent) / max(1e-9, sum(s.seconds for s in recent))
         self._progress("tune", state.global_step, state.max_steps, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-        if self._save_seconds is not None and now - self._saved >= self._save_seconds:
+        last = state.global_step >= state.max_steps
+        if self._save_seconds is not None and (last or now - self._saved >= self._save_seconds):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -388,12 +390,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Trainers seed every global generator; the caller's go on as if nothing had happened."""
-    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002  the global generator is what trainers seed
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)
 
 
@@ -542,7 +545,7 @@ def _build(attachment: Attachment, rows: list[TokenRow], tokenizer: Any, setting
         "output_dir": str(place), "max_steps": steps, "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulate,
         "learning_rate": LEARNING_RATES[attachment.plan.method] if rate is None else rate,
-        "lr_scheduler_type": _SCHEDULES[settings.schedule], "warmup_steps": math.ceil(settings.warmup * steps),
+        "lr_scheduler_type": _SCHEDULES[settings.schedule], "warmup_steps": int(settings.warmup * steps),
         "weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed, "data_seed": settings.seed,

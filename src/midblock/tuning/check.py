@@ -1,0 +1,160 @@
+"""The engagement check: what should have moved moved, nothing else did, and the model answers otherwise.
+
+Run after every training. A masked arm whose adapter never engaged (a pattern that matched nothing, a
+learning rate of 0, a wrapper that was not called) scores like the base and would be read as "this
+depth does not matter".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midblock.errors import AdapterError
+from midblock.models.anatomy import kind_of
+from midblock.provenance import sha256_of
+from midblock.tuning.adapter import Attachment
+from midblock.tuning.cache import row_bytes
+
+__all__ = ["EngagementReport", "ModuleUpdate", "check_engagement", "frozen_digests"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleUpdate:
+    """How far one matrix moved."""
+
+    name: str
+    block: int
+    kind: str
+    norm: float
+    """Frobenius norm of the update of the weight."""
+    relative: float
+    """The same, divided by the norm of the weight before."""
+
+
+@dataclass
+class EngagementReport:
+    """What `check_engagement` found."""
+
+    updates: list[ModuleUpdate]
+    frozen_tensors: int
+    """Tensors that had to stay as they were."""
+    logit_difference: float
+    """Largest absolute difference of a logit from the base."""
+    top1_changed: float
+    """Share of positions where the most likely token changed."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def require(self) -> EngagementReport:
+        """This report, if nothing is wrong.
+
+        Raises:
+            AdapterError: something is; every problem is named.
+        """
+        if self.problems:
+            raise AdapterError(f"the engagement check failed: {'; '.join(self.problems)}.")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"ok": self.ok, "problems": self.problems, "frozen_tensors": self.frozen_tensors,
+                "logit_difference": self.logit_difference, "top1_changed": self.top1_changed,
+                "updates": [{"module": u.name, "block": u.block, "kind": u.kind, "norm": u.norm,
+                             "relative": u.relative} for u in self.updates]}
+
+    def summary(self) -> str:
+        """One line for people."""
+        if self.problems:
+            return f"engagement check FAILED: {'; '.join(self.problems)}"
+        relative = [u.relative for u in self.updates]
+        return (f"engagement check: all {len(self.updates)} matrices moved (by {min(relative):.2%} to "
+                f"{max(relative):.2%} of their norm), {self.frozen_tensors} frozen tensors unchanged, logits differ "
+                f"from the base by up to {self.logit_difference:.3g}, top token in {self.top1_changed:.1%} of places")
+
+
+def frozen_digests(attachment: Attachment) -> dict[str, str]:
+    """Digest of every tensor that training must not change: frozen parameters and all buffers."""
+    trained = {id(p) for p in attachment.trainable.values()}
+    named = (*attachment.model.named_parameters(), *attachment.model.named_buffers())
+    return {n: sha256_of(str(t.dtype), str(tuple(t.shape)), row_bytes(t)) for n, t in named if id(t) not in trained}
+
+
+def check_engagement(attachment: Attachment, before: dict[str, str], input_ids: Tensor, *,
+                     attention_mask: Tensor | None = None) -> EngagementReport:
+    """Compare a trained model with what it was.
+
+    Args:
+        attachment: After training.
+        before: `frozen_digests` of it before training.
+        input_ids: (B, T) tokens to compare logits on.
+        attention_mask: Of these tokens; padding is left out of the comparison.
+    """
+    problems: list[str] = []
+    after = frozen_digests(attachment)
+    changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    if changed:
+        problems.append(f"{len(changed)} tensors outside the plan changed, the first {changed[0]}")
+    updates = _updates(attachment)
+    for update in updates:
+        if not update.norm > 0:  # NaN as well
+            problems.append(f"{update.name} did not move" if update.norm == 0 else f"{update.name} is not finite")
+    attachment.model.eval()
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+    if attachment.anatomy.causal_lm.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids
+    with torch.no_grad():
+        tuned = attachment.model(**inputs).logits[mask.bool()].float()
+        with attachment.disabled():
+            base = attachment.model(**inputs).logits[mask.bool()].float()
+    difference = float((tuned - base).abs().max())
+    if not difference > 0:
+        problems.append("the logits are those of the base")
+    top1 = float((tuned.argmax(-1) != base.argmax(-1)).float().mean())
+    return EngagementReport(updates, len(before), difference, top1, problems)
+
+
+def _updates(attachment: Attachment) -> list[ModuleUpdate]:
+    found = []
+    if attachment.is_peft:
+        for module in attachment.plan.modules:
+            layer: Any = attachment.base.get_submodule(module.name)
+            delta = merged_weight(layer) - layer.base_layer.weight.detach().float()
+            found.append(_update(module.name, module.block, module.kind, delta, layer.base_layer.weight))
+        return found
+    for name, parameter in attachment.trainable.items():
+        block = attachment.anatomy.block_of(name)
+        original = attachment._original[name]
+        found.append(_update(name.removesuffix(".weight"), -1 if block is None else block, kind_of(name),
+                             parameter.detach() - original.float(), original))
+    return found
+
+
+def _update(name: str, block: int, kind: str, delta: Tensor, weight: Tensor) -> ModuleUpdate:
+    norm = float(delta.norm())
+    size = float(weight.detach().float().norm())
+    return ModuleUpdate(name, block, kind, norm, norm / size if size else norm)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """Weight of a PEFT LoRA or DoRA layer with its adapter, in float32 and in the base's layout."""
+    name = layer.active_adapters[0]
+    weight: Tensor = layer.base_layer.weight.detach().float()
+    delta: Tensor = layer.get_delta_weight(name).detach().float()
+    if name not in layer.lora_variant:
+        return weight + delta
+    # DoRA: magnitude times the direction of W + B A, rows being outputs
+    magnitude = layer.lora_magnitude_vector[name].weight.detach().float()
+    total = weight + delta
+    rows = total.t() if layer.fan_in_fan_out else total
+    scaled: Tensor = rows * (magnitude / rows.norm(dim=1))[:, None]
+    return scaled.t() if layer.fan_in_fan_out else scaled
+

@@ -1,0 +1,189 @@
+"""What is left after training: a PEFT adapter, a merged checkpoint, a model card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from midblock.errors import AdapterError, OutputError
+from midblock.models import LoadedModel, quiet, save_checkpoint
+from midblock.provenance import atomic_path, write_json
+from midblock.segments import format_blocks
+from midblock.tuning.adapter import Attachment
+from midblock.tuning.check import merged_weight
+from midblock.tuning.plan import Plan
+
+__all__ = ["VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
+           "vllm_note", "with_weights"]
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's ``--max-lora-rank`` takes."""
+
+
+def vllm_note(plan: Plan) -> str | None:
+    """What a vLLM user must know about this adapter; None for full-rank updates."""
+    if plan.rank is None:
+        return None
+    if plan.method == "dora":
+        return "vLLM serves no DoRA adapter: serve the merged model (--merge)"
+    fitting = next((r for r in VLLM_RANKS if r >= plan.rank), None)
+    if fitting is None:
+        return f"rank {plan.rank} is above vLLM's largest ({VLLM_RANKS[-1]}): serve the merged model (--merge)"
+    return f"vLLM: --enable-lora --max-lora-rank {fitting}" + (
+        "" if fitting == plan.rank else f" (rank {plan.rank}; --pad-rank writes it as {fitting})")
+
+
+def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str, card: str | None = None) -> Path:
+    """Write the adapter folder that ``peft.PeftModel.from_pretrained`` accepts; whole or not at all.
+
+    Args:
+        attachment: A LoRA or DoRA attachment.
+        folder: Absent or empty.
+        base_name: Base model as users write it: hub id, absolute folder, ``smollm2``.
+        card: Text of ``README.md``.
+
+    Raises:
+        AdapterError: a full-rank update is no adapter.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    folder = Path(folder)
+    if not attachment.is_peft:
+        raise AdapterError("a full-rank update is no PEFT adapter; write the merged checkpoint instead.")
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists and is not empty; name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with quiet():
+            attachment.model.save_pretrained(temporary, save_embedding_layers=False)  # type: ignore[operator]
+        config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base_name
+        write_json(temporary / "adapter_config.json", config)
+        attachment.plan.save(temporary / "midblock_plan.json")
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write the adapter to {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def pad_adapter(folder: Path | str, rank: int) -> None:
+    """Rewrite a LoRA adapter folder at a higher rank with the same function.
+
+    A gets rows of zeros and B columns of zeros; alpha is set so that the scaling stays what it was.
+
+    Raises:
+        AdapterError: the rank is below the adapter's, or the adapter is DoRA or has several ranks.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    old = int(config["r"])
+    if config.get("use_dora") or config.get("rank_pattern") or rank < old:
+        raise AdapterError(f"{folder}: an adapter of rank {old} "
+                           f"{'with DoRA or several ranks ' if rank >= old else ''}cannot be written at rank {rank}.")
+    state = load_file(folder / "adapter_model.safetensors")
+    padded = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            tensor = torch.cat([tensor, tensor.new_zeros(rank - old, tensor.shape[1])])
+        elif ".lora_B." in name:
+            tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], rank - old)], dim=1)
+        padded[name] = tensor.contiguous()
+    ratio = rank / old
+    alpha = config["lora_alpha"] * (ratio ** 0.5 if config.get("use_rslora") else ratio)
+    config["r"], config["lora_alpha"] = rank, int(alpha) if float(alpha).is_integer() else alpha
+    with atomic_path(folder / "adapter_model.safetensors") as temporary:
+        save_file(padded, temporary, metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", config)
+
+
+# ---------------------------------------------------------------------------------------------
+# merged weights
+
+
+def merged_weights(attachment: Attachment) -> dict[str, Tensor]:
+    """The trained weights by parameter name of the plain model, in the base's dtype."""
+    if not attachment.is_peft:
+        return {n: p.detach().to(attachment._original[n].dtype, copy=True) for n, p in attachment.trainable.items()}
+    found = {}
+    for module in attachment.plan.modules:
+        layer: Any = attachment.base.get_submodule(module.name)
+        weight = layer.base_layer.weight
+        if not weight.is_floating_point():
+            raise AdapterError(f"{module.name} is quantised ({weight.dtype}), so the adapter cannot be merged into "
+                               "it; load the base in 16 bit, or serve base and adapter.")
+        found[f"{module.name}.weight"] = merged_weight(layer).to(weight.dtype)
+    return found
+
+
+@contextlib.contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Within the context some parameters of a plain model have other values."""
+    before = {n: model.get_parameter(n).data for n in weights}
+    try:
+        for name, value in weights.items():
+            model.get_parameter(name).data = value.to(before[name].device)
+        yield model
+    finally:
+        for name, value in before.items():
+            model.get_parameter(name).data = value
+
+
+def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path | str, *,
+                card: str | None = None) -> Path:
+    """Write base + update as a plain checkpoint (after the attachment is off the model)."""
+    with with_weights(base.model, weights):
+        written = save_checkpoint(base.model, base.tokenizer, folder)
+    if card is not None:
+        (written / "README.md").write_text(card, encoding="utf-8")
+    return written
+
+
+# ---------------------------------------------------------------------------------------------
+# model card
+
+
+def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, Any], check: str,
+               results: str = "", merged: bool = False) -> str:
+    """Text of a ``README.md``: what was trained where, on what, and what was measured."""
+    tags = ["midblock", plan.method]
+    kind = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full-rank update"}[plan.method]
+    head = ["---", f"base_model: {base_name}", f"library_name: {'transformers' if merged else 'peft'}",
+            "tags:", *[f"- {t}" for t in tags], "---", ""]
+    rows = "\n".join(f"| {r['block']} | {r['matrices']} | {r['rank']} | {r['parameters']:,} |"
+                     for r in plan.table().to_dict("records"))
+    what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
+    usage = ("```python\nfrom transformers import AutoModelForCausalLM\n\n"
+             "model = AutoModelForCausalLM.from_pretrained(\"this folder\")\n```"
+             if merged or plan.method == "full" else
+             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+             f"base = AutoModelForCausalLM.from_pretrained(\"{base_name}\")\n"
+             "model = PeftModel.from_pretrained(base, \"this folder\")\n```")
+    facts = "\n".join(f"| {k} | {v} |" for k, v in training.items())
+    body = [
+        f"# {what}", "",
+        f"Trained blocks {format_blocks(plan.blocks)} of {plan.num_blocks}"
+        + (f" (mask `{plan.mask}`)" if plan.mask else "") + ". From input to output, `#` trained:", "",
+        f"    {plan.depth_map()}", "", plan.summary().split("\n", 1)[1].replace("\n", "  \n"), "",
+        "## Use", "", usage, ""]
+    if (note := vllm_note(plan)) and not merged:
+        body += [note + ".", ""]
+    body += ["## Training", "", "| | |", "|---|---|", f"| data | {data} |", facts, "", check + ".", "",
+             "## Trained matrices", "", "| block | matrices | rank | parameters |", "|---|---|---|---|", rows, ""]
+    if results:
+        body += ["## Results", "", results, ""]
+    body += ["Made with midblock."]
+    return "\n".join([*head, *body]) + "\n"
