@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,16 +124,16 @@ class _Stage:
             if base is None or base.adapter is not None:
                 raise AdapterError(f"{folder} is an adapter; the first checkpoint must be the base model "
                                    "that it adapts.")
-            self.adapter, self.checkpoint = Checkpoint(folder), base.checkpoint
+            self.adapter = Checkpoint(folder)
             kind = self.adapter.config.get("peft_type", "LORA")
             if kind != "LORA":
-                raise AdapterError(f"{folder} is a {kind} adapter; weights reads LoRA adapters. Merge it into its "
-                                   "base first, then compare the merged checkpoint.")
-        else:
-            self.checkpoint = Checkpoint(folder)
-            if method := (self.checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-                raise CheckpointError(f"{folder} is quantised ({method}); its stored integers are no weights. "
-                                      "Dequantise it first.")
+                raise AdapterError(f"{folder} is a {kind} adapter, but only LoRA adapters can be compared with "
+                                   "their base as they are. Merge it, then compare the merged checkpoint.")
+        self.checkpoint: Checkpoint = (Checkpoint(folder) if self.adapter is None or base is None
+                                       else base.checkpoint)
+        if method := (self.checkpoint.config.get("quantization_config") or {}).get("quant_method"):
+            raise CheckpointError(f"{folder} is quantised ({method}): its stored integers are no weights. "
+                                  "Dequantise it first.")
         self.changed: dict[str, str] = {}  # base weight -> its name as the adapter has it
 
     @property
@@ -147,19 +148,21 @@ class _Stage:
 
     def operand(self, weight: _Weight) -> _Operand:
         """What to read in place of a base weight."""
-        plain = _Operand(_slab(self.checkpoint, self.own_names[weight.name]))
+        stored = _slab(self.checkpoint, self.own_names[weight.name])
         if self.adapter is None or weight.name not in self.changed:
-            return plain
+            return _Operand(stored)
+        key = self.changed[weight.name]
+        # modules saved in full, and embeddings that PEFT saves beside their adapter
+        full = next((n for n in self.adapter.names() if _full_name(n) == key), None)
+        if full is not None:
+            stored = _slab(self.adapter, full)
+            if self.adapter.shape(full) != weight.shape:
+                raise AdapterError(_no_fit(self.adapter, key, self.adapter.shape(full), weight))
         factors = self.factors(weight)
         if factors is not None:
-            return _Operand(plain.slab, *factors)
-        key = self.changed[weight.name]
-        full = [n for n in self.adapter.names() if _full_name(n) == key]
-        if full:
-            slab = _slab(self.adapter, full[0])
-            if self.adapter.shape(full[0]) != weight.shape:
-                raise AdapterError(_no_fit(self.adapter, key, self.adapter.shape(full[0]), weight))
-            return _Operand(slab)
+            return _Operand(stored, *factors)
+        if full is not None:
+            return _Operand(stored)
         base = self.checkpoint.read(self.own_names[weight.name]).float()
         return _Operand(None, whole=base + self.adapter.delta(key, base))
 
@@ -187,7 +190,8 @@ def _slab(checkpoint: Checkpoint, name: str) -> _Slab:
 def _full_name(name: str) -> str | None:
     if ".lora_" in name:
         return None
-    return name.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
 
 
 def _no_fit(adapter: Checkpoint, name: str, shape: Sequence[int], weight: _Weight) -> str:
@@ -268,14 +272,14 @@ class _Plan:
 def _plan(stages: Sequence[_Stage]) -> _Plan:
     base = stages[0].checkpoint
     anatomy, parameters, config = _meta_anatomy(base.folder)
-    embeddings, head = _ends(anatomy, base)
+    layout = _Layout(base, anatomy, parameters)
+    embeddings, head = layout.embeddings, layout.head
     tied = anatomy.tied if anatomy is not None else head not in base
     reference = base.names()
-    has_head = any(head in s.checkpoint or (s.adapter is not None and head in map(_full_name, s.adapter.names()))
-                   for s in stages)
+    has_head = any(head in s.checkpoint
+                   or (s.adapter is not None and head in map(_full_name, s.adapter.names())) for s in stages)
     if head not in base and tied and has_head:
         reference.append(head)
-    num_blocks, block_of = _blocks(base, anatomy, parameters)
     left_out: set[str] = set()
     for stage in stages:
         own = stage.checkpoint.names()
@@ -285,15 +289,14 @@ def _plan(stages: Sequence[_Stage]) -> _Plan:
         lost = [n for n in reference if n not in stage.own_names]
         extra = sorted(set(own) - set(stage.own_names.values()))
         # buffers that older versions stored (rotary frequencies, causal masks) are no weights
-        weights_lost = [n for n in lost if not parameters or n in parameters]
-        weights_extra = [n for n in extra if not parameters or n in parameters]
+        weights_lost = [n for n in lost if n in parameters or _is_weight(n, base)]
+        weights_extra = [n for n in extra if n in parameters or _is_weight(n, stage.checkpoint)]
         if weights_lost or weights_extra:
-            what = (f"lacks {len(weights_lost)} weights of {stages[0].name} ({', '.join(weights_lost[:3])}"
-                    f"{' ...' if len(weights_lost) > 3 else ''})" if weights_lost else
-                    f"has {len(weights_extra)} weights that {stages[0].name} lacks ({', '.join(weights_extra[:3])}"
-                    f"{' ...' if len(weights_extra) > 3 else ''})")
-            raise PairMismatchError(f"{stage.checkpoint.folder} {what}; base and tuned checkpoint must be of one "
-                                    "architecture and size.")
+            what, some = (("lacks", weights_lost) if weights_lost else ("also has", weights_extra))
+            raise PairMismatchError(
+                f"{stage.checkpoint.folder} {what} {len(some)} weights beside {stages[0].checkpoint.folder} "
+                f"({', '.join(some[:3])}{' ...' if len(some) > 3 else ''}); base and tuned checkpoint must be "
+                "of one architecture and size.")
         left_out.update(lost, extra)
         _map_adapter(stage, reference)
     found = []
@@ -304,8 +307,9 @@ def _plan(stages: Sequence[_Stage]) -> _Plan:
         dtypes = [s.checkpoint.dtype(s.own_names[name]) for s in stages]
         if not all(d.is_floating_point for d in dtypes):
             if name in parameters:
-                raise CheckpointError(f"{name} is stored as {next(d for d in dtypes if not d.is_floating_point)}: "
-                                      "quantised weights cannot be compared; dequantise the checkpoint first.")
+                raise CheckpointError(
+                    f"{name} is stored as {next(d for d in dtypes if not d.is_floating_point)}: quantised "
+                    "weights cannot be compared; dequantise the checkpoint first.")
             left_out.add(name)
             continue
         for stage in stages[1:]:
@@ -313,11 +317,12 @@ def _plan(stages: Sequence[_Stage]) -> _Plan:
             if other != shape:
                 raise PairMismatchError(
                     f"{name} has the shape {shape} in {stages[0].checkpoint.folder} and {other} in "
-                    f"{stage.checkpoint.folder}; base and tuned checkpoint must be of one architecture and size.")
-        block = block_of(name)
-        kind = kind_of(name) if block is not None else _outside(name, anatomy, embeddings, head)
+                    f"{stage.checkpoint.folder}; base and tuned checkpoint must be of one architecture and "
+                    "size.")
+        block = layout.block_of(name)
+        kind = kind_of(name) if block is not None else layout.part_of(name)
         found.append(_Weight(name, shape, block, kind, _fused_axis(name, kind, shape, config)))
-    plan = _Plan(found, num_blocks, tied and not has_head, config, sorted(left_out))
+    plan = _Plan(found, layout.num_blocks, tied and not has_head, config, sorted(left_out))
     if plan.left_out:
         plan.notes.append(f"{len(plan.left_out)} stored tensors are no weights and were left out: "
                           f"{', '.join(plan.left_out[:3])}{' ...' if len(plan.left_out) > 3 else ''}.")
@@ -328,38 +333,61 @@ def _plan(stages: Sequence[_Stage]) -> _Plan:
     return plan
 
 
-def _ends(anatomy: Anatomy | None, base: Checkpoint) -> tuple[str, str]:
-    """Names of the embeddings' and the head's weight in the base checkpoint."""
-    names = base.names()
-
-    def find(path: str | None, leaves: tuple[str, ...]) -> str:
-        wanted = f"{path}.weight"
-        if path is not None and wanted in base:
-            return wanted
-        if path is not None:  # another prefix than the module tree's
-            ends = [n for n in names if wanted.endswith(f".{n}") or n.endswith(f".{wanted}")]
-            if len(ends) == 1:
-                return ends[0]
-        ends = [n for n in names if n.removesuffix(".weight").rpartition(".")[2] in leaves]
-        return ends[0] if ends else wanted if path is not None else f"{leaves[0]}.weight"
-
-    return (find(anatomy.embeddings_path if anatomy else None,
-                 ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")),
-            find(anatomy.head_path if anatomy else None, ("lm_head", "embed_out", "output")))
+def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
+    # older checkpoints store causal masks as attn.bias, with four axes
+    return name.endswith((".weight", ".bias")) and len(checkpoint.shape(name)) < 4
 
 
-def _outside(name: str, anatomy: Anatomy | None, embeddings: str, head: str) -> str:
-    if name == embeddings:
-        return "embeddings"
-    if name in (head, f"{head.removesuffix('.weight')}.bias"):
-        return "head"
-    if anatomy is not None:
-        path = anatomy.final_norm_path
-        if path is not None and (name.startswith(f"{path}.") or f"{path}.".endswith(
-                f".{name.rpartition('.')[0]}.")):
-            return "final_norm"
-        return "other"
-    return "final_norm" if kind_of(name) == "norm" and name.count(".") <= 2 else "other"
+_EMBEDDING_LEAVES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+_HEAD_LEAVES = ("lm_head", "embed_out", "output")
+
+
+class _Layout:
+    """Where a checkpoint's stored names put blocks, embeddings, final norm and head.
+
+    Stored names may have other prefixes than the module tree (transformers renames on loading).
+    What both have in common is the block list, from which the rest is found.
+    """
+
+    def __init__(self, base: Checkpoint, anatomy: Anatomy | None, parameters: set[str]) -> None:
+        self.num_blocks, self.block_of = _blocks(base, anatomy, parameters)
+        first = next(n for n in base.names() if self.block_of(n) == 0)
+        self._anatomy = anatomy
+        self._body = re.split(r"\.?\b0\.", first, maxsplit=1)[0]  # stored path of the block list
+        if anatomy is not None:
+            inside = anatomy.blocks_path.removeprefix(anatomy.body_path)
+            self._body = self._body.removesuffix(inside).removesuffix(inside.removeprefix("."))
+        else:
+            self._body = self._body.rpartition(".")[0]
+        self.embeddings = self._find(base, anatomy.embeddings_path if anatomy else None, _EMBEDDING_LEAVES)
+        self.head = self._find(base, anatomy.head_path if anatomy else None, _HEAD_LEAVES)
+        self._norm = self._stored(anatomy.final_norm_path) if anatomy and anatomy.final_norm_path else None
+
+    def _stored(self, path: str) -> str:
+        """Stored path of a module."""
+        assert self._anatomy is not None
+        body = self._anatomy.body_path
+        if body and not path.startswith(f"{body}."):
+            return path
+        return f"{self._body}.{path.removeprefix(body)}".replace("..", ".").strip(".")
+
+    def _find(self, base: Checkpoint, path: str | None, leaves: tuple[str, ...]) -> str:
+        wanted = [f"{p}.weight" for p in ((path, self._stored(path)) if path else ())]
+        by_leaf = [n for n in base.names() if n.removesuffix(".weight").rpartition(".")[2] in leaves]
+        return next((n for n in (*wanted, *by_leaf) if n in base), (wanted or [f"{leaves[0]}.weight"])[0])
+
+    def part_of(self, name: str) -> str:
+        """``embeddings``, ``final_norm``, ``head`` or ``other`` of a weight outside the blocks."""
+        module = name.rpartition(".")[0]
+        if name == self.embeddings:
+            return "embeddings"
+        if module == self.head.removesuffix(".weight"):
+            return "head"
+        if self._norm is not None:
+            return "final_norm" if module == self._norm else "other"
+        # without weights the module tree cannot always tell the final norm from an embedding's norm
+        inside = not self._body or name.startswith(f"{self._body}.")
+        return "final_norm" if inside and kind_of(name) == "norm" and "emb" not in name.lower() else "other"
 
 
 def _blocks(base: Checkpoint, anatomy: Anatomy | None, parameters: set[str]
@@ -443,7 +471,7 @@ class _Reader:
         self._wide: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def handle(self, path: Path) -> int:
-        """File descriptor; each thread has its own, so that the system's read-ahead sees one stream in each."""
+        """File descriptor. Each thread has its own: the system's read-ahead then sees one stream in each."""
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
@@ -478,7 +506,7 @@ class _Reader:
             if raw is None or raw.numel() < size:
                 raw = self._raw[slot] = torch.empty(max(size, _PIECE * 4), dtype=torch.uint8)
             target = raw[:size].view(slab.dtype)
-        view = memoryview(target.view(torch.uint8).numpy())
+        view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         position = slab.offset + first * slab.dtype.itemsize
         while view.nbytes:
             count = os.preadv(self.handle(slab.path), [view], position)
@@ -501,10 +529,11 @@ class _Job:
 class _Summer:
     """Sums of squares of all weights, by a few threads."""
 
-    def __init__(self, stages: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair], workers: int | None) -> None:
+    def __init__(self, stages: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair],
+                 workers: int) -> None:
         self._stages, self._plan, self._pairs = list(stages), plan, list(pairs)
         self._earlier = sorted({earlier for _, earlier in pairs})
-        self._workers = workers or min(_cores(), 8)
+        self._workers = workers
         self._local = threading.local()
         self._readers: list[_Reader] = []
 
@@ -516,8 +545,8 @@ class _Summer:
             step = max(1, _JOB // weight.columns) * weight.columns
             jobs += [_Job(index, lo, min(lo + step, weight.numel)) for lo in range(0, weight.numel, step)]
         sums = [_Sums({}, {}) for _ in weights]
-        bytes_of = [sum(s.checkpoint.nbytes_of(s.own_names[w.name]) for s in self._stages if s.adapter is None)
-                    for w in weights]
+        bytes_of = [sum(s.checkpoint.nbytes_of(s.own_names[w.name]) for s in self._stages
+                        if s.adapter is None) for w in weights]
         total = sum(bytes_of) / 1e6
         done = 0.0
         threads = torch.get_num_threads()
@@ -568,7 +597,7 @@ class _Summer:
         piece = max(1, _PIECE // weight.columns) * weight.columns if rowwise else _PIECE
         for lo in range(job.start, job.stop, piece):
             hi = min(lo + piece, job.stop)
-            values = {stage: self._values(reader, stage, operands[stage], weight, lo, hi, wide) for stage in needed}
+            values = {i: self._values(reader, i, operands[i], weight, lo, hi, wide) for i in needed}
             scratch = reader.buffer(len(self._stages), wide, hi - lo)
             part = _Sums({}, {})
             for later, earlier in dense:
@@ -668,17 +697,18 @@ def _spectrum(stages: Sequence[_Stage], weight: _Weight, pair: Pair) -> Tensor:
     if (thin := _thin_difference(later, earlier)) is not None:
         left, right = thin
         core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
-        return torch.linalg.svdvals(core)
+        values: Tensor = torch.linalg.svdvals(core)
+        return values
     rows, columns = weight.shape
     smaller = min(rows, columns)
-    strip = max(1, (1 << 22) // smaller)
+    strip = max(1, (1 << 20) // smaller)
     gram = torch.zeros(smaller, smaller, dtype=torch.float64)
-    read = [_strips(stages[i], o, weight) for i, o in zip(pair, (later, earlier), strict=True)]
+    read_later, read_earlier = _strips(later), _strips(earlier)
     everything = slice(None)
     for lo in range(0, max(rows, columns), strip):
         part = slice(lo, lo + strip)
         where = (part, everything) if columns <= rows else (everything, part)
-        difference = read[0](where) - read[1](where)
+        difference = read_later(where) - read_earlier(where)
         if columns <= rows:
             difference = difference.T
         gram.addmm_(difference, difference.T)
@@ -687,17 +717,21 @@ def _spectrum(stages: Sequence[_Stage], weight: _Weight, pair: Pair) -> Tensor:
     return torch.where(values > floor * values[0], values, 0.0)
 
 
-def _strips(stage: _Stage, operand: _Operand, weight: _Weight) -> Callable[[tuple[slice, slice]], Tensor]:
+def _strips(operand: _Operand) -> Callable[[tuple[slice, slice]], Tensor]:
     """Function from (rows, columns) to those entries of a stage's weight, in float64."""
     if operand.whole is not None:
-        whole = operand.whole
-        return lambda where: whole[where].double()
+        stored = operand.whole
+        return lambda where: _wide(stored[where])
     assert operand.slab is not None
     stored = operand.slab.owner.read(operand.slab.name)
     if operand.left is None or operand.right is None:
-        return lambda where: stored[where].double()
+        return lambda where: _wide(stored[where])
     left, right = operand.left.double(), operand.right.double()
-    return lambda where: stored[where].double() + left[where[0]] @ right[:, where[1]]
+    return lambda where: _wide(stored[where]) + left[where[0]] @ right[:, where[1]]
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.float64)
 
 
 def _spectra_cost(plan: _Plan, stages: Sequence[_Stage], pairs: Sequence[Pair]) -> float:
@@ -739,10 +773,11 @@ class WeightsResult:
         stage = stage or side_of(comparisons(self.stages)[0])
         frame = self.frame
         part = frame[(frame["kind"] == "block") & (frame["stage"] == stage) & (frame["metric"] == metric)]
-        part = part.assign(matrix=part["matrix"].where(part["tensor"].isna() | (part["matrix"] != "norm"), "norm*"))
+        single_norm = (part["matrix"] == "norm") & part["tensor"].notna()  # not the group of that name
+        part = part[~single_norm]
         wide = part.pivot_table(index="layer", columns="matrix", values="value", aggfunc="mean", sort=False)
-        first = [g for g in (*GROUPS, "block") if g in wide]
-        wide = wide[[*first, *(c for c in wide if c not in (*first, "bias", "norm*"))]]
+        first = [g for g in (*GROUPS, "all") if g in wide]
+        wide = wide[[*first, *(c for c in wide if c not in (*first, "bias"))]]
         wide.columns.name = None
         wide.insert(0, "depth", [round(depth(int(b), self.num_blocks), 3) for b in wide.index])
         return wide.reset_index(names="block")
@@ -784,19 +819,41 @@ class WeightsResult:
                     continue
                 b = int(row["largest at block"])
                 lines.append(f"{stage}: {what}: largest in block {b} (depth {depth(b, self.num_blocks):.2f}: "
-                             f"{row['there']:.4g}); mean early {row['early']:.4g}, middle {row['middle']:.4g}, "
-                             f"late {row['late']:.4g}.")
-            blocks = own[(own["kind"] == "block") & (own["matrix"] == "block")]
+                             f"{row['there']:.4g}); mean early {row['early']:.4g}, "
+                             f"middle {row['middle']:.4g}, late {row['late']:.4g}.")
+            blocks = own[(own["kind"] == "block") & (own["matrix"] == "all")]
             outside = own[(own["kind"] == "model") & (own["value"] > 0)]["layer"].unique()
-            lines.append(f"{stage}: {int((blocks['value'] > 0).sum())} of {self.num_blocks} blocks changed; outside "
-                         f"them: {', '.join(outside) if len(outside) else 'nothing'}.")
+            changed = int((blocks["value"] > 0).sum())
+            lines.append(f"{stage}: {changed} of {self.num_blocks} blocks changed; outside them: "
+                         f"{', '.join(outside) if len(outside) else 'nothing'}.")
         if self.counts.get("tied"):
             lines.append("The head is tied to the embeddings and stands under their name.")
         return "\n".join([*lines, *self.counts.get("notes", [])])
 
     def figures(self) -> dict[str, Figure]:
         """Change by block and group, absolute and relative, and the relative change as a heatmap."""
-        raise NotImplementedError
+        from midblock.figures import depth_lines, heatmap
+
+        frame = self.frame
+        frame = frame[(frame["kind"] == "block") & (frame["side"] == "difference")]
+        made = {}
+        for pair in comparisons(self.stages):
+            stage = side_of(pair)
+            own = frame[frame["stage"] == stage]
+            suffix = "" if len(self.stages) == 2 else f"-{stage}"
+            groups = own[own["tensor"].isna() & own["matrix"].isin(GROUPS)]
+            if len(groups):
+                made[f"weights{suffix}"] = depth_lines(
+                    groups, ["weight_change", "weight_change_relative"], hue="matrix",
+                    num_layers=self.num_blocks - 1, title=f"Weight change: {pair[0]} against {pair[1]}")
+            kinds = self.by_block(stage, "weight_change_relative").drop(columns=["depth", *GROUPS, "all"],
+                                                                        errors="ignore").set_index("block")
+            if kinds.shape[1]:
+                made[f"weights-matrices{suffix}"] = heatmap(
+                    kinds.T.to_numpy(), list(kinds.columns), list(kinds.index),
+                    title=f"Relative weight change by matrix: {pair[0]} against {pair[1]}",
+                    label="||difference|| / ||earlier stage||", row_label="matrix", column_label="block")
+        return made
 
 
 # ---------------------------------------------------------------------------------------------
@@ -810,7 +867,7 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     """Compare the weights of two or more checkpoints, matrix by matrix, straight from their files.
 
     ``weight_change`` of a matrix is ||W_later - W_earlier||_F. Of a group (column ``matrix``: ``qkvo``
-    is the paper's equation 1; ``mlp``, ``norm``, ``block`` are all MLP matrices, norms, or everything in
+    is the paper's equation 1; ``mlp``, ``norm``, ``all`` are all MLP matrices, norms, or everything in
     a block) it is the sum of its members' norms. ``weight_change_relative`` is the Frobenius norm of
     the difference over that of the earlier stage's weights, for a group over all of it at once.
 
@@ -847,6 +904,7 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
         raise SettingsError("at least two checkpoints are compared: give a base and a tuned one.")
     if workers is not None and workers < 1:
         raise SettingsError(f"{workers} threads cannot read anything; use 1 or more.")
+    workers = workers or min(_cores(), 8)
     keys = stage_names(len(specs), names)
     chain: list[_Stage] = []
     for key, spec in zip(keys, specs, strict=True):
@@ -857,9 +915,12 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     if spectra == "auto":
         spectra = _spectra_cost(plan, chain, pairs) <= _AUTO_SPECTRA
     table = Table()
-    _table(table, keys, plan, pairs, sums)
+    # files list blocks as 0, 1, 10, 11, ...: readers want them in order, blocks before the rest
+    measured = sorted(zip(plan.weights, sums, strict=True),
+                      key=lambda m: plan.num_blocks if m[0].block is None else m[0].block)
+    _table(table, keys, plan.config, pairs, measured)
     if spectra:
-        _spectra_rows(table, chain, plan, pairs, sums, progress)
+        _spectra_rows(table, chain, pairs, measured, workers, progress)
     for stage in chain:
         stage.release()
     counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),
@@ -873,8 +934,8 @@ def _stage(key: str, spec: LoadedModel | str | Path, base: _Stage | None) -> _St
         return _Stage(key, resolve_checkpoint(spec), base)
     folder = spec.adapter or spec.folder
     if folder is None:
-        raise SettingsError(f"{spec.name} was not loaded from a folder, so there are no files to read; save it "
-                            "with save_checkpoint first.")
+        raise SettingsError(f"{spec.name} was not loaded from a folder, so there are no files to read; save "
+                            "it with save_checkpoint first.")
     return _Stage(key, folder, base)
 
 
@@ -882,78 +943,114 @@ def _place(weight: _Weight) -> tuple[Literal["block", "model"], int | str]:
     return ("model", weight.kind) if weight.block is None else ("block", weight.block)
 
 
-def _table(table: Table, keys: Sequence[str], plan: _Plan, pairs: Sequence[Pair], sums: Sequence[_Sums]) -> None:
+def _table(table: Table, keys: Sequence[str], config: Any, pairs: Sequence[Pair],
+           measured: Sequence[tuple[_Weight, _Sums]]) -> None:
     for pair in pairs:
         stage = side_of((keys[pair[0]], keys[pair[1]]))
-        groups: dict[tuple[int, str], list[tuple[float, float, int]]] = {}
-        for weight, found in zip(plan.weights, sums, strict=True):
-            parts = _parts(weight, found.difference[pair], found.own[pair[1]], plan.config)
-            for matrix, *part in parts:
-                _change_rows(table, _place(weight), [tuple(part)],
-                             {"stage": stage, "matrix": matrix, "tensor": weight.name})
+        groups: dict[tuple[int, str], list[_Part]] = {}
+        for weight, found in measured:
+            parts = _parts(weight, found.difference[pair], found.own[pair[1]], config)
+            for part in parts:
+                _change_rows(table, _place(weight), [part], stage, part.matrix, weight.name)
             if weight.block is None:
                 continue
             # a fused matrix counts as its parts where they are known, else as one
-            counted = [tuple(p[1:]) for p in parts if p[0] != weight.kind] or [tuple(p[1:]) for p in parts]
-            for group in ("block", *(g for g, kinds in _ALL_GROUPS.items() if weight.kind in kinds)):
+            counted = [p for p in parts if p.matrix != weight.kind] or parts
+            for group in ("all", *(g for g, kinds in _ALL_GROUPS.items() if weight.kind in kinds)):
                 groups.setdefault((weight.block, group), []).extend(counted)
         for (block, group), members in sorted(groups.items()):
-            _change_rows(table, ("block", block), members, {"stage": stage, "matrix": group, "tensor": None})
+            _change_rows(table, ("block", block), members, stage, group, None)
     for i in sorted({earlier for _, earlier in pairs}):
-        for weight, found in zip(plan.weights, sums, strict=True):
-            table.add(*_place(weight), "weight_norm", keys[i], math.sqrt(float(found.own[i].sum())), n=weight.numel,
-                      stage=None, matrix=weight.kind, tensor=weight.name)
+        for weight, found in measured:
+            table.add(*_place(weight), "weight_norm", keys[i], math.sqrt(float(found.own[i].sum())),
+                      n=weight.numel, stage=None, matrix=weight.kind, tensor=weight.name)
 
 
-def _change_rows(table: Table, place: tuple[Literal["block", "model"], int | str],
-                 members: Sequence[tuple[float, float, int]], cell: Mapping[str, Any]) -> None:
-    """Absolute and relative change of weights given as (squared change, squared norm, entries)."""
-    size = sum(m[2] for m in members)
-    square, own = math.fsum(m[0] for m in members), math.fsum(m[1] for m in members)
-    table.add(*place, "weight_change", "difference", math.fsum(math.sqrt(m[0]) for m in members), n=size, **cell)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A matrix, or one of those that a fused one holds: sums of squares and number of entries."""
+
+    matrix: str
+    change: float
+    own: float
+    entries: int
+
+
+def _change_rows(table: Table, place: tuple[Literal["block", "model"], int | str], members: Sequence[_Part],
+                 stage: str, matrix: str, tensor: str | None) -> None:
+    """Absolute and relative change of one matrix or of a group of them."""
+    cell: dict[str, Any] = {"stage": stage, "matrix": matrix, "tensor": tensor,
+                            "n": sum(m.entries for m in members)}
+    square, own = math.fsum(m.change for m in members), math.fsum(m.own for m in members)
+    table.add(*place, "weight_change", "difference", math.fsum(math.sqrt(m.change) for m in members), **cell)
     if own > 0:
-        table.add(*place, "weight_change_relative", "difference", math.sqrt(square / own), n=size, **cell)
+        table.add(*place, "weight_change_relative", "difference", math.sqrt(square / own), **cell)
     else:
         table.add_undefined(*place, "weight_change_relative", "difference",
-                            "every weight of the earlier stage is zero", n=size, **cell)
+                            "every weight of the earlier stage is zero", **cell)
 
 
-def _parts(weight: _Weight, difference: Tensor, own: Tensor, config: Any) -> list[tuple[str, float, float, int]]:
-    """(matrix, squared change, squared norm, entries) of a weight, then of q, k and v where it fuses them."""
-    found = [(weight.kind, float(difference.sum()), float(own.sum()), weight.numel)]
+def _parts(weight: _Weight, difference: Tensor, own: Tensor, config: Any) -> list[_Part]:
+    """A weight, and after it q, k and v where it fuses them."""
+    found = [_Part(weight.kind, float(difference.sum()), float(own.sum()), weight.numel)]
     if weight.fused is not None:
         changed, norms = split_fused(weight.name, difference, config), split_fused(weight.name, own, config)
         assert changed is not None
         assert norms is not None
         inputs = weight.numel // difference.numel()
-        found += [(part, float(changed[part].sum()), float(norms[part].sum()), changed[part].numel() * inputs)
-                  for part in changed]
+        found += [_Part(part, float(changed[part].sum()), float(norms[part].sum()),
+                        changed[part].numel() * inputs) for part in changed]
     return found
 
 
-def _spectra_rows(table: Table, chain: Sequence[_Stage], plan: _Plan, pairs: Sequence[Pair],
-                  sums: Sequence[_Sums], progress: Progress) -> None:
-    matrices = [(w, s) for w, s in zip(plan.weights, sums, strict=True) if len(w.shape) == 2]
+def _spectra_rows(table: Table, chain: Sequence[_Stage], pairs: Sequence[Pair],
+                  measured: Sequence[tuple[_Weight, _Sums]], workers: int, progress: Progress) -> None:
+    matrices = [(w, s) for w, s in measured if len(w.shape) == 2]
     total = sum(w.numel * min(w.shape) for w, _ in matrices) * len(pairs) or 1
-    done, held = 0, 0
-    for pair in pairs:
-        stage = side_of((chain[pair[0]].name, chain[pair[1]].name))
-        for weight, found in matrices:
-            place = _place(weight)
-            cell = {"stage": stage, "matrix": weight.kind, "tensor": weight.name}
-            if float(found.difference[pair].sum()) > 0:
-                values = _spectrum(chain, weight, pair)
-                norm, rank = float(values[0]), float(metrics.effective_rank_from_singular_values(values))
-                table.add(*place, "weight_change_spectral_norm", "difference", norm, n=weight.numel, **cell)
-                table.add(*place, "weight_change_effective_rank", "difference", rank, n=weight.numel, **cell)
-                held += weight.numel
-            else:
-                table.add(*place, "weight_change_spectral_norm", "difference", 0.0, n=weight.numel, **cell)
-                table.add_undefined(*place, "weight_change_effective_rank", "difference",
-                                    "the weight did not change", n=weight.numel, **cell)
-            done += weight.numel * min(weight.shape)
-            if held > 1 << 27:  # mapped pages count as this process's memory until they are let go
-                held = 0
-                for checkpoint in chain:
+    # a Gram matrix, its decomposition and the workspace: three of the smaller side's squares a thread
+    largest = max((min(w.shape) for w, _ in matrices), default=1)
+    workers = max(1, min(workers, (1 << 30) // (24 * largest * largest)))
+    threads = torch.get_num_threads()
+    done = 0
+    with ThreadPoolExecutor(workers, thread_name_prefix="spectra",
+                            initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
+        for pair in pairs:
+            stage = side_of((chain[pair[0]].name, chain[pair[1]].name))
+            for group in _groups(matrices):
+                spectra = pool.map(lambda m, p=pair: _norm_and_rank(chain, m[0], p, m[1]), group)
+                for (weight, _), (norm, rank) in zip(group, spectra, strict=True):
+                    place = _place(weight)
+                    cell: dict[str, Any] = {"n": weight.numel, "stage": stage, "matrix": weight.kind,
+                                            "tensor": weight.name}
+                    table.add(*place, "weight_change_spectral_norm", "difference", norm, **cell)
+                    if rank is None:
+                        table.add_undefined(*place, "weight_change_effective_rank", "difference",
+                                            "the weight did not change", **cell)
+                    else:
+                        table.add(*place, "weight_change_effective_rank", "difference", rank, **cell)
+                    done += weight.numel * min(weight.shape)
+                    progress("spectra", done, total, note=weight.name)
+                for checkpoint in chain:  # mapped pages count as this process's memory until they are let go
                     checkpoint.release()
-            progress("spectra", done, total, note=weight.name)
+    torch.set_num_threads(threads)
+
+
+def _groups(matrices: Sequence[tuple[_Weight, _Sums]]) -> Iterator[list[tuple[_Weight, _Sums]]]:
+    """Runs of matrices of about 2**24 entries together."""
+    group: list[tuple[_Weight, _Sums]] = []
+    for matrix in matrices:
+        group.append(matrix)
+        if sum(w.numel for w, _ in group) >= 1 << 24:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _norm_and_rank(chain: Sequence[_Stage], weight: _Weight, pair: Pair, sums: _Sums
+                   ) -> tuple[float, float | None]:
+    """Spectral norm and effective rank of a matrix's difference; no rank where there is none."""
+    if float(sums.difference[pair].sum()) == 0:
+        return 0.0, None
+    values = _spectrum(chain, weight, pair)
+    return float(values[0]), float(metrics.effective_rank_from_singular_values(values))

@@ -644,6 +644,9 @@ class Checkpoint:
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Two thin float32 matrices whose product is `delta`, where the change is of low rank.
 
+        A weight that PEFT saved in full beside its factors (adapted embeddings) has its own change
+        on top of the product.
+
         Args:
             name: Name of a base weight.
 
@@ -657,7 +660,7 @@ class Checkpoint:
         parts = {part: full for full in self._entries for key, part in [_adapter_key(full)] if key == name}
         if not parts:
             raise AdapterError(f"{self.folder} does not change {name}.")
-        if "full" in parts or "magnitude" in parts:
+        if "magnitude" in parts or not {"A", "embedding_A"} & set(parts):
             return None
         if self.config.get("lora_bias"):
             raise AdapterError(f"{self.folder} has LoRA biases, which have no part in a weight's change.")
