@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis_helpers import loaded, tiny_data
-from conftest import build_tiny_tokenizer
-from families import FAMILIES
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 
+from analysis_helpers import loaded, tiny_data
+from conftest import build_tiny_tokenizer
+from families import FAMILIES
 from midblock.data import Dataset, Example
 from midblock.errors import DataError, OutputError, SettingsError
 from midblock.evaluation import (
@@ -370,7 +370,7 @@ def test_a_perplexity_difference_weighs_tokens() -> None:
 @pytest.mark.parametrize("other", [result_of("loss", [1.0] * 4), result_of("accuracy", [1.0] * 4, task="u"),
                                    result_of("accuracy", [1.0] * 4, items="wxyz")])
 def test_what_cannot_be_compared_is_refused(other: EvalResult) -> None:
-    with pytest.raises(DataError, match="compare|share no item"):
+    with pytest.raises(DataError, match=r"compare|share no item"):
         compare(result_of("accuracy", [1.0, 0.0, 1.0, 0.0]), other)
 
 
@@ -488,7 +488,7 @@ def test_rows_that_do_not_fit_are_named(task: str, example: Example, message: st
 
 
 def test_numbers_in_some_rows_only_are_refused() -> None:
-    mixed = sums([(1, 2)]).examples + [Example(text="pq", prompt="p", completion=" q", where="f:9")]
+    mixed = [*sums([(1, 2)]).examples, Example(text="pq", prompt="p", completion=" q", where="f:9")]
     with pytest.raises(DataError, match=r"f:9.*####"):
         evaluate(loaded("llama"), "exact_match", data=Dataset("d", "all", "x", mixed))
 

@@ -75,7 +75,7 @@ def evaluate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     batch_size: Annotated[int | None, typer.Option(
         "--batch-size", metavar="N", min=1, show_default=False,
-        help="Rows in a batch (8 to 32 by kind of task).")
+        help="Rows in a batch (8 to 64 by kind of task).")
     ] = None,
     allow_code_execution: Annotated[bool, typer.Option(
         "--allow-code-execution", help="humaneval: run what the model writes, in a sandbox.")] = False,

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_options", "evaluate", "model_limit"]
 
-_BATCH = {"exact_match": 32, "ifeval": 16, "humaneval": 16, "multiple_choice": 16, "perplexity": 8,
-          "answer_loss": 16}
+_BATCH = {"multiple_choice": 16, "perplexity": 8, "answer_loss": 16}
+_GENERATION_ROWS, _CACHE_BYTES = 64, 4 << 30
 _MAX_LENGTH = 1024
 _IFEVAL_PACKAGES = ("langdetect", "nltk", "immutabledict")
 _CODE_SECONDS, _CODE_MEMORY_MB = 10.0, 1024
@@ -83,7 +83,8 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
         raise SettingsError(f"the chat format was asked for, but the tokenizer of {loaded_model.name} has no "
                             "chat template; leave it out.")
     dataset = task_data(task, data, samples=samples, seed=seed)
-    rows = batch_size or _BATCH[spec.kind]
+    rows = batch_size or _BATCH.get(spec.kind) or _generation_rows(
+        loaded_model, max_new_tokens or spec.max_new_tokens or 0)
     if spec.kind in ("perplexity", "answer_loss"):
         limit = model_limit(loaded_model)
         longest = min(_MAX_LENGTH, limit) if max_length is None else max_length
@@ -104,6 +105,17 @@ def model_limit(loaded: LoadedModel) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return sys.maxsize
+
+
+def _generation_rows(loaded: LoadedModel, longest: int) -> int:
+    """Rows that generate together: many, because a step costs little more for 64 rows than for one,
+    as long as their keys and values stay within 4 GiB (with prompts of 512 tokens)."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or loaded.anatomy.hidden_size // (
+        getattr(config, "num_attention_heads", None) or 1)
+    per_token = 2 * loaded.anatomy.num_blocks * heads * width * loaded.dtype.itemsize
+    return max(1, min(_GENERATION_ROWS, _CACHE_BYTES // (per_token * (512 + longest))))
 
 
 def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: int | None = None,

@@ -5,9 +5,9 @@ equal results (tests compare them with plain HFLM):
 
 * Likelihood: final norm and head run only on the positions of the continuations, in float32
   softmax, instead of a (batch x length x vocabulary) tensor.
-* Generation: a row stops by itself at its own stop string (HFLM waits until every row of the
-  batch has met the same one), rows that are done leave the batch, and decoding is greedy whatever the checkpoint's generation
-  config asks for (a repetition penalty would change the answers).
+* Generation: a row stops at its own stop string (HFLM waits until every row of the batch has met
+  the same one), rows that are done leave the batch, and decoding is greedy whatever the
+  checkpoint's generation config asks for (a repetition penalty would change the answers).
 
 `RowsTask` is lm-eval's `ConfigurableTask` whose documents come from memory.
 """
