@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
-
 from midblock.cli import evaluate as command
 from midblock.cli.app import COMMANDS, app, run
 from midblock.provenance import read_run
