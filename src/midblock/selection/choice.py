@@ -123,8 +123,8 @@ def make_plans(model: Any, result: ImportanceResult, choice: Choice, *, budget: 
             continue
         kind = "matrices" if result.settings.unit == "matrix" else "blocks"
         plans[name] = replace(plan, origin=(
-            f"{'top' if choice.how == 'top' else 'all but the lowest'} {choice.share:.0%} of {len(result.units)} {kind} "
-            f"by {metric} ({result.data}, seed {result.settings.seed}, step {result.final.step})"))
+            f"{'top' if choice.how == 'top' else 'all but the lowest'} {choice.share:.0%} of {len(result.units)} "
+            f"{kind} by {metric} ({result.data}, seed {result.settings.seed}, step {result.final.step})"))
     return plans, missing
 
 

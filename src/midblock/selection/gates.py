@@ -96,7 +96,8 @@ def gated(attachment: Attachment, gates: Gates) -> Iterator[Gates]:
 def _gated_forward(layer: Any, down: Tensor, up: Tensor, gates: Gates, index: int) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = layer.base_layer(x, *args, **kwargs)
-        update: Tensor = _GatedUpdate.apply(x, down.to(x.dtype), up.to(x.dtype), gates.values[index])
+        update: Tensor = _GatedUpdate.apply(  # type: ignore[no-untyped-call]
+            x, down.to(x.dtype), up.to(x.dtype), gates.values[index])
         return out + update.to(out.dtype)
     return forward
 
@@ -128,12 +129,12 @@ def update_worths(attachment: Attachment, gates: Gates, batches: Sequence[Batch]
         at: Gate of every unit: 1 is the tuned model, 0 the base.
     """
     plain = has_plain_head(attachment.anatomy)
-    device = attachment.anatomy.embeddings.weight.device
+    device = next(attachment.anatomy.embeddings.parameters()).device
     rows = []
     with gated(attachment, gates):
         for batch in batches:
             gates.values = torch.full((len(gates.units),), float(at), device=device, requires_grad=True)
-            batch_loss(attachment, batch, plain=plain).backward()
+            batch_loss(attachment, batch, plain=plain).backward()  # type: ignore[no-untyped-call]
             grad = gates.values.grad
             rows.append(torch.zeros(len(gates.units)) if grad is None else grad.detach().cpu())
     return torch.stack(rows).double()

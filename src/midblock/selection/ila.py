@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from midblock import stats
 from midblock.analysis.gradients import supervised_batches
@@ -322,7 +321,7 @@ def _table(plan: Plan, unit_of: Mapping[str, str], sets: Sequence[ScoreSet], set
             ranges = found.worth_ranges.get(metric)
             for i, (unit, module) in enumerate(first.items()):
                 low, high = ranges[i] if ranges else (math.nan, math.nan)
-                n = {"ila_score": settings.score_steps, "taylor": found.batches, "taylor_base": found.batches}.get(metric, 1)
+                n = settings.score_steps if metric == "ila_score" else found.batches if ranges else 1
                 matrix = module.kind if settings.unit == "matrix" else "all"
                 table.add("block", module.block, metric, "pair", Interval(values[i], low, high, n), matrix=matrix,
                           module=module.name if settings.unit == "matrix" else "", unit=unit, step=found.step,
@@ -422,13 +421,14 @@ class _Run:
     def _learn_scores(self) -> None:
         """Second stage on the adapter as it is, then the controls."""
         wanted, own = self.settings, self.scores
-        device = self.attachment.anatomy.embeddings.weight.device
+        device = next(self.attachment.anatomy.embeddings.parameters()).device
         with _plain_forwards(self.attachment), gated(self.attachment, self.gates):
             while own.steps < wanted.score_steps:
                 leaf = own.scores.to(device, torch.float32).requires_grad_(True)
                 self.gates.values = torch.sigmoid(leaf)
                 loss = batch_loss(self.attachment, self._batch(own.steps, "scores"), plain=self.plain)
-                (loss + wanted.penalty * self.gates.values.sum()).backward()
+                total = loss + wanted.penalty * self.gates.values.sum()
+                total.backward()  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 if not bool(torch.isfinite(leaf.grad).all()):
                     raise TrainingError("a gradient of the scores is not finite; use --dtype float32.")
@@ -453,7 +453,7 @@ class _Run:
             # the interval of the signed mean, turned with it
             ranges[metric] = [(m.low, m.high) if m.value >= 0 else (-m.high, -m.low) for m in means]
         scores["update_norm"] = update_norms(self.attachment, self.gates).tolist()
-        seed = int(sha256_of("ila random control", str(self.settings.seed))[:15], 16)
+        seed = int(sha256_of("ila random control", self.identity, str(self.step))[:15], 16)
         scores["random"] = np.random.default_rng(seed).random(len(self.gates.units)).tolist()
         return ScoreSet(self.step, bool(self.stopped), scores, ranges, self.score_losses, len(self.probe))
 

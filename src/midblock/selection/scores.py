@@ -1,0 +1,260 @@
+"""Scores of every block without training: from one forward pass, from one backward, from the weights alone.
+
+A higher score means "tune here" as a hypothesis only: `midblock.selection.validate` says which of them
+predicts measured gains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from midblock import metrics, stats
+from midblock.analysis.gradients import gradients, supervised_batches
+from midblock.analysis.passes import feed_batches
+from midblock.capture.accumulators import PooledStates
+from midblock.data import Batch, Dataset
+from midblock.errors import SettingsError, UndefinedMetricError
+from midblock.models import LoadedModel, projections
+from midblock.progress import Progress, silent
+from midblock.results import Table
+
+__all__ = ["BLOCK_SCORES", "AdjacentStates", "BlockScore", "ScoreSettings", "block_scores", "cka_matrix",
+           "weight_snr"]
+
+Needs = Literal["forward", "backward", "weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScore:
+    """What a score measures and what it costs."""
+
+    needs: Needs
+    meaning: str
+
+
+BLOCK_SCORES: dict[str, BlockScore] = {
+    "block_influence": BlockScore("forward", "1 - cos of each token's state before and after the block (ShortGPT)"),
+    "angular_distance": BlockScore("forward", "angle between them, / pi"),
+    "cka_novelty": BlockScore("forward", "1 - debiased CKA of the hidden states before and after the block"),
+    "rank_plateau": BlockScore("forward", "minus |change of ln effective rank| over the block"),
+    "weight_snr": BlockScore("weights", "energy of singular values above the noise edge, over that below"),
+    "gradient_norm": BlockScore("backward", "norm of the gradient"),
+    "gradient_norm_relative": BlockScore("backward", "norm of the gradient, / norm of the weights"),
+    "fisher": BlockScore("backward", "sum of squared gradients"),
+    "taylor": BlockScore("backward", "|sum of weight times gradient|"),
+}
+"""Metric -> what it is."""
+
+_FROM_GRADIENTS = ("gradient_norm", "gradient_norm_relative", "fisher", "taylor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How much is measured."""
+
+    samples: int = 32
+    """Samples of the forward pass."""
+    gradient_samples: int = 16
+    """Samples of the backward pass; each batch is one observation of the gradient."""
+    max_length: int = 128
+    """Tokens per sample; longer ones are cut and counted."""
+    batch_size: int = 4
+    """Samples per batch."""
+    seed: int = 0
+    """Of the draw."""
+    scores: tuple[str, ...] = tuple(BLOCK_SCORES)
+    """Which scores."""
+
+    def __post_init__(self) -> None:
+        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                  for name, least in (("samples", 4), ("gradient_samples", 1), ("max_length", 2), ("batch_size", 1))
+                  if getattr(self, name) < least]
+        unknown = [s for s in self.scores if s not in BLOCK_SCORES]
+        if unknown or not self.scores:
+            faults.append(f"--scores {', '.join(unknown) or '(none)'}: choose among {', '.join(BLOCK_SCORES)}")
+        if faults:
+            raise SettingsError("; ".join(faults) + ".")
+
+    def wants(self, needs: Needs) -> list[str]:
+        """The chosen scores that need this."""
+        return [s for s in self.scores if BLOCK_SCORES[s].needs == needs]
+
+
+class AdjacentStates:
+    """Block influence and angular distance per sample and block, an `Accumulator`.
+
+    Hidden h must come before h+1 within a batch, in whatever order the batches come; one hidden state
+    of each batch on its way is kept.
+
+    Attributes:
+        values: metric -> stage -> float64 (L, N).
+    """
+
+    METRICS = ("block_influence", "angular_distance")
+
+    def __init__(self, stages: Sequence[str], num_blocks: int, samples: Sequence[int]) -> None:
+        self.place = {sample: row for row, sample in enumerate(samples)}
+        self._last = num_blocks
+        self._before: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.values = {m: {s: torch.full((num_blocks, len(samples)), torch.nan, dtype=torch.float64) for s in stages}
+                       for m in self.METRICS}
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        """Take hidden h of a batch: stage name -> (B, T, d)."""
+        rows = [self.place[i] for i in batch.indices]
+        for stage, z in states.items():
+            key = (stage, batch.indices)
+            before = self._before.pop(key, None)
+            if before is not None:
+                mask = batch.attention_mask.to(z.device)
+                both = (metrics.block_influence(before, z, mask), metrics.angular_distance(before, z, mask))
+                for metric, found in zip(self.METRICS, both, strict=True):
+                    self.values[metric][stage][h - 1, rows] = found.to("cpu", torch.float64)
+            if h < self._last:
+                self._before[key] = z
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        """What it knows of some samples, by array name."""
+        rows = [self.place[s] for s in samples]
+        return {f"{m}|{s}": v[:, rows].contiguous() for m, by in self.values.items() for s, v in by.items()}
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        """Put saved values back."""
+        rows = [self.place[s] for s in samples]
+        for key, values in part.items():
+            metric, stage = key.split("|")
+            self.values[metric][stage][:, rows] = values
+
+
+def cka_matrix(x: Tensor) -> npt.NDArray[np.float64]:
+    """Debiased CKA between all pooled hidden states.
+
+    Args:
+        x: (H, N, d) pooled states, N >= 4.
+
+    Returns:
+        (H, H), symmetric, 1 on the diagonal; NaN where it is undefined.
+    """
+    grams = [metrics.linear_gram(h) for h in x]
+    result = np.eye(len(grams))
+    for i in range(len(grams)):
+        for j in range(i):
+            try:
+                value = float(metrics.cka_debiased_from_grams(grams[i], grams[j]))
+            except UndefinedMetricError:
+                value = math.nan
+            result[i, j] = result[j, i] = value
+    return result
+
+
+def weight_snr(block: torch.nn.Module) -> float:
+    """`midblock.metrics.spectral_snr` over the linear layers of a block; reads weights only.
+
+    Raises:
+        UndefinedMetricError: no matrix, or one whose noise level is 0.
+    """
+    spectra = []
+    for part in projections(block).values():
+        if part.linear and len(part.shape) == 2:
+            weight = block.get_parameter(part.name).detach()
+            if not weight.is_floating_point():
+                raise UndefinedMetricError(f"{part.name} is quantised ({weight.dtype}); a spectrum needs floats.")
+            spectra.append((metrics.singular_values(weight.float(), method="gram"), part.shape))
+    return metrics.spectral_snr(spectra)
+
+
+def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: ScoreSettings | None = None,
+                 stage: str = "base", progress: Progress = silent, **overrides: Any
+                 ) -> tuple[Table, npt.NDArray[np.float64] | None, dict[str, Any]]:
+    """All chosen scores of every block.
+
+    Args:
+        loaded: The model; unchanged afterwards.
+        dataset: Texts or tasks; None leaves the scores that need data out.
+        settings: See `ScoreSettings`; ``overrides``: single fields of it.
+        stage: The ``side`` of the rows.
+        progress: Told how far it is.
+
+    Returns:
+        Rows of kind ``block`` (columns ``matrix`` = all, ``data``, ``seed``); the CKA matrix between hidden
+        0..L (None without a forward pass); counts of the rows that were read.
+
+    Raises:
+        DataError: no usable sample.
+        SettingsError: a setting out of range.
+    """
+    chosen = replace(settings or ScoreSettings(), **overrides)
+    table = Table()
+    extra: dict[str, Any] = {"matrix": "all", "data": "" if dataset is None else dataset.name, "seed": chosen.seed}
+    counts: dict[str, Any] = {}
+    similarity = None
+    if dataset is not None and chosen.wants("forward"):
+        similarity, counts = _forward_scores(table, loaded, dataset, chosen, stage, extra, progress)
+    if chosen.wants("weights"):
+        for b, block in enumerate(loaded.anatomy.blocks):
+            try:
+                table.add("block", b, "weight_snr", stage, weight_snr(block), n=1, **{**extra, "data": ""})
+            except UndefinedMetricError as error:
+                table.add_undefined("block", b, "weight_snr", stage, str(error), **{**extra, "data": ""})
+            progress("weights", b + 1, loaded.anatomy.num_blocks)
+    if dataset is not None and (wanted := chosen.wants("backward")):
+        found = gradients(loaded, data=dataset, names=[stage], samples=chosen.gradient_samples,
+                          max_length=chosen.max_length, batch_size=chosen.batch_size, seed=chosen.seed,
+                          progress=progress)
+        for row in found.table.rows:
+            if row["matrix"] == "all" and row["metric"] in wanted:
+                table.rows.append({**row, **extra})
+    return table, similarity, counts
+
+
+def _forward_scores(table: Table, loaded: LoadedModel, dataset: Dataset, settings: ScoreSettings, stage: str,
+                    extra: Mapping[str, Any], progress: Progress
+                    ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+    drawn = dataset.sample(settings.samples, settings.seed)
+    batches, counts = supervised_batches(loaded, drawn, max_length=settings.max_length,
+                                         batch_size=settings.batch_size)
+    samples = sorted(i for b in batches for i in b.indices)
+    blocks = loaded.anatomy.num_blocks
+    adjacent = AdjacentStates([stage], blocks, samples)
+    pooled = PooledStates([stage], blocks + 1, samples, loaded.anatomy.hidden_size)
+    feed_batches({stage: loaded}, batches, {"adjacent": adjacent, "pooled": pooled}, progress=progress)
+    wanted = settings.wants("forward")
+    for metric in adjacent.METRICS:
+        if metric in wanted:
+            for b, values in enumerate(adjacent.values[metric][stage].numpy()):
+                table.add("block", b, metric, stage, stats.mean_interval(values), **extra)
+    x = pooled.x[stage]
+    n = len(samples)
+    similarity = cka_matrix(x) if n >= 4 else np.full((blocks + 1, blocks + 1), math.nan)
+    if "cka_novelty" in wanted:
+        for b in range(blocks):
+            value = 1 - similarity[b, b + 1]
+            if math.isnan(value):
+                table.add_undefined("block", b, "cka_novelty", stage,
+                                    "debiased CKA is undefined here (too few samples, or equal rows)", n=n, **extra)
+            else:
+                table.add("block", b, "cka_novelty", stage, value, n=n, **extra)
+    if "rank_plateau" in wanted:
+        ranks = [_effective_rank(h) for h in x]
+        for b in range(blocks):
+            if math.isnan(ranks[b]) or math.isnan(ranks[b + 1]):
+                table.add_undefined("block", b, "rank_plateau", stage, "the effective rank is undefined here", n=n,
+                                    **extra)
+            else:
+                table.add("block", b, "rank_plateau", stage, -abs(math.log(ranks[b + 1] / ranks[b])), n=n, **extra)
+    return similarity, counts
+
+
+def _effective_rank(x: Tensor) -> float:
+    try:
+        return float(metrics.effective_rank(x))
+    except UndefinedMetricError:
+        return math.nan
