@@ -21,6 +21,7 @@ _EXPORTS = {
     "lora_config": "midblock.tuning",
     "FrozenPrefix": "midblock.tuning",
     "evaluate": "midblock.evaluation",
+    "sweep": "midblock.sweeps",
 }
 _MODULES = ("metrics", "stats")
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from midblock.models import load_model as load_model
     from midblock.models import load_pair as load_pair
     from midblock.segments import segment_blocks as segment_blocks
+    from midblock.sweeps import sweep as sweep
     from midblock.tuning import FrozenPrefix as FrozenPrefix
     from midblock.tuning import lora_config as lora_config
     from midblock.tuning import make_plan as make_plan

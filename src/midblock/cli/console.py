@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from midblock.progress import Progress
 
-__all__ = ["emit_json", "format_figure", "is_json", "print_table", "progress_bar", "reset", "say",
+__all__ = ["emit_json", "format_figure", "is_json", "is_quiet", "print_table", "progress_bar", "reset", "say",
            "set_json", "set_quiet", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
@@ -47,6 +47,11 @@ def set_quiet(on: bool) -> None:
 def is_json() -> bool:
     """Whether the command was called with ``--json``."""
     return _json.get()
+
+
+def is_quiet() -> bool:
+    """Whether the command was called with ``--quiet``."""
+    return _quiet.get()
 
 
 def reset() -> None:

@@ -136,7 +136,7 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
         if data.numel():
-            digest.update(memoryview(data.view(torch.uint8).numpy()))
+            digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -75,7 +75,7 @@ class SweepResult:
             table.add("segment", self._layer(arm), row["metric"], _side(arm),
                       Interval(row["value"], row["low"], row["high"], row["n"]),
                       **self._extra(arm, row["task"], row["role"], None),
-                      learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own))
+                      **_more(learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own)))
         for record in self.records:
             for label in stats.matrices:
                 extra = self._extra(record.arm, label, stats.matrices[label].role, record.seed)
@@ -83,11 +83,11 @@ class SweepResult:
                 rate = {"learning_rate": record.learning_rate}
                 if record.status == "failed":
                     table.add_undefined("segment", self._layer(record.arm), metric, _side(record.arm),
-                                        record.reason, **extra, **rate)
+                                        record.reason, **_more(**extra, **rate))
                 elif record.seed is not None:
                     scored = record.tasks[label]
                     table.add("segment", self._layer(record.arm), metric, _side(record.arm), scored.value,
-                              n=len(scored.items), **extra, **rate, **_means([record]))
+                              n=len(scored.items), **_more(**extra, **rate, **_means([record])))
         for row in stats.comparisons.to_dict(orient="records"):
             metric = "log_perplexity" if row["metric"] == "perplexity" else row["metric"]
             table.add("segment", self._layer(row["a"]), metric, "difference",
@@ -210,6 +210,10 @@ class SweepResult:
 
     def _why(self, arm: str) -> str:
         return next((r.reason for r in self.failed if r.arm == arm), "no run of this arm has a score")
+
+
+def _more(**columns: Any) -> dict[str, Any]:
+    return columns
 
 
 def _side(arm: str) -> str:

@@ -277,7 +277,8 @@ class _Costs:
         behind = 1 if training.gradient_checkpointing else anatomy.num_blocks - arm.plan.first_block
         activations = tokens * anatomy.hidden_size * ACTIVATIONS * size * behind
         optimizer = arm.plan.params * 4 * 4  # float32 weight, gradient and two moments
-        cache = self.tokens * anatomy.hidden_size * size if arm.plan.first_block and self.config.cache == "memory" else 0
+        kept = arm.plan.first_block and self.config.cache == "memory"
+        cache = self.tokens * anatomy.hidden_size * size if kept else 0
         logits = (1 << 23) * 4 * 2
         return int(self.outline.params * size + optimizer + activations + cache + logits)
 

@@ -47,9 +47,10 @@ def dry_run(config: SweepConfig | Path | str, *, trust_remote_code: bool = False
     return plan_sweep(config, outline, load_sweep_data(config))
 
 
-def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = False, given: dict[str, object] | None = None,
-          loaded: LoadedModel | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
-          progress: Progress = silent, listener: Callable[[SweepState], None] | None = None,
+def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = False,
+          given: dict[str, object] | None = None, loaded: LoadedModel | None = None,
+          trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress = silent,
+          listener: Callable[[SweepState], None] | None = None,
           engine: Callable[[SweepConfig, LoadedModel, SweepData], Engine] = make_engine) -> SweepResult:
     """Train and score every arm of a configuration and compare them.
 

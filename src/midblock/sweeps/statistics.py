@@ -451,8 +451,9 @@ def _unbeaten(values: FloatArray) -> npt.NDArray[np.bool_]:
     """Rows that no other row equals or beats throughout and beats somewhere; NaN rows are never on the front."""
     there = ~np.isnan(values).any(axis=1)
     at_least = (values[None] >= values[:, None]).all(axis=2)
-    better = (values[None] > values[:, None]).any(axis=2)
-    return np.asarray(there & ~(at_least & better).any(axis=1))
+    better: npt.NDArray[np.bool_] = (values[None] > values[:, None]).any(axis=2)
+    beaten: npt.NDArray[np.bool_] = np.asarray(at_least & better).any(axis=1)
+    return np.asarray(there & ~beaten)
 
 
 def detectable_after(comparisons: pd.DataFrame, *, family: str, task: str, confidence: float, alpha: float,

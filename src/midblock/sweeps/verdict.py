@@ -120,7 +120,7 @@ class _Writer:
         if seeds == 1:
             text += (" With one seed the tests speak about other items only: another seed could give another "
                      "order.")
-        rates = {a: r for a, r in self.stats.rates.items()}
+        rates = self.stats.rates
         if any(len({r.learning_rate for r in records if r.arm == a and r.status == "done"}) > 1 for a in rates):
             text += " Learning rates were chosen per arm by validation loss: " + ", ".join(
                 f"{a} {r:g}" for a, r in rates.items()) + "."
@@ -203,6 +203,12 @@ class _Writer:
                              f"(p {_p(float(row['p']))}); the best single segment is {row['best']}.")
         return lines
 
+    def _change(self, row: pd.Series) -> str:
+        metric = str(row["metric"])
+        return (f"{self.arm(str(row['a']))}: {_amount(metric, float(row['difference']), signed=True)}{_unit(metric)}, "
+                f"{_interval(metric, float(row['low']), float(row['high']), self.confidence)}, "
+                f"{_with_p(float(row['p_holm']))}.")
+
     def retention(self) -> str:
         rows = self.stats.family("retention")
         if rows.empty:
@@ -219,9 +225,7 @@ class _Writer:
             for name, part in (("Forgets:", lost), ("Improves:", gained)):
                 if part:
                     lines.append(name)
-                    lines += [f"- {self.arm(str(r['a']))}: {_amount(metric, float(r['difference']), signed=True)}"
-                              f"{_unit(metric)}, {_interval(metric, float(r['low']), float(r['high']), self.confidence)}, "
-                              f"{_with_p(float(r['p_holm']))}." for r in part]
+                    lines += [f"- {self._change(r)}" for r in part]
             same = [str(r["a"]) for _, r in against.iterrows() if not self.found(r)]
             if same:
                 lines.append(f"No change shown for {', '.join(same)}.")
@@ -244,7 +248,8 @@ class _Writer:
             if own.empty:
                 continue
             for text, left, right in (
-                    ("tuning a middle segment beats tuning all layers at equal parameters", self._middle, self._baseline),
+                    ("tuning a middle segment beats tuning all layers at equal parameters", self._middle,
+                     self._baseline),
                     ("a middle segment beats the last one", self._middle, self._late),
                     ("a middle segment beats the first one", self._middle, self._early),
                     ("a middle segment beats random blocks", self._middle, self._random)):
@@ -274,7 +279,9 @@ class _Writer:
     def _judge(self, rows: pd.DataFrame, left: object, right: object) -> str:
         assert callable(left)
         assert callable(right)
-        won, lost, open_ = [], [], []
+        won: list[tuple[str, str]] = []
+        lost: list[tuple[str, str]] = []
+        open_: list[tuple[str, str]] = []
         for _, row in rows.iterrows():
             a, b = str(row["a"]), str(row["b"])
             if left(a) and right(b):

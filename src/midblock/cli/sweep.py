@@ -1,0 +1,182 @@
+"""`midblock sweep CONFIG.yaml`: many arms under one budget, compared with statistics that hold."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from midblock.cli import console
+from midblock.cli.options import AllowPickle, Json, Out, Quiet, Resume, TrustRemoteCode, examples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from midblock.progress import Progress
+    from midblock.sweeps import SweepPlan, SweepResult, SweepState
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("sweep", epilog=examples(
+        "midblock sweep recipes/smoke.yaml --dry-run",
+        "midblock sweep recipes/smoke.yaml --out runs/smoke",
+        "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic",
+        "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic --resume",
+        "midblock sweep recipes/smoke.yaml --set seeds=[0,1,2] --set training.epochs=1 --out runs/three"))(sweep)
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", show_default=False,
+                                           help="The experiment as a YAML file; see recipes/ and docs/sweeps.md.")],
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Print every arm with its exact parameters, the estimated time and memory, and the smallest "
+                          "difference that can be detected; train nothing.")] = False,
+    overrides: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", show_default=False,
+        help="Override one key, such as training.epochs=1 or evaluation.0.samples=20; repeat for more.")] = None,
+    out: Out = None,
+    resume: Resume = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train and score many configurations alike, and say what the data support.
+
+    Every arm sees the same rows in the same order, the same number of steps and the same
+    evaluation items, at (nearly) the same number of trainable parameters. Each run is one file in
+    OUT/results as soon as it ends, so that --resume loses at most the running one; a run that
+    fails is reported with its reason and does not stop the others.
+    """
+    from midblock.errors import SettingsError
+    from midblock.sweeps import dry_run as plan_only
+    from midblock.sweeps import load_config
+    from midblock.sweeps import sweep as run
+
+    loaded = load_config(config, overrides or [])
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    if dry_run:
+        _show_plan(plan_only(loaded, **options))
+        return
+    if out is None:
+        raise SettingsError("a sweep writes every run as it ends; name a folder with --out DIR, or look at the plan "
+                            "with --dry-run.")
+    with _live() as (progress, listener):
+        result = run(loaded, out=out, resume=resume, given={"config": str(config), "set": overrides or []},
+                     progress=progress, listener=listener, **options)
+    _show_result(result, out)
+
+
+def _show_plan(plan: SweepPlan) -> None:
+    shown = plan.frame.assign(GB=plan.frame["peak_bytes"] / 1e9).drop(columns=["peak_bytes"])
+    console.print_table(shown, title="Arms (seconds: estimate for one run)")
+    console.print_table(plan.detectable, title="Smallest difference of two arms that these items and seeds detect")
+    console.say(plan.summary())
+    console.emit_json({"arms": plan.frame, "detectable": plan.detectable, "runs": [j.key for j in plan.jobs],
+                       "seconds": plan.total_seconds, "comparisons": plan.comparisons})
+
+
+def _show_result(result: SweepResult, out: Path) -> None:
+    for record in result.failed:
+        console.warn(f"{record.key} failed: {record.reason}")
+    console.print_table(result.overview(), title="Arms: means over seeds with 95% intervals"
+                        if result.config.statistics.confidence == 0.95 else "Arms: means over seeds with intervals")
+    console.say(result.summary())
+    console.say(f"\nTable, comparisons, samples, figures and verdict: {out}")
+    stats = result.statistics
+    console.emit_json({"scores": stats.scores, "comparisons": stats.comparisons, "ranking": stats.ranking,
+                       "inverted_u": stats.inverted_u, "pareto": stats.pareto,
+                       "failed": {r.key: r.reason for r in result.failed}, "verdict": result.summary(),
+                       "out": str(out)})
+
+
+def finished_runs(state: SweepState) -> pd.DataFrame:
+    """Finished runs so far: arm, learning rate, seed, scores, seconds."""
+    import pandas as pd
+
+    tasks = list(dict.fromkeys(t for r in state.records.values() for t in r.tasks))
+    return pd.DataFrame([{
+        "arm": r.arm, "lr": r.learning_rate, "seed": r.seed,
+        **{t: (r.tasks[t].value if t in r.tasks else None) for t in tasks},
+        "seconds": round(r.seconds, 1), "status": r.status} for r in state.records.values()])
+
+
+def _line(state: SweepState) -> str:
+    from midblock.sweeps.planning import clock
+
+    if not state.records:
+        return f"sweep: {len(state.plan.jobs)} runs, about {clock(state.seconds_left)}"
+    last = list(state.records.values())[-1]
+    scores = ", ".join(f"{t} {s.value:.4g}" for t, s in last.tasks.items()) or f"failed: {last.reason}"
+    seed = "" if last.seed is None else f" seed {last.seed}"
+    return (f"sweep: {len(state.records)}/{len(state.plan.jobs)} {last.arm}{seed}: {scores} ({last.seconds:.0f} s); "
+            f"about {clock(state.seconds_left)} left")
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[tuple[Progress, Callable[[SweepState], None]]]:
+    """A table of finished runs that grows on a terminal; one line per run elsewhere; nothing with --quiet."""
+    from midblock.progress import silent
+
+    if console.is_quiet():
+        yield silent, lambda state: None
+        return
+    if not sys.stderr.isatty():
+        yield silent, lambda state: print(_line(state), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(console=Console(file=sys.stderr), refresh_per_second=4, transient=True, redirect_stdout=False)
+    screen = _Screen(live)
+    with live:
+        yield screen.progress, screen.listener
+
+
+class _Screen:
+    """What the terminal shows: finished runs, the running one, the time left."""
+
+    def __init__(self, live: Any) -> None:
+        self._live = live
+        self._state: SweepState | None = None
+        self._running = self._step = ""
+
+    def listener(self, state: SweepState) -> None:
+        self._state = state
+        self._draw()
+
+    def progress(self, what: str, done: float, total: float, note: str = "") -> None:
+        if what == "sweep":
+            self._running, self._step = note, ""
+        else:
+            self._step = f"{what} {done:.0f}/{total:.0f} {note}".strip()
+        self._draw()
+
+    def _draw(self) -> None:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        from midblock.sweeps.planning import clock
+
+        parts: list[Any] = []
+        if self._state is not None and self._state.records:
+            frame = finished_runs(self._state).tail(20)
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            for name in frame.columns:
+                table.add_column(str(name), no_wrap=True)
+            for row in frame.itertuples(index=False, name=None):
+                table.add_row(*(Text(console.format_figure(v)) for v in row))
+            parts.append(table)
+        left = "" if self._state is None else (f", {self._state.runs_left} runs to go, about "
+                                               f"{clock(self._state.seconds_left)} left")
+        parts.append(Text(f"{self._running}: {self._step}{left}", style="dim"))
+        self._live.update(Group(*parts))
