@@ -14,9 +14,10 @@ from midblock.models.anatomy import find_anatomy
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("chunk_numbers", [1, 1000, 1 << 24])
-def test_scores_equal_a_loop_over_logits(labelled, chunk_numbers, monkeypatch):
-    monkeypatch.setattr(scoring, "_CHUNK_NUMBERS", chunk_numbers)
+@pytest.mark.parametrize(("head", "cached"), [(1, 1), (7, 3), (128, 8)])
+def test_scores_equal_a_loop_over_logits(labelled, head, cached, monkeypatch):
+    monkeypatch.setattr(scoring, "head_rows", lambda vocab, device: head)
+    monkeypatch.setattr(scoring, "chunk_rows", lambda vocab, device: cached)
     model = FAMILIES["llama"]()
     anatomy = find_anatomy(model)
     ids = token_ids(3, 9)
@@ -56,3 +57,26 @@ def test_a_row_without_counted_tokens_has_no_mean():
     assert means[0] == 2
     assert math.isnan(means[1])
     assert counts.tolist() == [2, 0]
+
+
+def test_the_first_of_equal_maxima_is_the_prediction():
+    logits = torch.tensor([[1.0, 5, 5, 0], [5.0, 5, 0, 0], [0.0, 1, 2, 7], [3.0, 3, 3, 3]])
+    ids = torch.tensor([[0, 1, 1, 3, 2]])  # next tokens: 1 (first of two), 1 (second of two), 3, 2 (third of four)
+    batch = Batch(indices=(0,), input_ids=ids, attention_mask=torch.ones_like(ids))
+    hidden = torch.cat([logits, logits[:1]]).unsqueeze(0)
+    scores = next_token_scores(lambda z: z, hidden, batch, 4)
+    assert scores.correct.tolist() == [True, False, True, False]
+    assert torch.equal(scores.correct, logits.argmax(dim=1) == ids[0, 1:])
+    torch.testing.assert_close(scores.loss, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+
+
+def test_several_models_are_read_out_side_by_side():
+    states = {"a": torch.arange(20.0).reshape(10, 2), "b": -torch.arange(20.0).reshape(10, 2)}
+    seen = {"a": [], "b": []}
+    for part, logits in scoring.chunks_of_all_logits({"a": lambda z: 2 * z, "b": lambda z: z + 1}, states, 1 << 18):
+        assert part.stop - part.start == len(logits["a"]) == len(logits["b"]) <= scoring.chunk_rows(
+            1 << 18, states["a"].device)
+        for name, values in logits.items():
+            seen[name].append(values.clone())
+    assert torch.equal(torch.cat(seen["a"]), 2 * states["a"])
+    assert torch.equal(torch.cat(seen["b"]), states["b"] + 1)

@@ -9,7 +9,7 @@ point; ``earlier_code=True`` reproduces that, under the side name ``<stage> (nor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from midblock import metrics, stats
 from midblock.analysis.passes import PassState, feed_batches
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.capture import counted_positions, sample_means
-from midblock.capture.scoring import chunk_rows
+from midblock.capture.scoring import chunks_of_all_logits
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import LoadedModel
@@ -99,17 +99,23 @@ class _Readouts:
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         if h not in self._hidden:
             return
+        device = next(iter(states.values())).device
+        batch = batch.to(device)
         mask = counted_positions(batch)
         target = batch.input_ids.roll(-1, dims=1)[mask]
         row = mask.nonzero()[:, 0]
-        rows = {s: z[mask.to(z.device)] for s, z in states.items()}
+        rows = {s: z[mask] for s, z in states.items()}
         got: dict[str, list[Tensor]] = {}
         tops: dict[str, list[Tensor]] = {s: [] for s in states}
         vocab = max(m.anatomy.vocab_size for m in self._stages.values())
-        step = chunk_rows(vocab)
-        for lo in range(0, target.shape[0], step):
-            part = slice(lo, lo + step)
-            self._chunk({s: r[part] for s, r in rows.items()}, target[part], h, got, tops)
+        read_outs: dict[str, Callable[[Tensor], Tensor]] = {
+            s: m.anatomy.read_out for s, m in self._stages.items()}
+        if h == self.last and self._settings.earlier_code:
+            for stage, model in self._stages.items():
+                rows[stage + TWICE] = rows[stage]
+                read_outs[stage + TWICE] = lambda z, own=model.anatomy: own.read_out(own.normed(z))  # type: ignore[misc]
+        for part, logits in chunks_of_all_logits(read_outs, rows, vocab):
+            self._chunk(logits, target[part], got, tops)
         place = torch.tensor([self.place[i] for i in batch.indices])
         for key, parts in got.items():
             means, counts = sample_means(row, torch.cat(parts), len(batch.indices))
@@ -120,20 +126,17 @@ class _Readouts:
                 for stage, parts in tops.items():
                     self.traces[f"{sample}|{h}|{stage}"] = torch.cat(parts)[row == position].to("cpu")
 
-    def _chunk(self, rows: Mapping[str, Tensor], target: Tensor, h: int, got: dict[str, list[Tensor]],
+    def _chunk(self, logits: Mapping[str, Tensor], target: Tensor, got: dict[str, list[Tensor]],
                tops: dict[str, list[Tensor]]) -> None:
-        logits, weights, norms = {}, {}, {}
-        for stage, part in rows.items():
-            anatomy = self._stages[stage].anatomy
-            logits[stage] = anatomy.read_out(part).float()
-            weights[stage], norms[stage] = metrics.log_normalizer(logits[stage])
-            self._own(stage, logits[stage], target, got, weights[stage], norms[stage])
-            if h == self.last and self._settings.earlier_code:
-                again = anatomy.read_out(anatomy.normed(part)).float()
-                self._own(stage + TWICE, again, target, got, *metrics.log_normalizer(again))
+        weights, norms = {}, {}
+        for side, values in logits.items():
+            weights[side], norms[side] = metrics.log_normalizer(values)
+            self._own(side, values, target, got, weights[side], norms[side])
         if not self._pairs and not self.traced:
             return
-        best = {s: metrics.top_k(v, self._settings.top_k) for s, v in logits.items()}
+        # alone, a model needs its most likely token only, for the trace
+        size = self._settings.top_k if self._pairs else 1
+        best = {s: metrics.top_k(logits[s], size) for s in self._stages}
         for stage, lists in best.items():
             tops[stage].append(lists[:, 0])
         for later, earlier in self._pairs:
@@ -211,8 +214,8 @@ class LensResult:
             final, where = at("accuracy", stage, last), self.emergence(stage)
             lines.append(f"{stage}: next-token accuracy {final.value:.4f} [{final.low:.4f}, {final.high:.4f}] at the "
                          f"last hidden state ({final.n} samples)"
-                         + (f"; half of it is reached at hidden {where} (depth {where / last:.2f})." if where is not None
-                            else "."))
+                         + ("." if where is None else
+                            f"; half of it is reached at hidden {where} (depth {where / last:.2f})."))
             if self.settings.earlier_code:
                 twice = at("accuracy", stage + TWICE, last)
                 lines.append(f"{stage}: with the last hidden state normed twice, as the earlier code does, "

@@ -6,7 +6,7 @@ it runs only on positions whose next token counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,15 @@ from torch import Tensor
 
 from midblock.data import Batch
 
-__all__ = ["TokenScores", "chunk_rows", "chunks_of_logits", "counted_positions", "next_token_scores", "sample_means"]
+__all__ = ["TokenScores", "chunk_rows", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows",
+           "next_token_scores", "sample_means"]
 
-# logits of one chunk: 2**24 float32 numbers are 64 MiB
-_CHUNK_NUMBERS = 1 << 24
+# The head is read out for many positions at once (its weights are streamed from memory each time), but a pass
+# over logits is bound by memory: a CPU works on so few rows that their float32 logits stay in its cache.
+_HEAD_NUMBERS = 1 << 23
+_HEAD_ROWS = 128
+_CACHED_NUMBERS = 1 << 20
+_ACCELERATOR_NUMBERS = 1 << 24
 
 
 def counted_positions(batch: Batch) -> Tensor:
@@ -33,18 +38,55 @@ def counted_positions(batch: Batch) -> Tensor:
     return counts
 
 
-def chunk_rows(vocab_size: int) -> int:
+def head_rows(vocab_size: int, device: torch.device) -> int:
     """How many positions go through the head at once, so that their logits stay small."""
-    return max(1, _CHUNK_NUMBERS // vocab_size)
+    if device.type != "cpu":
+        return max(1, _ACCELERATOR_NUMBERS // vocab_size)
+    return max(_HEAD_ROWS, _HEAD_NUMBERS // vocab_size)
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many rows of logits are worked on at once."""
+    if device.type != "cpu":
+        return head_rows(vocab_size, device)
+    return max(8, _CACHED_NUMBERS // vocab_size)
 
 
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
     """Float32 logits (n, V) of hidden rows (N, d), a bounded chunk at a time, with their slice."""
-    step = chunk_rows(vocab_size)
-    for lo in range(0, rows.shape[0], step):
-        part = slice(lo, min(lo + step, rows.shape[0]))
-        yield part, read_out(rows[part]).float()
+    for part, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
+        yield part, logits[""]
+
+
+def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
+                         vocab_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Float32 logits (n, V) of hidden rows, for several models at once and few rows at a time.
+
+    Args:
+        read_outs: Model -> final norm and head, (n, d) -> (n, V).
+        rows: Model -> hidden rows (N, d), equally many.
+        vocab_size: V, to bound the chunks.
+
+    Yields:
+        The slice of rows, and model -> their logits.
+    """
+    first = next(iter(rows.values()))
+    wide, narrow = head_rows(vocab_size, first.device), chunk_rows(vocab_size, first.device)
+    total = first.shape[0]
+    for lo in range(0, total, wide):
+        high = min(lo + wide, total)
+        logits = {name: read_outs[name](part[lo:high]) for name, part in rows.items()}
+        for start in range(lo, high, narrow):
+            stop = min(start + narrow, high)
+            yield slice(start, stop), {name: all_of[start - lo:stop - lo].float() for name, all_of in logits.items()}
+
+
+def _count_of_tops(logits: Tensor, top: Tensor) -> Tensor:
+    """How many entries of each row (n, V) equal the row's ``top`` (n, 1), as float32."""
+    # summing 0 and 1 as float32 is several times faster than counting booleans; 1 or more is all that is asked
+    equal = torch.eq(logits.detach(), top.detach(), out=torch.empty_like(logits, requires_grad=False))
+    return equal.sum(dim=1)
 
 
 @dataclass
@@ -78,10 +120,16 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     for part, logits in chunks_of_logits(read_out, rows, vocab_size):
-        gold = logits.gather(1, target[part, None]).squeeze(1)
-        loss[part] = logits.logsumexp(dim=1) - gold
-        # the first of equal maxima wins, as argmax does
-        correct[part] = logits.argmax(dim=1) == target[part]
+        gold = logits.gather(1, target[part, None])
+        top = logits.amax(dim=1, keepdim=True)
+        best = gold.squeeze(1) == top.squeeze(1)
+        if bool(best.any()):
+            # the first of equal maxima wins, as argmax does; only rows with a tie need the (slow) argmax
+            tied = best & (_count_of_tops(logits, top) > 1)
+            if bool(tied.any()):
+                best[tied] = logits[tied].argmax(dim=1) == target[part][tied]
+        correct[part] = best
+        loss[part] = ((logits - top).exp_().sum(dim=1).log_() + (top - gold).squeeze(1)).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TokenStatistics", "kl_divergence", "log_normalizer", "token_statistics", "top_k", "top_k_overlap"]
+__all__ = ["TokenStatistics", "count_above", "kl_divergence", "log_normalizer", "token_statistics", "top_k",
+           "top_k_overlap"]
 
 
 class TokenStatistics(NamedTuple):
@@ -61,7 +62,16 @@ def token_statistics(logits: Tensor, target: Tensor, *, weights: Tensor | None =
     loss = log_norm - gold.squeeze(1)
     # rounding alone can take a certain prediction below zero
     return TokenStatistics(loss.clamp_min(0), (log_norm - expected).clamp_min(0), (-loss).exp().clamp_max(1),
-                           (logits > gold).sum(dim=1))
+                           count_above(logits, gold))
+
+
+def count_above(logits: Tensor, threshold: Tensor) -> Tensor:
+    """How many entries of each row (n, V) exceed the row's threshold (n, 1): (n) int64."""
+    if logits.shape[1] >= 1 << 24 or logits.dtype != torch.float32:
+        return (logits > threshold).sum(dim=1)
+    # summing 0 and 1 as float32 is exact below 2**24 and several times faster than counting booleans
+    above = torch.gt(logits.detach(), threshold.detach(), out=torch.empty_like(logits, requires_grad=False))
+    return above.sum(dim=1).long()
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor, *, weights_p: Tensor | None = None,
