@@ -467,8 +467,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
-        self._raw: dict[int, Tensor] = {}
-        self._wide: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._room: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[int, torch.dtype, torch.dtype, int], tuple[Tensor, Tensor, memoryview]] = {}
 
     def handle(self, path: Path) -> int:
         """File descriptor. Each thread has its own: the system's read-ahead then sees one stream in each."""
@@ -484,10 +484,11 @@ class _Reader:
 
     def buffer(self, slot: int, dtype: torch.dtype, size: int) -> Tensor:
         """Room for the widened entries of one stage (slots 0..S-1) or for a difference (slot S)."""
-        found = self._wide.get((slot, dtype))
+        found = self._room.get((slot, dtype))
         if found is None or found.numel() < size:
-            found = self._wide[slot, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
-        return found[:size]
+            found = self._room[slot, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
+            self._views.clear()
+        return found if found.numel() == size else found[:size]
 
     def announce(self, slab: _Slab, first: int, stop: int) -> None:
         """Ask the system to fetch entries that will be read in a moment."""
@@ -497,24 +498,21 @@ class _Reader:
                 os.posix_fadvise(self.handle(slab.path), slab.offset + first * size, (stop - first) * size,
                                  os.POSIX_FADV_WILLNEED)
 
-    def load(self, slab: _Slab, first: int, out: Tensor, slot: int) -> None:
-        """Read entries ``first``.. of a tensor and widen them into ``out``."""
-        target = out
-        if slab.dtype != out.dtype:
-            size = out.numel() * slab.dtype.itemsize
-            raw = self._raw.get(slot)
-            if raw is None or raw.numel() < size:
-                raw = self._raw[slot] = torch.empty(max(size, _PIECE * 4), dtype=torch.uint8)
-            target = raw[:size].view(slab.dtype)
-        view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        position = slab.offset + first * slab.dtype.itemsize
-        while view.nbytes:
-            count = os.preadv(self.handle(slab.path), [view], position)
+    def load(self, slab: _Slab, first: int, size: int, slot: int, wide: torch.dtype) -> Tensor:
+        """Entries ``first``..``first + size`` of a tensor, widened; good until the slot's next load."""
+        key = (slot, slab.dtype, wide, size)
+        if key not in self._views:  # making views costs as much as reading a small piece
+            out = self.buffer(slot, wide, size)
+            # stored entries get room of their own where they have to be widened
+            stored = out if slab.dtype == wide else self.buffer(-1 - slot, slab.dtype, size)
+            self._views[key] = (out, stored, memoryview(stored.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        out, stored, view = self._views[key]
+        handle, position = self.handle(slab.path), slab.offset + first * slab.dtype.itemsize
+        while (count := os.preadv(handle, [view], position)) < view.nbytes:
             if count == 0:
                 raise CheckpointError(f"{slab.path} ended within {slab.name}: it was cut while it was read.")
             view, position = view[count:], position + count
-        if target is not out:
-            out.copy_(target)
+        return out if stored is out else out.copy_(stored)
 
 
 @dataclass(frozen=True)
@@ -595,27 +593,29 @@ class _Summer:
         wide = torch.float64 if any(operands[s].dtype == torch.float64 for s in needed) else torch.float32
         rowwise = weight.fused is not None or any(operands[s].left is not None for s in needed)
         piece = max(1, _PIECE // weight.columns) * weight.columns if rowwise else _PIECE
+        differences: dict[Pair, float | Tensor] = dict.fromkeys(dense, 0.0)
+        own: dict[int, float | Tensor] = dict.fromkeys(self._earlier, 0.0)
         for lo in range(job.start, job.stop, piece):
             hi = min(lo + piece, job.stop)
             values = {i: self._values(reader, i, operands[i], weight, lo, hi, wide) for i in needed}
             scratch = reader.buffer(len(self._stages), wide, hi - lo)
-            part = _Sums({}, {})
-            for later, earlier in dense:
-                torch.sub(values[later], values[earlier], out=scratch)
-                part.difference[later, earlier] = _squares(scratch, scratch, weight, lo)
+            for pair in dense:
+                torch.sub(values[pair[0]], values[pair[1]], out=scratch)
+                differences[pair] += _squares(scratch, scratch, weight, lo)
             for stage in self._earlier:
-                part.own[stage] = _squares(values[stage], scratch, weight, lo)
-            found.add(part)
+                own[stage] += _squares(values[stage], scratch, weight, lo)
+        for pair, value in differences.items():
+            found.difference[pair] = torch.as_tensor(value, dtype=torch.float64)
+        found.own = {stage: torch.as_tensor(value, dtype=torch.float64) for stage, value in own.items()}
         return found
 
     def _values(self, reader: _Reader, stage: int, operand: _Operand, weight: _Weight, lo: int, hi: int,
                 wide: torch.dtype) -> Tensor:
         """Entries ``lo``..``hi`` of a stage's weight, widened."""
-        out = reader.buffer(stage, wide, hi - lo)
         if operand.whole is not None:
-            return out.copy_(operand.whole.flatten()[lo:hi])
+            return operand.whole.flatten()[lo:hi].to(wide)
         assert operand.slab is not None
-        reader.load(operand.slab, lo, out, stage)
+        out = reader.load(operand.slab, lo, hi - lo, stage, wide)
         if operand.left is not None and operand.right is not None:
             rows = slice(lo // weight.columns, hi // weight.columns)
             out.view(-1, weight.columns).addmm_(operand.left[rows].to(wide), operand.right.to(wide))
@@ -643,10 +643,10 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _squares(values: Tensor, scratch: Tensor, weight: _Weight, first: int) -> Tensor:
-    """Sum of squares, float64: one number, or for a fused matrix one for each output."""
+def _squares(values: Tensor, scratch: Tensor, weight: _Weight, first: int) -> float | Tensor:
+    """Sum of squares: one number, or for a fused matrix one (float64) for each output."""
     if weight.fused is None:
-        return torch.dot(values, values).double()
+        return torch.dot(values, values).item()
     squares = torch.mul(values, values, out=scratch).view(-1, weight.columns)
     if weight.fused == "columns":
         return squares.sum(dim=0, dtype=torch.float64)
@@ -821,6 +821,11 @@ class WeightsResult:
                 lines.append(f"{stage}: {what}: largest in block {b} (depth {depth(b, self.num_blocks):.2f}: "
                              f"{row['there']:.4g}); mean early {row['early']:.4g}, "
                              f"middle {row['middle']:.4g}, late {row['late']:.4g}.")
+            ranks = frame[(frame["stage"] == stage) & (frame["kind"] == "block")
+                          & (frame["metric"] == "weight_change_effective_rank")].groupby("matrix")["value"].mean()
+            if len(ranks := ranks.dropna()):
+                lines.append(f"{stage}: mean effective rank of the difference: "
+                             + ", ".join(f"{matrix} {rank:.1f}" for matrix, rank in ranks.items()) + ".")
             blocks = own[(own["kind"] == "block") & (own["matrix"] == "all")]
             outside = own[(own["kind"] == "model") & (own["value"] > 0)]["layer"].unique()
             changed = int((blocks["value"] > 0).sum())
@@ -1006,7 +1011,6 @@ def _parts(weight: _Weight, difference: Tensor, own: Tensor, config: Any) -> lis
 def _spectra_rows(table: Table, chain: Sequence[_Stage], pairs: Sequence[Pair],
                   measured: Sequence[tuple[_Weight, _Sums]], workers: int, progress: Progress) -> None:
     matrices = [(w, s) for w, s in measured if len(w.shape) == 2]
-    total = sum(w.numel * min(w.shape) for w, _ in matrices) * len(pairs) or 1
     # a Gram matrix, its decomposition and the workspace: three of the smaller side's squares a thread
     largest = max((min(w.shape) for w, _ in matrices), default=1)
     workers = max(1, min(workers, (1 << 30) // (24 * largest * largest)))
@@ -1028,8 +1032,8 @@ def _spectra_rows(table: Table, chain: Sequence[_Stage], pairs: Sequence[Pair],
                                             "the weight did not change", **cell)
                     else:
                         table.add(*place, "weight_change_effective_rank", "difference", rank, **cell)
-                    done += weight.numel * min(weight.shape)
-                    progress("spectra", done, total, note=weight.name)
+                    done += 1
+                    progress("spectra (matrices)", done, len(matrices) * len(pairs), note=weight.name)
                 for checkpoint in chain:  # mapped pages count as this process's memory until they are let go
                     checkpoint.release()
     torch.set_num_threads(threads)

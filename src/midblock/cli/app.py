@@ -30,9 +30,14 @@ COMMANDS = (
     "profile",
     "lens",
     "swap",
+    "weights",
     "gradients",
     "steer",
     "tune",
+    "sweep",
+    "importance",
+    "overlap",
+    "locate",
     "demo",
 )
 

@@ -1,0 +1,79 @@
+"""`midblock weights BASE SFT`: which matrices changed, block by block, straight from the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from midblock.cli import console
+from midblock.cli.analysis import Chain, Names, show, split_names
+from midblock.cli.options import Json, Quiet, examples
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("weights", epilog=examples(
+        "midblock weights allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --out runs/weights",
+        "midblock weights smollm2 runs/tuned/adapter --json",
+        "midblock weights BASE SFT DPO --names base,sft,dpo --no-spectra"))(weights)
+
+
+def weights(
+    models: Chain,
+    out: Annotated[Path, typer.Option(
+        "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty.")
+    ] = Path("runs/weights"),
+    names: Names = None,
+    spectra: Annotated[bool | None, typer.Option(
+        "--spectra/--no-spectra", show_default=False,
+        help="Also the spectral norm and the effective rank of every matrix's difference. Default: where that takes "
+             "a minute or two at most (up to some 300M parameters; adapters of any size).")] = None,
+    workers: Annotated[int | None, typer.Option(
+        "--workers", metavar="N", min=1, show_default=False,
+        help="Threads that read. Default: one for each core, at most 8.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how far every weight moved, straight from the safetensors files.
+
+    No model is built: files of any size, sharded or not, are read side by side at the speed of the
+    disk. Per block and matrix: Frobenius norm of the difference, absolute (the paper's equation 1
+    is the column qkvo) and relative to the base; norms, MLP, embeddings and head as well. A
+    tuned checkpoint may be a PEFT LoRA adapter of the base.
+    """
+    from midblock.analysis.stages import comparisons, side_of, stage_names
+    from midblock.analysis.weights import weights as measure
+    from midblock.errors import SettingsError
+    from midblock.models import pair_warning
+    from midblock.models.checkpoints import fingerprint, is_adapter_folder, resolve_checkpoint
+    from midblock.provenance import RunFolder
+    from midblock.report import save_result
+
+    if len(models) < 2:
+        raise SettingsError(f"weights compares at least 2 checkpoints, got only {' '.join(models)}; give a base and "
+                            "a tuned one.")
+    keys = stage_names(len(models), split_names(names))
+    for tuned in models[1:]:
+        if note := pair_warning(models[0], tuned):
+            console.warn(note)
+    RunFolder.check_free(out)
+    folders = [resolve_checkpoint(m) for m in models]
+    settings = {"models": models, "names": keys, "spectra": "auto" if spectra is None else spectra,
+                "workers": workers}
+    with RunFolder(out, command="weights", settings=settings) as run, console.progress_bar() as progress:
+        result = measure(folders, names=keys, spectra="auto" if spectra is None else spectra, workers=workers,
+                         progress=progress)
+        # hashed after the comparison, while the system still holds the files
+        run.record_inputs(models={k: {"spec": m, "folder": str(f), "adapter": is_adapter_folder(f),
+                                      "fingerprint": fingerprint(f)}
+                                  for k, m, f in zip(keys, models, folders, strict=True)}, data={})
+        save_result(run, result, fields={"counts": result.counts}, progress=progress)
+    for pair in comparisons(keys):
+        stage = side_of(pair)
+        console.print_table(result.by_block(stage), title=f"{stage}: Frobenius norm of the difference")
+    console.print_table(result.regions(), title="Change by depth (early < 0.2, late > 0.8)")
+    show(run, result, regions=result.regions())
