@@ -270,7 +270,8 @@ def _found(parts: Mapping[str, Projection]) -> str:
 def _matches(part: Projection, target: str) -> bool:
     if part.kind.startswith("cross_") and "." not in target:  # a decoder's view of its encoder: by kind only
         return part.kind == target
-    return part.kind == target or part.module == target or part.module.endswith(f".{target}")
+    names = (part.module, part.name)  # stacked experts are parameters without a module of their own
+    return part.kind == target or any(n == target or n.endswith(f".{target}") for n in names)
 
 
 def _is_expert(module: str) -> bool:

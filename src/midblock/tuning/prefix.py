@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -194,6 +194,8 @@ class FrozenPrefix:
             are attached.
         cache: ``"none"`` (or None), ``"memory"``, ``"disk:DIR"``, or a `PrefixCache` to share.
         limit_bytes: Byte limit of a cache made here (a number or ``"4GB"``).
+        on_refusal: ``uncached``: where the cache cannot be exact, go on without it and say so in
+            ``notes``.
 
     Raises:
         CacheRefusedError: at the first training forward, where there is no frozen prefix or the
@@ -207,13 +209,16 @@ class FrozenPrefix:
     """
 
     def __init__(self, model: nn.Module | LoadedModel, cache: str | PrefixCache | None = "none", *,
-                 limit_bytes: int | str | None = None) -> None:
+                 limit_bytes: int | str | None = None,
+                 on_refusal: Literal["raise", "uncached"] = "raise") -> None:
         self.anatomy = model.anatomy if isinstance(model, LoadedModel) else find_anatomy(model)
         self.cache = (cache if isinstance(cache, PrefixCache) or cache is None
                       else PrefixCache.from_spec(cache, limit_bytes=limit_bytes))
         self.start: int | None = None
         """First trainable block of the last training forward."""
         self.rows_cached = self.rows_computed = self.rows_bypassed = 0
+        self.notes: list[str] = []
+        self._give_up = on_refusal == "uncached"
         self._active = False
         self._checked: int | None = None
         self._probed = False
@@ -276,9 +281,18 @@ class FrozenPrefix:
         """
         start = first_trainable_block(self.anatomy)
         if start and self.cache is not None and self._checked != start:
-            self._check_cacheable(start)
+            try:
+                self._check_cacheable(start)
+            except CacheRefusedError as error:
+                self._refused(error)
             self._checked = start
         return start
+
+    def _refused(self, error: CacheRefusedError) -> None:
+        if not self._give_up:
+            raise error
+        self.cache = None
+        self.notes.append(f"prefix cache off: {error}")
 
     # ------------------------------------------------------------------ the two forwards
 
@@ -312,7 +326,12 @@ class FrozenPrefix:
             self.rows_bypassed += 0 if self.cache is None else _batch_size(call)
             with self._without_grad(start):
                 return original(**call)
-        hidden = self._prefix_of(original, call, start, config)
+        try:
+            hidden = self._prefix_of(original, call, start, config)
+        except CacheRefusedError as error:
+            self._refused(error)
+            with self._without_grad(start):
+                return original(**call)
         with forwards_replaced(self.anatomy.blocks[:start], self._passing_over(start, hidden)):
             return original(**call)
 

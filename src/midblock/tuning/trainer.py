@@ -29,7 +29,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from midblock.data import TokenRow, TokenRows
-from midblock.errors import CacheRefusedError, DataError, OutputError, SettingsError, TrainingError
+from midblock.errors import DataError, OutputError, SettingsError, TrainingError
 from midblock.models import Anatomy, quiet
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes, sha256_of, write_json
@@ -404,10 +404,9 @@ def _random_state_kept() -> Iterator[None]:
 def _untouched(anatomy: Anatomy) -> Iterator[None]:
     """Undo what TRL does to a model that it trains: patched forward, config entries, tags, hooks."""
     lm = anatomy.causal_lm
-    text = lm.config.get_text_config()
     had_forward = lm.__dict__.get("forward")
-    entries = {k: getattr(text, k) for k in ("output_router_logits", "router_aux_loss_coef", "use_cache")
-               if hasattr(text, k)}
+    configs: list[Any] = [lm.config, lm.config.get_text_config(), getattr(lm, "generation_config", None)]
+    entries = [(c, dict(vars(c))) for c in configs if c is not None]
     tags = list(getattr(lm, "model_tags", None) or []) or None
     try:
         yield
@@ -416,8 +415,9 @@ def _untouched(anatomy: Anatomy) -> Iterator[None]:
             lm.__dict__.pop("forward", None)
         else:
             lm.forward = had_forward
-        for key, value in entries.items():
-            setattr(text, key, value)
+        for config, values in entries:
+            vars(config).clear()
+            vars(config).update(values)
         lm.model_tags = tags
         if getattr(lm, "is_gradient_checkpointing", False):
             lm.gradient_checkpointing_disable()
@@ -497,14 +497,9 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         if settings.lean:
             stack.enter_context(dense_attention(attachment.base))
             stack.enter_context(lean_lora(attachment.base))
-        prefix = FrozenPrefix(attachment.base, cache=wanted)
-        try:
-            prefix.prepare()
-        except CacheRefusedError as error:
-            if not may_give_up:
-                raise
-            notes.append(f"prefix cache off: {error}")
-            prefix = FrozenPrefix(attachment.base, cache="none")
+        prefix = FrozenPrefix(attachment.base, cache=wanted, on_refusal="uncached" if may_give_up else "raise")
+        attachment.model.train()  # dropout shows in this mode
+        prefix.prepare()
         stack.enter_context(prefix)
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -514,7 +509,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         except OSError as error:
             raise OutputError(f"cannot write a checkpoint to {place}: {error.strerror or error}.") from error
         attachment.model.eval()
-        return _result(watch, attachment, prefix.describe(), notes, begun)
+        return _result(watch, attachment, prefix.describe(), notes + prefix.notes, begun)
 
 
 def _result(watch: _Watch, attachment: Attachment, prefix: dict[str, Any], notes: list[str],
