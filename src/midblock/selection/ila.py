@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from midblock import stats
@@ -488,7 +488,7 @@ class _Run:
             with safe_open(self.path, framework="pt") as stored:
                 state = json.loads(stored.metadata()["state"])
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise OutputError(f"cannot resume from {self.path}: {error}; name a new --out folder.") from error
         if state["identity"] != self.identity:
             raise OutputError(f"{self.path} belongs to a run with other settings or data; name a new --out folder.")

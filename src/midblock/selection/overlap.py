@@ -289,14 +289,16 @@ def overlap_of(selections: Sequence[Selection], *, share: float = DEFAULT_SHARE,
         draws.append(draw)
         differ = _difference(a, b, last)
         group = f"{differ} ({a.method})" if a.method == b.method else differ
-        rows.append({"a": labels[i], "b": labels[j], "differ": differ, "group": group, "jaccard": measured.jaccard, "low": interval.low, "high": interval.high,
+        rows.append({"a": labels[i], "b": labels[j], "differ": differ, "group": group,
+                     "jaccard": measured.jaccard, "low": interval.low, "high": interval.high,
                      "shared": measured.shared, "expected": measured.expected, "corrected": measured.corrected,
                      "p": measured.p, "chance_low": measured.chance_low, "chance_high": measured.chance_high})
     pairs = pd.DataFrame(rows)
     pairs["p_holm"] = stats.holm(pairs["p"].to_numpy())
     table = Table()
     for row in pairs.to_dict(orient="records"):
-        extra = {k: row[k] for k in ("a", "b", "differ", "group", "p", "p_holm", "chance_low", "chance_high")} | {"share": share}
+        extra = {k: row[k] for k in ("a", "b", "differ", "group", "p", "p_holm", "chance_low", "chance_high")}
+        extra["share"] = share
         name = f"{row['a']} | {row['b']}"
         table.add("model", name, "jaccard_pair", "pair",
                   Interval(row["jaccard"], row["low"], row["high"], len(units)), **extra)
