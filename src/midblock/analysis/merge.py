@@ -1,0 +1,509 @@
+"""Block-wise interpolation between a base and its tuned checkpoint: W = base + a (sft - base).
+
+The merged model exists one block at a time: a block whose share a is neither 0 nor 1 gets its
+interpolated weights when it is about to run and gives them back right after, into room for a
+single block; shares of 0 and 1 use the base's and the tuned model's own tensors. Memory is two
+models and a block, and the base is as it was afterwards, bit for bit, also after an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from midblock import stats
+from midblock.analysis.lens import exponential
+from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
+from midblock.capture import next_token_scores, run_blocks, sample_means
+from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
+from midblock.errors import DataError, OutputError, PairMismatchError, SettingsError
+from midblock.models import LoadedModel, save_checkpoint
+from midblock.progress import Progress, silent
+from midblock.results import Table
+from midblock.segments import segment_bounds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MergeResult", "MergeSettings", "alphas_label", "block_alphas", "interpolated", "merge",
+           "parse_alphas", "save_merged"]
+
+_PIECE = 1 << 20  # entries interpolated at a time, in float32
+
+
+# ---------------------------------------------------------------------------------------------
+# the merged model
+
+
+def parse_alphas(text: str) -> tuple[float, ...]:
+    """Shares of the tuned model per depth segment, from ``0,.5,1,.5,0``.
+
+    Raises:
+        SettingsError: something that is no finite number.
+
+    Example:
+        >>> parse_alphas("0,.5,1")
+        (0.0, 0.5, 1.0)
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(math.isfinite(a) for a in found):
+        raise SettingsError(f"alphas {text!r} are not numbers with commas between them; write one share of the tuned "
+                            "model per depth segment, such as 0,0.5,1,0.5,0.")
+    return found
+
+
+def alphas_label(alphas: Sequence[float]) -> str:
+    """Shares as text, as they stand in tables.
+
+    Example:
+        >>> alphas_label((0.0, 0.5, 1.0))
+        '0,0.5,1'
+    """
+    return ",".join(f"{a:g}" for a in alphas)
+
+
+def block_alphas(alphas: Sequence[float], num_blocks: int) -> list[float]:
+    """Share of each block: that of its depth segment.
+
+    Raises:
+        BlockRangeError: more segments than blocks.
+
+    Example:
+        >>> block_alphas((0.0, 1.0), 5)
+        [0.0, 0.0, 1.0, 1.0, 1.0]
+    """
+    bounds = segment_bounds(len(alphas), num_blocks)
+    return [a for a, (lo, hi) in zip(alphas, bounds, strict=True) for _ in range(lo, hi)]
+
+
+def interpolate_(out: Tensor, base: Tensor, sft: Tensor, alpha: float) -> Tensor:
+    """Write base + alpha * (sft - base) into ``out`` (which may be ``base``), rounding once.
+
+    The arithmetic is float32 (float64 for float64 weights), a piece at a time.
+    """
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+    flat_out = out.view(-1)
+    flat_base, flat_sft = base.reshape(-1), sft.reshape(-1)
+    for lo in range(0, flat_out.numel(), _PIECE):
+        part = slice(lo, lo + _PIECE)
+        # lerp is exact at both ends, which base + alpha * (sft - base) is not
+        flat_out[part] = torch.lerp(flat_base[part].to(wide), flat_sft[part].to(wide), alpha)
+    return out
+
+
+def _pairs_of(base: nn.Module, sft: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    own, other = dict(base.named_parameters()), dict(sft.named_parameters())
+    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in other.items()}:
+        differing = sorted(n for n in {*own, *other} if n not in own or n not in other
+                           or own[n].shape != other[n].shape)
+        raise PairMismatchError(f"{len(differing)} weights of the two checkpoints do not correspond "
+                                f"({', '.join(differing[:3])}); they cannot be interpolated. A head that is tied in "
+                                "one of them only must be untied in both, or tied in both.")
+    return [(name, p, other[name]) for name, p in own.items()]
+
+
+@contextlib.contextmanager
+def interpolated(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], alpha_rest: float | None = None
+                 ) -> Iterator[LoadedModel]:
+    """Within the context ``base`` runs as the merged model; restored bit for bit also after an error.
+
+    One forward at a time: the room for interpolated weights belongs to one block.
+
+    Args:
+        base: The model that is changed and given back.
+        sft: The tuned model; only read.
+        alphas: One share per depth segment, input side first; 0 is the base, 1 the tuned model.
+            Shares outside 0..1 extrapolate.
+        alpha_rest: Share of everything outside the blocks (embeddings, final norm, head); default
+            the mean of ``alphas``, so that all zeros are the base and all ones the tuned model.
+
+    Yields:
+        ``base``.
+
+    Raises:
+        BlockRangeError: more segments than blocks.
+        PairMismatchError: weights that do not correspond.
+    """
+    share_of = _shares(base, alphas, alpha_rest)
+    parameters = _pairs_of(base.model, sft.model)
+    originals = [(p, p.data) for _, p, _ in parameters]
+    handles: list[Any] = []
+    fractional: dict[int, list[tuple[nn.Parameter, nn.Parameter, Tensor]]] = {}
+    room: dict[tuple[Any, ...], Tensor] = {}
+    try:
+        for name, p, q in parameters:
+            block = base.anatomy.block_of(name)
+            alpha = share_of(block)
+            if alpha == 0:
+                continue
+            if alpha == 1:
+                p.data = q.data
+            elif block is None:
+                p.data = interpolate_(_like(p.data), p.data, q.data, alpha)
+            else:
+                inside = name.rpartition(f"{base.anatomy.block_path(block)}.")[2]
+                key = (inside, p.shape, p.dtype, p.device)
+                if key not in room:  # blocks run one after another and share it
+                    room[key] = _like(p.data)
+                fractional.setdefault(block, []).append((p, q, room[key]))
+        for block, members in fractional.items():
+            module = base.anatomy.blocks[block]
+            fill, give_back = _hooks(members, share_of(block))
+            handles.append(module.register_forward_pre_hook(fill))
+            # prepended: other hooks end the forward at the last block by an exception
+            handles.append(module.register_forward_hook(give_back, prepend=True))
+        yield base
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, original in originals:
+            parameter.data = original
+
+
+def _like(data: Tensor) -> Tensor:
+    return torch.empty_like(data, memory_format=torch.contiguous_format)
+
+
+def _hooks(members: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]], alpha: float
+           ) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that give a block its interpolated weights before it runs, and take them away after."""
+    own = [p.data for p, _, _ in members]
+
+    def fill(*ignored: Any) -> None:
+        for (p, q, space), data in zip(members, own, strict=True):
+            p.data = interpolate_(space, data, q.data, alpha)
+
+    def give_back(*ignored: Any) -> None:
+        for (p, _, _), data in zip(members, own, strict=True):
+            p.data = data
+
+    return fill, give_back
+
+
+def _shares(base: LoadedModel, alphas: Sequence[float], alpha_rest: float | None) -> Callable[[int | None], float]:
+    """Function from a block (None: outside the blocks) to its share."""
+    of_block = block_alphas(alphas, base.anatomy.num_blocks)
+    rest = sum(alphas) / len(alphas) if alpha_rest is None else alpha_rest
+    return lambda block: rest if block is None else of_block[block]
+
+
+def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], folder: Path | str,
+                alpha_rest: float | None = None) -> Path:
+    """Write the merged model as a checkpoint that `load_model` and transformers load.
+
+    Its weights are those that `interpolated` runs with, so that its logits are the same. The base
+    is merged in its own memory; what it was is kept in a temporary file beside ``folder`` and put
+    back, so that no third model is ever in memory.
+
+    Args:
+        base: The model that is changed and given back.
+        sft: The tuned model; only read.
+        alphas: As for `interpolated`.
+        folder: Absent or empty.
+        alpha_rest: As for `interpolated`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder is not empty or cannot be written (disk full).
+        BlockRangeError: more segments than blocks.
+        PairMismatchError: weights that do not correspond.
+    """
+    folder = Path(folder).expanduser()
+    share_of = _shares(base, alphas, alpha_rest)
+    changed = [(name, p, q, alpha) for name, p, q in _pairs_of(base.model, sft.model)
+               if (alpha := share_of(base.anatomy.block_of(name))) != 0]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.base.", dir=folder.parent) as aside:
+            kept = Path(aside) / "weights.safetensors"
+            if changed:
+                save_file({name: p.data.contiguous() for name, p, _, _ in changed}, kept)
+            try:
+                with torch.no_grad():
+                    for _, p, q, alpha in changed:
+                        interpolate_(p.data, p.data, q.data, alpha)
+                return save_checkpoint(base.model, base.tokenizer, folder)
+            finally:
+                if changed:
+                    with safe_open(kept, framework="pt") as stored, torch.no_grad():
+                        for name, p, _, _ in changed:
+                            p.data.copy_(stored.get_tensor(name))
+    except SafetensorError as error:
+        raise OutputError(f"cannot write beside {folder}: {error}.") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """What is merged and scored; `merge` takes the same names as keyword arguments."""
+
+    alpha_rest: float | None = None
+    """Share of embeddings, final norm and head; unset: the mean of the alphas."""
+    samples: int = 50
+    """Samples."""
+    max_length: int = 256
+    """Tokens per sample; longer ones are cut and counted."""
+    batch_size: int = 8
+    """Samples per forward pass."""
+    seed: int = 0
+    """Seed of the draw."""
+    supervised: bool = False
+    """Count only completion tokens where the data has prompts and completions."""
+    confidence: float = 0.95
+    """Confidence of every interval."""
+
+    def __post_init__(self) -> None:
+        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                  for name, least in (("samples", 1), ("max_length", 2), ("batch_size", 1))
+                  if getattr(self, name) < least]
+        if self.alpha_rest is not None and not math.isfinite(self.alpha_rest):
+            faults.append(f"--alpha-rest must be a finite number, got {self.alpha_rest}")
+        if not 0 < self.confidence < 1:
+            faults.append(f"--confidence must lie between 0 and 1, got {self.confidence}")
+        if faults:
+            raise SettingsError("; ".join(faults) + ".")
+
+
+@dataclass
+class MergeResult:
+    """Scores of every merged model, paired with the base and the tuned model."""
+
+    table: Table
+    stages: list[str]
+    settings: MergeSettings
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Samples, tokens and rows cut; folders written."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table, with the columns ``stage`` (the pair merged), ``against`` and ``alpha_rest``."""
+        return self.table.frame()
+
+    def scores(self) -> pd.DataFrame:
+        """One row a model (base, tuned, merged ones): loss, accuracy, perplexity and change of the loss."""
+        frame = self.frame
+        if frame.empty:
+            return frame
+        rows = []
+        own = frame[frame["side"] != "difference"]
+        for (stage, side, layer), part in own[own["metric"].isin(["loss", "accuracy", "perplexity"])].groupby(
+                ["stage", "side", "layer"], sort=False):
+            row = {"pair": stage, "model": side if side != "merged" else f"merged {layer}",
+                   **{r["metric"]: r["value"] for _, r in part.iterrows()}}
+            changes = frame[(frame["stage"] == stage) & (frame["layer"] == layer) & (frame["side"] == "difference")
+                            & (frame["metric"] == "loss")]
+            for _, change in changes.iterrows():
+                row[f"loss - {change['against']}'s"] = change["value"]
+                row[f"interval ({change['against']})"] = f"[{change['low']:+.4f}, {change['high']:+.4f}]"
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """In words: the best merged model of each pair against both ends."""
+        frame = self.frame
+        lines = []
+        for pair in comparisons(self.stages):
+            if frame.empty:
+                break
+            part = frame[(frame["stage"] == side_of(pair)) & (frame["metric"] == "loss")]
+            merged = part[part["side"] == "merged"]
+            best = merged.loc[merged["value"].idxmin()]
+            words = [f"{best['value']:.4f} nats a token"]
+            for end in (pair[1], pair[0]):
+                row = part[(part["layer"] == best["layer"]) & (part["against"] == end)].iloc[0]
+                words.append(f"{row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] against {end}")
+            lines.append(f"{side_of(pair)}: of {len(merged)} merged model{'s' if len(merged) > 1 else ''}, "
+                         f"{best['layer']} has the lowest loss: {', '.join(words)}; n = {int(best['n'])} samples.")
+        lines += [f"Written: {folder}" for folder in self.counts.get("written", [])]
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, Figure]:
+        """Paired change of loss and accuracy of every merged model against both ends."""
+        from midblock.figures import segment_bars
+
+        frame = self.frame
+        made: dict[str, Figure] = {}
+        for pair in comparisons(self.stages) if len(frame) else ():
+            part = frame[(frame["stage"] == side_of(pair)) & (frame["side"] == "difference")]
+            for metric in ("loss", "accuracy"):
+                key = f"merge-{metric}" if len(self.stages) == 2 else f"merge-{metric}-{side_of(pair)}"
+                made[key] = segment_bars(
+                    part.rename(columns={"layer": "alphas"}), metric=metric, label="alphas", hue="against",
+                    title=f"Change of {metric} of merged models: {pair[0]} into {pair[1]}",
+                    value_label=f"{metric} minus that of the model named")
+        return made
+
+
+def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
+          alphas: Sequence[float] | Sequence[Sequence[float]], data: Dataset | str | None = None,
+          names: Sequence[str] | None = None, save: Path | str | None = None, progress: Progress = silent,
+          settings: MergeSettings | None = None, **overrides: Any) -> MergeResult:
+    """Score (and write) models that are interpolated segment by segment between base and tuned.
+
+    Args:
+        stages: The base (then give ``sft``), or a chain (each comparison of it is merged).
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        alphas: One setting (a share per depth segment), or several.
+        data: A data set or a D spec to score on; None scores nothing (then give ``save``).
+        names: Stage names.
+        save: Folder for the merged checkpoint; with several settings or pairs, each gets a folder
+            in it, named after its pair and alphas.
+        progress: Told how many blocks have been run.
+        settings: What to merge and score.
+        **overrides: Single fields of `MergeSettings`.
+
+    Returns:
+        Rows of kind ``segment`` (layer = the alphas): ``loss`` (nats a token, mean over samples),
+        ``accuracy`` (next token) and ``perplexity`` of the merged model (side ``merged``), and their
+        paired difference from both ends (side ``difference``, column ``against``). The ends'
+        own scores have kind ``model``, with their name as layer and side. Column ``stage`` names
+        the pair.
+
+    Raises:
+        SettingsError: nothing to do, no alphas, or a setting out of range.
+        BlockRangeError: more segments than blocks.
+        PairMismatchError: weights that do not correspond.
+        OutputError: the folder to save in is not empty or cannot be written.
+        DataError: no usable sample.
+    """
+    try:
+        chosen = replace(settings or MergeSettings(), **overrides)
+    except TypeError as error:
+        raise SettingsError(f"merge: {error}; the settings are "
+                            f"{', '.join(MergeSettings.__dataclass_fields__)}.") from None
+    wanted = _all_alphas(alphas)
+    if data is None and save is None:
+        raise SettingsError("merge has nothing to do: give data to score on, a folder to save in, or both.")
+    models = resolve_stages(stages, sft, names)
+    keys = stage_names(len(models), names)
+    by_name = dict(zip(keys, models, strict=True))
+    pairs = comparisons(keys)
+    for setting in wanted:
+        block_alphas(setting, models[0].anatomy.num_blocks)  # a wrong number must not cost the others' time
+    for later, earlier in pairs:
+        _pairs_of(by_name[earlier].model, by_name[later].model)
+    folders = _folders(save, wanted, pairs)
+    table, counts = Table(), dict[str, Any]()
+    if data is not None:
+        table, counts = _scored(by_name, pairs, wanted, data, chosen, progress)
+    for (pair, setting), folder in folders.items():
+        save_merged(by_name[pair[1]], by_name[pair[0]], setting, folder, chosen.alpha_rest)
+        progress("save", len(counts.setdefault("written", [])) + 1, len(folders), note=folder.name)
+        counts["written"].append(str(folder))
+    return MergeResult(table, keys, chosen, counts)
+
+
+def _all_alphas(alphas: Any) -> list[tuple[float, ...]]:
+    settings = list(alphas)
+    if settings and not isinstance(settings[0], Sequence):
+        settings = [settings]
+    found = list(dict.fromkeys(tuple(float(a) for a in setting) for setting in settings))
+    if not found or not all(setting and all(map(math.isfinite, setting)) for setting in found):
+        raise SettingsError("merge needs at least one list of finite alphas, such as (0, 0.5, 1, 0.5, 0).")
+    return found
+
+
+def _folders(save: Path | str | None, wanted: Sequence[tuple[float, ...]], pairs: Sequence[tuple[str, str]]
+             ) -> dict[tuple[tuple[str, str], tuple[float, ...]], Path]:
+    if save is None:
+        return {}
+    root = Path(save).expanduser()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise OutputError(f"{root} exists and is not an empty folder; name another to save in.")
+    many = [(pair, setting) for pair in pairs for setting in wanted]
+    if len(many) == 1:
+        return {many[0]: root}
+    return {(pair, setting): root / "_".join(
+        [*([side_of(pair)] if len(pairs) > 1 else []), alphas_label(setting).replace(",", "_")])
+        for pair, setting in many}
+
+
+def _scored(by_name: dict[str, LoadedModel], pairs: Sequence[tuple[str, str]], wanted: Sequence[tuple[float, ...]],
+            data: Dataset | str, settings: MergeSettings, progress: Progress) -> tuple[Table, dict[str, Any]]:
+    dataset = load_data(data, seed=settings.seed) if isinstance(data, str) else data
+    dataset = dataset.sample(settings.samples, settings.seed)
+    first = next(iter(by_name.values()))
+    encoded = tokenize(dataset, first.tokenizer, max_length=settings.max_length, min_tokens=2,
+                       supervised=settings.supervised)
+    if not encoded.rows:
+        raise DataError(f"{dataset.source}: no sample has the 2 tokens that a next-token score needs.")
+    batches = make_batches(encoded.rows, batch_size=settings.batch_size, pad_id=pad_token_id(first.tokenizer))
+    place = {row.index: i for i, row in enumerate(encoded.rows)}
+    passes = len(by_name) + len(pairs) * len(wanted)
+    done = 0
+
+    def score(model: LoadedModel, note: str) -> dict[str, np.ndarray[Any, Any]]:
+        nonlocal done
+        found = {m: np.full(len(place), np.nan) for m in ("loss", "accuracy")}
+        for batch in batches:
+            loss, accuracy = _batch_scores(model, batch)
+            rows = [place[i] for i in batch.indices]
+            found["loss"][rows], found["accuracy"][rows] = loss, accuracy
+            done += 1
+            progress("merge (batches)", done, passes * len(batches), note=note)
+        return found
+
+    ends = {name: score(model, name) for name, model in by_name.items()}
+    table = Table()
+    for pair in pairs:
+        later, earlier = pair
+        common = {"stage": side_of(pair), "data": dataset.name}
+        for name in (earlier, later):
+            _own_rows(table, "model", name, name, ends[name], settings, {**common, "against": None, "alpha_rest": None})
+        for setting in wanted:
+            rest = sum(setting) / len(setting) if settings.alpha_rest is None else settings.alpha_rest
+            label = alphas_label(setting)
+            with interpolated(by_name[earlier], by_name[later], setting, rest) as model:
+                merged = score(model, label)
+            extra: dict[str, Any] = {**common, "against": None, "alpha_rest": rest}
+            _own_rows(table, "segment", label, "merged", merged, settings, extra)
+            for end in (earlier, later):
+                for metric, values in merged.items():
+                    table.add("segment", label, metric, "difference",
+                              stats.mean_interval(values - ends[end][metric], settings.confidence),
+                              **{**extra, "against": end})
+                table.add("segment", label, "perplexity_ratio", "pair", exponential(stats.mean_interval(
+                    merged["loss"] - ends[end]["loss"], settings.confidence)), **{**extra, "against": end})
+    return table, {"samples": len(place), **encoded.describe()}
+
+
+def _own_rows(table: Table, kind: Any, layer: str, side: str, values: dict[str, np.ndarray[Any, Any]],
+              settings: MergeSettings, extra: dict[str, Any]) -> None:
+    for metric, per_sample in values.items():
+        interval = stats.mean_interval(per_sample, settings.confidence)
+        table.add(kind, layer, metric, side, interval, **extra)
+        if metric == "loss":
+            table.add(kind, layer, "perplexity", side, exponential(interval), **extra)
+
+
+def _batch_scores(model: LoadedModel, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Mean loss and accuracy of every row of a batch; NaN where a row has nothing to count."""
+    here = batch.to(model.device)
+    with torch.inference_mode():
+        last = run_blocks(model.model, model.anatomy, here)
+        found = next_token_scores(model.anatomy.read_out, last, here, model.anatomy.vocab_size)
+        loss, _ = sample_means(found.row, found.loss, len(batch.indices))
+        accuracy, _ = sample_means(found.row, found.correct.float(), len(batch.indices))
+    return loss.cpu().numpy(), accuracy.cpu().numpy()
