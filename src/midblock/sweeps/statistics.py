@@ -450,10 +450,9 @@ def _forgetting(matrices: Mapping[str, TaskMatrix], arms: Sequence[str]) -> dict
 def _unbeaten(values: FloatArray) -> npt.NDArray[np.bool_]:
     """Rows that no other row equals or beats throughout and beats somewhere; NaN rows are never on the front."""
     there = ~np.isnan(values).any(axis=1)
-    at_least = (values[None] >= values[:, None]).all(axis=2)
-    better: npt.NDArray[np.bool_] = (values[None] > values[:, None]).any(axis=2)
-    beaten: npt.NDArray[np.bool_] = np.asarray(at_least & better).any(axis=1)
-    return np.asarray(there & ~beaten)
+    at_least = np.all(values[None] >= values[:, None], axis=2)
+    better = np.any(values[None] > values[:, None], axis=2)
+    return np.asarray(there & ~np.any(at_least & better, axis=1), dtype=np.bool_)
 
 
 def detectable_after(comparisons: pd.DataFrame, *, family: str, task: str, confidence: float, alpha: float,

@@ -1,0 +1,174 @@
+"""Configuration: YAML as people write it, all faults at once, arms with equal budgets, the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sweep_helpers import tiny_values
+
+from midblock.errors import SettingsError
+from midblock.sweeps import dry_run, dump_config, expand_arms, jobs_of, load_config, parse_config
+from midblock.sweeps.config import read_yaml
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_masks_stay_text_and_powers_of_ten_are_numbers():
+    values = read_yaml("{mask: 01100, other: 11111, rate: 5e-4, small: 1.5e-3, n: 100}")
+    assert values == {"mask": "01100", "other": 11111, "rate": 5e-4, "small": 1.5e-3, "n": 100}
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: a\nmodel: b\n")
+    with pytest.raises(SettingsError, match="'model' occurs twice"):
+        load_config(path)
+
+
+def test_all_faults_at_once_with_their_keys(tmp_path):
+    values = tiny_values(tmp_path)
+    values["typo"] = 1
+    values["train"]["samples"] = "many"
+    values["training"]["epochs"] = 2
+    values["arms"]["masks"] = ["00100", "012"]
+    values["evaluation"].append({"task": "arithmetc"})
+    values["seeds"] = []
+    with pytest.raises(SettingsError) as caught:
+        parse_config(values)
+    message = str(caught.value)
+    for part in ("6 faults", "typo: unknown key", "train.samples: ", "training: give exactly one of epochs and steps",
+                 "arms.masks.1: mask '012'", "evaluation.1: task 'arithmetc' is not known; did you mean arithmetic",
+                 "seeds: "):
+        assert part in message, part
+
+
+def test_faults_between_keys(tmp_path):
+    values = tiny_values(tmp_path)
+    values["training"]["learning_rates"] = [0.1, 0.01]
+    values["retention"] = [{"task": "arithmetic"}]
+    values["seeds"] = [1, 1]
+    values["evaluation"].append(dict(values["evaluation"][0]))
+    with pytest.raises(SettingsError) as caught:
+        parse_config(values)
+    message = str(caught.value)
+    for part in ("train.validation", "retention.0.task: arithmetic is no perplexity", "seeds: [1, 1]",
+                 "two tasks are called 'answers'"):
+        assert part in message, part
+
+
+def test_overrides(tmp_path):
+    values = tiny_values(tmp_path)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(dump_config(parse_config(values)))
+    config = load_config(path, ["training.steps=3", "evaluation.0.samples=4", "seeds=[7]", "arms.masks=[01000]"])
+    assert config.training.steps == 3
+    assert config.evaluation[0].samples == 4
+    assert config.seeds == [7]
+    assert config.arms.masks == ["01000"]
+    with pytest.raises(SettingsError, match=r"2 faults(.|\n)*evaluation.9(.|\n)*KEY=VALUE"):
+        load_config(path, ["evaluation.9.samples=4", "nonsense"])
+    with pytest.raises(SettingsError, match="training.stepz: unknown key"):
+        load_config(path, ["training.stepz=3"])
+
+
+def test_dump_reads_back(tmp_path):
+    config = parse_config(tiny_values(tmp_path))
+    assert parse_config(read_yaml(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_are_valid(recipe):
+    assert load_config(recipe).name == recipe.stem
+
+
+def test_there_are_recipes():
+    names = {p.stem for p in RECIPES}
+    assert {"smoke", "smollm2-arithmetic", "smollm2-gsm8k", "olmo2-7b-gsm8k", "olmo2-13b-toxigen-k10"} <= names
+
+
+def _llama(blocks: int = 10):
+    from families import FAMILIES
+
+    return FAMILIES["llama"](seed=0, num_hidden_layers=blocks)
+
+
+def test_every_kind_of_arm_once_at_the_budget(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] = {"baseline": "11111", "singles": [5], "pairs": 5, "triples": 5, "masks": ["00100", "01110"],
+                      "random": {"blocks": 2, "draws": 2}, "full": ["00100"],
+                      "explicit": [{"name": "mine", "blocks": "3:6", "rank": 4, "learning_rate": 0.5}]}
+    values["budget"] = "match:11111@2"
+    arms = {a.name: a for a in expand_arms(parse_config(values), _llama())}
+    assert list(arms) == ["11111", "10000", "01000", "00100", "00010", "00001", "11000", "01100", "00110", "00011",
+                          "11100", "01110", "00111", "random2-0", "random2-1", "full-00100", "mine"]
+    budget = arms["11111"].plan.params
+    for name, arm in arms.items():
+        if arm.plan.method == "lora" and name != "mine":
+            assert abs(arm.plan.params - budget) <= arm.plan.rank_step / 2
+            assert arm.plan.scaling == 2.0  # alpha/rank is held over arms
+    assert arms["mine"].learning_rates == (0.5,)
+    assert arms["mine"].plan.rank == 4
+    assert arms["00100"].plan.blocks == (4, 5)
+    assert arms["11111"].is_baseline
+
+
+def test_fixed_alpha_lets_the_scale_fall(tmp_path):
+    values = tiny_values(tmp_path)
+    values["scale"] = "fixed-alpha"
+    values["arms"]["singles"] = 5
+    arms = {a.name: a.plan for a in expand_arms(parse_config(values), _llama())}
+    assert arms["11111"].scaling == pytest.approx(5 * arms["00100"].scaling)
+
+
+def test_arms_that_do_not_fit_are_all_listed(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] |= {"singles": 50, "random": {"blocks": 99}}
+    values["statistics"]["comparisons"] = [["11111", "nobody"]]
+    with pytest.raises(SettingsError) as caught:
+        expand_arms(parse_config(values), _llama())
+    for part in ("arms.singles", "99 random blocks", "no arm 'nobody'"):
+        assert part in str(caught.value)
+
+
+def test_jobs_go_from_shallow_to_deep_so_that_prefixes_are_shared(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] |= {"singles": 5, "full": ["00100"]}
+    jobs = jobs_of(expand_arms(parse_config(values), _llama()), [0, 1])
+    assert jobs[0].arm is None
+    starts = [j.arm.plan.first_block for j in jobs[1:]]
+    assert starts == sorted(starts)
+    assert len(jobs) == 1 + 2 * 7
+    assert len({j.key for j in jobs}) == len(jobs)
+
+
+def test_dry_run_reads_no_weights(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"]["full"] = ["00100"]
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights")
+    # the header says what number format the weights have; an empty file of one tensor is enough
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    plan = dry_run(parse_config(values))
+    assert list(plan.frame["arm"]) == ["11111", "00100", "full-00100"]
+    assert (plan.frame["steps"] == 6).all()
+    assert (plan.frame["seconds"] > 0).all()
+    assert (plan.frame["peak_bytes"] > 0).all()
+    assert plan.frame["mismatch"].iloc[0] == 0
+    row = plan.detectable.iloc[0]
+    paired = [v for k, v in row.items() if str(k).startswith("paired")]
+    unpaired = [v for k, v in row.items() if str(k).startswith("unpaired")]
+    assert paired[0] < paired[1] < unpaired[1]  # correction costs, and so does leaving out the pairing
+    assert plan.comparisons == 2
+    assert len(plan.jobs) == 1 + 3 * 2
+    assert "7 runs" in plan.summary()
+
+
+def test_training_costs_less_behind_a_deep_prefix(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"]["singles"] = 5
+    frame = dry_run(parse_config(values)).frame.set_index("arm")
+    assert frame.loc["00001", "peak_bytes"] < frame.loc["10000", "peak_bytes"]
+    assert frame.loc["00001", "seconds"] < frame.loc["11111", "seconds"]

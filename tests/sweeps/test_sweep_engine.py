@@ -1,0 +1,266 @@
+"""Sweeps end to end on a tiny model: shared work is exact, failures are rows, kill -9 loses one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sweep_helpers import tiny_values
+
+from midblock.errors import DataError, OutputError, SettingsError, TrainingError
+from midblock.evaluation import evaluate
+from midblock.models import load_model
+from midblock.provenance import read_run
+from midblock.sweeps import (
+    LocalEngine,
+    dump_config,
+    expand_arms,
+    jobs_of,
+    load_sweep_data,
+    parse_config,
+    read_records,
+    sweep,
+)
+from midblock.sweeps import engine as engine_module
+from midblock.sweeps.engine import weights_digest
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    values = tiny_values(folder)
+    values["arms"] |= {"full": ["00010"], "random": {"blocks": 2}}
+    config = parse_config(values)
+    states = []
+    result = sweep(config, out=folder / "out", listener=states.append)
+    return folder / "out", config, result, states
+
+
+def test_everything_is_written(swept):
+    out, config, result, states = swept
+    for name in ("run.json", "config.yaml", "plan.csv", "table.csv", "comparisons.csv", "ranking.csv", "pareto.csv",
+                 "arms.csv", "samples.jsonl", "verdict.txt", "figures/score-answers.svg", "figures/score-texts.png",
+                 "figures/gain-retention-answers.png"):
+        assert (out / name).stat().st_size > 0, name
+    run = read_run(out)
+    assert run["status"] == "finished"
+    assert run["command"] == "sweep"
+    assert run["models"]["base"]["fingerprint"]
+    table = pd.read_csv(out / "table.csv", dtype={"layer": str, "mask": str, "arm": str, "task": str})
+    assert {"kind", "layer", "metric", "side", "value", "low", "high", "n", "arm", "mask", "seed", "task", "method",
+            "params", "tokens_per_second", "seconds", "peak_memory"} <= set(table.columns)
+    base = table[table["side"] == "base"]
+    assert set(base["layer"]) == {"00000"}
+    assert set(table[table["side"] == "sft"]["arm"]) == {"11111", "00100", "random2-0", "full-00010"}
+    lines = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == (1 + 4 * 2) * (10 + 6)
+    assert set(lines[0]) == {"arm", "learning_rate", "seed", "task", "item", "score"}
+    assert (out / "verdict.txt").read_text().strip() == result.summary()
+    assert len(states) == 10
+    assert states[-1].runs_left == 0
+    assert states[-1].seconds_left == 0
+    assert states[3].seconds_left > 0
+
+
+def test_every_arm_learns_and_has_its_own_figures(swept):
+    _, _, result, _ = swept
+    by_arm = {}
+    for record in result.records:
+        by_arm.setdefault(record.arm, []).append(record.tasks["answers"].value)
+    base = by_arm.pop("base")[0]
+    assert all(v < base for values in by_arm.values() for v in values)
+    # seeds start and order differently, so they end differently
+    assert all(len(set(v)) == 2 for v in by_arm.values())
+    for record in result.records[1:]:
+        assert record.plan["params"] > 0
+        assert len(record.training["losses"]) == 6
+        assert record.training["tokens_per_second"] > 0
+        assert record.peak_memory_bytes > 0
+
+
+def test_scores_equal_those_of_a_run_by_itself(swept, tmp_path):
+    """Shared prefixes, cached evaluation states and earlier arms change nothing: train one arm alone."""
+    _, config, result, _ = swept
+    alone = config.model_copy(update={"cache": "none"})
+    loaded = load_model(config.model, dtype="float32", device="cpu")
+    arms = [a for a in expand_arms(config, loaded) if a.name in ("00100", "full-00010")]
+    for job in jobs_of(arms, [1])[1:]:
+        found = []
+        LocalEngine(alone, loaded, load_sweep_data(config)).run([job], found.append)
+        swept_one = next(r for r in result.records if r.arm == job.name and r.seed == 1)
+        assert np.allclose(found[0].training["losses"], swept_one.training["losses"], rtol=1e-5)
+        for task in ("answers", "texts"):
+            assert np.allclose(found[0].tasks[task].scores, swept_one.tasks[task].scores, rtol=1e-4)
+
+
+def test_scoring_passes_over_shared_blocks_and_equals_evaluate(swept):
+    _, config, _, _ = swept
+    loaded = load_model(config.model, dtype="float32", device="cpu")
+    engine = LocalEngine(config, loaded, load_sweep_data(config))
+    whole = evaluate(loaded, "answer_loss", data=engine.data.items["answers"])
+    first = engine.scorer.score("answers", first_block=2)
+    assert engine.scorer.blocks_passed_over == 0
+    again = engine.scorer.score("answers", first_block=2)
+    deeper = engine.scorer.score("answers", first_block=4)
+    assert engine.scorer.blocks_passed_over == 2 * 10 * 2  # two scorings of ten items pass over two blocks
+    for scores in (first, again, deeper):
+        assert scores.scores == [float(s) for s in whole.scores]
+        assert scores.items == list(whole.items)
+
+
+def test_the_prefix_is_computed_once_for_arms_that_share_it(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] = {"baseline": "00100", "full": ["00100"]}
+    result = sweep(parse_config(values), out=tmp_path / "out")
+    computed = [r.training["prefix"]["rows_computed"] for r in result.records[1:]]
+    assert computed == [12, 0, 0, 0]  # twelve rows, once for two arms and two seeds
+
+
+def test_a_failed_arm_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    values = tiny_values(tmp_path)
+    values["arms"]["explicit"] = [{"name": "burns", "mask": "00001", "learning_rate": 0.02}]
+    original = engine_module.train
+
+    def train(attachment, rows, **options):
+        if attachment.plan.mask == "00001":
+            # the state after a real overflow; training itself must notice and stop
+            with torch.no_grad():
+                next(iter(attachment.trainable.values())).fill_(float("nan"))
+        return original(attachment, rows, **options)
+
+    monkeypatch.setattr(engine_module, "train", train)
+    result = sweep(parse_config(values), out=tmp_path / "out")
+    failed = {r.key: r for r in result.failed}
+    assert set(failed) == {"burns__lr0.02__seed0", "burns__lr0.02__seed1"}
+    assert all("TrainingError" in r.reason and "Traceback" in r.traceback for r in failed.values())
+    assert not any(r.tasks for r in failed.values())
+    assert len(result.records) == 7
+    assert "burns__lr0.02__seed0: TrainingError" in result.summary()
+    run = read_run(tmp_path / "out")
+    assert run["status"] == "finished"
+    assert set(run["results"]["failed"]) == set(failed)
+    monkeypatch.undo()
+    # resuming tries failed runs again and keeps the others
+    kept = (tmp_path / "out" / "results" / "base.json").stat().st_mtime_ns
+    again = sweep(parse_config(values), out=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "results" / "base.json").stat().st_mtime_ns == kept
+    assert not again.failed
+    assert {r.seed for r in again.records if r.arm == "burns"} == {0, 1}
+
+
+def test_an_arm_that_moves_nothing_fails(tmp_path):
+    values = tiny_values(tmp_path)
+    values["training"]["full_learning_rates"] = [1e-30]
+    values["arms"]["full"] = ["00100"]
+    result = sweep(parse_config(values), out=tmp_path / "out")
+    assert {r.arm for r in result.failed} == {"full-00100"}
+    assert "did not move" in result.failed[0].reason
+
+
+def test_the_base_survives_every_arm_and_damage_stops_the_sweep(tmp_path, monkeypatch):
+    values = tiny_values(tmp_path)
+    values["arms"]["full"] = ["00010"]
+    config = parse_config(values)
+    loaded = load_model(config.model, dtype="float32", device="cpu")
+    before = weights_digest(loaded.model)
+    sweep(config, out=tmp_path / "out", loaded=loaded)
+    assert weights_digest(loaded.model) == before
+    assert all(not p.requires_grad or p.grad is None for p in loaded.model.parameters())
+
+    original = engine_module.train
+
+    def careless(attachment, rows, **options):
+        with torch.no_grad():
+            attachment.anatomy.final_norm.weight.add_(1e-3)
+        return original(attachment, rows, **options)
+
+    monkeypatch.setattr(engine_module, "train", careless)
+    with pytest.raises(TrainingError, match=r"base's weights changed during 11111, learning rate 0.01, seed 0"):
+        sweep(config, out=tmp_path / "damaged")
+    assert set(read_records(tmp_path / "damaged")) == {"base"}  # nothing that could be wrong was kept
+
+
+def test_digest_sees_a_single_bit():
+    model = torch.nn.Linear(3, 3)
+    before = weights_digest(model)
+    with torch.no_grad():
+        model.weight.view(torch.int32)[0, 0] ^= 1
+    assert weights_digest(model) != before
+
+
+def test_learning_rate_grid_is_settled_on_validation_rows(tmp_path):
+    values = tiny_values(tmp_path)
+    values["train"]["validation"] = 4
+    values["training"]["learning_rates"] = [0.01, 0.0001]
+    values["seeds"] = [0]
+    result = sweep(parse_config(values), out=tmp_path / "out")
+    assert result.statistics.rates == {"11111": 0.01, "00100": 0.01}
+    losses = {r.key: r.validation_loss for r in result.records}
+    assert losses["11111__lr0.01__seed0"] < losses["11111__lr0.0001__seed0"]
+    assert "chosen per arm by validation loss" in result.summary()
+
+
+def test_training_on_evaluation_items_is_refused(tmp_path):
+    values = tiny_values(tmp_path)
+    values["evaluation"][0]["data"] = values["train"]["data"]
+    with pytest.raises(DataError, match="12 of the 12 items of answers also occur in the training rows"):
+        sweep(parse_config(values), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_must_be_free_and_settings_the_same(swept, tmp_path):
+    out, config, _, _ = swept
+    with pytest.raises(OutputError, match="--resume"):
+        sweep(config, out=out)
+    with pytest.raises(SettingsError, match="seeds was"):
+        sweep(config.model_copy(update={"seeds": [0]}), out=out, resume=True)
+
+
+def test_resume_of_a_finished_sweep_trains_nothing(swept):
+    out, config, result, _ = swept
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "results").iterdir()}
+    again = sweep(config, out=out, resume=True)
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "results").iterdir()} == before
+    assert again.summary() == result.summary()
+
+
+def test_kill_9_loses_at_most_the_running_run(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] |= {"singles": 3}
+    config_file = tmp_path / "sweep.yaml"
+    config_file.write_text(dump_config(parse_config(values)))
+    out = tmp_path / "out"
+    script = (f"from midblock.sweeps import sweep\nsweep({str(config_file)!r}, out={str(out)!r})\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list((out / "results").glob("[!.]*.json"))) < 2:
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = read_records(out)  # every file that is there is whole
+    assert 2 <= len(left) < 11
+    times = {k: (out / "results" / f"{k}.json").stat().st_mtime_ns for k in left}
+    assert read_run(out)["status"] == "running"
+    resumed = sweep(config_file, out=out, resume=True)
+    assert {k: (out / "results" / f"{k}.json").stat().st_mtime_ns for k in left} == times
+    assert len(resumed.records) == 11
+    assert not resumed.failed
+    # and the whole is that of an uninterrupted sweep
+    whole = sweep(config_file, out=tmp_path / "whole")
+    for one, other in zip(resumed.records, whole.records, strict=True):
+        assert one.key == other.key
+        for task in one.tasks:
+            assert np.allclose(one.tasks[task].scores, other.tasks[task].scores, rtol=1e-4)
