@@ -22,21 +22,18 @@ from torch import Tensor
 from midblock.errors import UndefinedMetricError
 from midblock.metrics._inputs import as_batch, floating, matching, norms, require_finite
 
-__all__ = ["adjacent_cosine", "angular_distance", "block_influence", "change_points", "marchenko_pastur_edge",
+__all__ = ["angular_distance", "block_influence", "change_points", "marchenko_pastur_edge",
            "marchenko_pastur_median", "spectral_snr"]
 
 
-def adjacent_cosine(z_in: Tensor, z_out: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cosine of each token's state before and after a block.
+def _chords(z_in: Tensor, z_out: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """|u - v| and |u + v| of each token's directions u, v before and after a block, and what counts.
 
-    Args:
-        z_in: Hidden b, (T, d) or (B, T, d).
-        z_out: Hidden b+1, same shape.
-        mask: (B, T), nonzero on real tokens.
+    1 - cos = |u - v|^2 / 2 and angle = 2 atan2(|u - v|, |u + v|): exact also where a block hardly turns
+    anything, where 1 - cos and arccos lose all digits.
 
     Returns:
-        Cosines (B, T) in -1..1 and a boolean mask (B, T) of the tokens that count: real ones whose
-        states are not 0.
+        Two tensors (B, T) and a boolean mask (B, T) of real tokens whose states are not 0.
 
     Raises:
         ValueError: shapes differ, or non-finite entries.
@@ -47,12 +44,13 @@ def adjacent_cosine(z_in: Tensor, z_out: Tensor, mask: Tensor | None = None) -> 
     first, valid, _ = as_batch(z_in, mask, "z_in")
     second, _, _ = as_batch(z_out, mask, "z_out")
     first, second = floating(first), floating(second)
-    lengths = norms(first) * norms(second)
-    counts = lengths > 0
+    length_in, length_out = norms(first, keepdim=True), norms(second, keepdim=True)
+    counts = ((length_in > 0) & (length_out > 0)).squeeze(-1)
     if valid is not None:
         counts &= valid > 0
-    cosine = (first * second).sum(dim=-1) / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    return cosine.clamp(-1.0, 1.0), counts  # rounding may leave 1 + 1e-7, of which acos is NaN
+    u = first / torch.where(length_in > 0, length_in, torch.ones_like(length_in))
+    v = second / torch.where(length_out > 0, length_out, torch.ones_like(length_out))
+    return norms(u - v), norms(u + v), counts
 
 
 def _token_mean(values: Tensor, counts: Tensor) -> Tensor:
@@ -73,11 +71,11 @@ def block_influence(z_in: Tensor, z_out: Tensor, mask: Tensor | None = None) -> 
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> block_influence(z, torch.tensor([[3.0, 0.0], [1.0, 0.0]])).tolist()
-        [0.5]
+        >>> round(block_influence(z, torch.tensor([[3.0, 0.0], [1.0, 0.0]])).item(), 6)
+        0.5
     """
-    cosine, counts = adjacent_cosine(z_in, z_out, mask)
-    return _token_mean(1 - cosine, counts)
+    apart, _, counts = _chords(z_in, z_out, mask)
+    return _token_mean(apart.square() / 2, counts)
 
 
 def angular_distance(z_in: Tensor, z_out: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -87,11 +85,11 @@ def angular_distance(z_in: Tensor, z_out: Tensor, mask: Tensor | None = None) ->
     `block_influence`.
 
     Example:
-        >>> angular_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).tolist()
-        [0.5]
+        >>> round(angular_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item(), 6)
+        0.5
     """
-    cosine, counts = adjacent_cosine(z_in, z_out, mask)
-    return _token_mean(torch.arccos(cosine) / math.pi, counts)
+    apart, together, counts = _chords(z_in, z_out, mask)
+    return _token_mean(2 * torch.atan2(apart, together) / math.pi, counts)
 
 
 def change_points(similarity: npt.ArrayLike, segments: int) -> list[int]:
@@ -190,7 +188,7 @@ def spectral_snr(spectra: Sequence[tuple[Tensor, Sequence[int]]]) -> float:
 
     Sum over matrices of sum_{s > edge} s^2, divided by the sum of sum_{s <= edge} s^2. Like [6], but with
     energies instead of singular values and without division by the largest one. Independent noise has
-    about 0.
+    about 0 (one value may stray over the edge).
 
     Args:
         spectra: (singular values, shape) of each matrix.
@@ -200,7 +198,7 @@ def spectral_snr(spectra: Sequence[tuple[Tensor, Sequence[int]]]) -> float:
 
     Example:
         >>> noise = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
-        >>> spectral_snr([(torch.linalg.svdvals(noise), noise.shape)]) < 0.05
+        >>> spectral_snr([(torch.linalg.svdvals(noise), noise.shape)]) < 0.1
         True
     """
     signal = noise = 0.0

@@ -79,7 +79,7 @@ def mask_of(blocks: tuple[int, int], num_blocks: int) -> str:
 
     Example:
         >>> mask_of((6, 24), 30), mask_of((0, 1), 3)
-        ('01110', '100')
+        ('01110', '10')
     """
     lo, hi = blocks
     for digits in range(1, num_blocks + 1):
