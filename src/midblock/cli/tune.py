@@ -13,7 +13,6 @@ from midblock.cli.options import (
     AllowPickle,
     Data,
     Device,
-    Dtype,
     DtypeName,
     Json,
     MaxLength,
@@ -142,7 +141,9 @@ def tune(
         "--out", metavar="DIR", help="Folder for run.json, table.csv, figures, adapter/ and model/; must be empty "
                                      "unless --resume.")] = Path("runs/tune"),
     resume: Resume = False,
-    dtype: Dtype = DtypeName.auto,
+    dtype: Annotated[DtypeName, typer.Option(
+        "--dtype", help="Number format of the frozen weights; what is trained is float32. auto: bfloat16 on "
+                        "hardware that gains (GPUs, CPUs with AVX512-BF16 or AMX).")] = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -156,7 +157,7 @@ def tune(
     completion (or the assistant) says. Afterwards a check proves that only the chosen weights moved.
     """
     from midblock.errors import SettingsError
-    from midblock.tuning import TrainSettings, load_plan
+    from midblock.tuning import TrainSettings, load_plan, training_dtype
 
     if schedule not in ("linear", "cosine", "constant"):
         raise SettingsError(f"--schedule {schedule!r} is not one of linear, cosine, constant.")
@@ -172,7 +173,7 @@ def tune(
     if given_plan is not None and (mask or blocks or random_blocks or rank or budget):
         raise SettingsError("--plan says where to train and at which rank; leave out --mask, --blocks, "
                             "--random-blocks, --rank and --budget.")
-    load_options = {"dtype": dtype.value, "device": device, "trust_remote_code": trust_remote_code,
+    load_options = {"dtype": training_dtype(device, dtype.value), "device": device, "trust_remote_code": trust_remote_code,
                     "allow_pickle": allow_pickle}
     data_options = {"samples": samples, "max_length": max_length, "chat": chat, "all_tokens": all_tokens}
     if dry_run:

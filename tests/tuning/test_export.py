@@ -1,0 +1,192 @@
+"""Exports: what plain PEFT and transformers read back computes what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, token_ids
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
+from midblock.models import load_model, save_checkpoint
+from midblock.tuning import attach, make_plan, merged_weights, training_dtype, tune, vllm_note, with_weights
+from midblock.tuning.export import VLLM_RANKS, export_adapter, pad_adapter
+from midblock.tuning.run import load_4bit
+from midblock.tuning.trainer import TrainSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+FAST = TrainSettings(epochs=3, batch_size=4, learning_rate=1e-2)
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {i} and {i}? ", "completion": f"twice {i}"}) + "\n"
+                            for i in range(24)))
+    return str(path)
+
+
+def folder_of(family: str, tmp_path: Path, tokenizer: Any, **overrides: Any) -> Path:
+    return save_checkpoint(FAMILIES[family](**overrides), tokenizer, tmp_path / f"base-{family}")
+
+
+def trained(model: nn.Module, method: str = "lora", **options: Any) -> Any:
+    """An attachment whose weights are far from their beginnings, as after a long training."""
+    if method != "full":
+        options.setdefault("rank", 4)
+    return attach(model, make_plan(model, mask="0010", method=method, **options))
+
+
+def shake(attachment: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in attachment.trainable.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_nested", "phi3"])
+def test_adapters_are_read_and_merged_by_plain_peft(family: str, method: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    with trained(model, method) as attachment:
+        shake(attachment)
+        want = logits(attachment.model)
+        weights = merged_weights(attachment)
+        export_adapter(attachment, tmp_path / "adapter", base_name="some/base", card="# card")
+    loaded = PeftModel.from_pretrained(FAMILIES[family](), tmp_path / "adapter")
+    assert torch.allclose(logits(loaded), want, atol=1e-5)
+    assert torch.allclose(logits(loaded.merge_and_unload()), want, atol=1e-4)
+    with with_weights(model, weights):
+        assert torch.allclose(logits(model), want, atol=1e-4)
+    assert not torch.allclose(logits(model), want, atol=1e-2)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert (tmp_path / "adapter" / "README.md").read_text() == "# card"
+
+
+@pytest.mark.parametrize("scale", ["fixed-ratio", "rslora"])
+def test_a_padded_rank_computes_the_same(scale: str, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    with trained(model, rank=5, scale=scale) as attachment:
+        shake(attachment)
+        want = logits(attachment.model)
+        export_adapter(attachment, tmp_path / "adapter", base_name="b")
+    pad_adapter(tmp_path / "adapter", 8)
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"](), tmp_path / "adapter")
+    assert loaded.peft_config["default"].r == 8
+    assert torch.allclose(logits(loaded), want, atol=1e-5)
+    with pytest.raises(AdapterError, match="cannot be written at rank 4"):
+        pad_adapter(tmp_path / "adapter", 4)
+
+
+def test_what_vllm_takes() -> None:
+    model = FAMILIES["llama"]()
+    assert vllm_note(make_plan(model, mask="0010", rank=16)) == "vLLM: --enable-lora --max-lora-rank 16"
+    assert "max-lora-rank 32 (rank 20" in str(vllm_note(make_plan(model, mask="0010", rank=20)))
+    assert "no DoRA" in str(vllm_note(make_plan(model, mask="0010", rank=4, method="dora")))
+    assert vllm_note(make_plan(model, mask="0010", method="full")) is None
+    assert VLLM_RANKS == (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def test_export_into_a_used_folder_or_of_a_full_update_is_refused(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    (tmp_path / "note").write_text("mine")
+    with trained(model) as attachment, pytest.raises(OutputError, match="not empty"):
+        export_adapter(attachment, tmp_path, base_name="b")
+    with trained(model, "full") as attachment, pytest.raises(AdapterError, match="no PEFT adapter"):
+        export_adapter(attachment, tmp_path / "x", base_name="b")
+
+
+# ---------------------------------------------------------------------------------------------
+# the whole of `tune`
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_tune_writes_an_adapter_and_a_merged_checkpoint(family: str, problems: str, tmp_path: Path,
+                                                        tiny_tokenizer: Any) -> None:
+    base = load_model(folder_of(family, tmp_path, tiny_tokenizer), dtype="float32")
+    before = logits(base.model)
+    result = tune(base, problems, mask="0110", rank=4, settings=FAST, out=tmp_path / "out", merge=True,
+                  eval_data=problems, eval_samples=6)
+    assert result.check.ok
+    assert torch.equal(logits(base.model), before)
+    assert result.training.prefix["rows_from_cache"] > 0
+    assert result.held_out["difference"].value < 0
+    assert result.adapter is not None
+    assert result.merged is not None
+    assert result.merge_difference is not None
+    assert result.merge_difference < 1e-4
+    adapted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder), result.adapter))
+    merged = logits(AutoModelForCausalLM.from_pretrained(result.merged))
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert not torch.allclose(merged, before, atol=1e-3)
+    # and by midblock itself, from the adapter's folder alone
+    assert torch.allclose(logits(load_model(result.adapter, dtype="float32").model), adapted, atol=1e-4)
+    card = (result.adapter / "README.md").read_text()
+    assert ".##." in card
+    assert "mask `0110`" in card
+    assert f"{result.plan.params:,} trainable parameters" in card
+    assert "Held-out loss" in card
+    frame = result.frame
+    assert frame.query("metric == 'trainable_parameters' and kind == 'block'")["value"].sum() == result.plan.params
+    assert set(result.figures()) == {"loss", "update"}
+    assert not any(f.startswith(".") for f in (p.name for p in (tmp_path / "out").iterdir()))
+
+
+def test_full_updates_are_written_as_a_checkpoint(problems: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    base = load_model(folder_of("llama", tmp_path, tiny_tokenizer), dtype="bfloat16")
+    result = tune(base, problems, blocks="2", method="full", out=tmp_path / "out",
+                  settings=TrainSettings(epochs=3, batch_size=4, learning_rate=5e-3))
+    assert result.adapter is None
+    assert result.merged is not None
+    again = AutoModelForCausalLM.from_pretrained(result.merged)
+    assert again.dtype == torch.bfloat16
+    changed = [n for n, t in again.state_dict().items() if not torch.equal(t, base.model.state_dict()[n])]
+    assert sorted(changed) == [f"model.layers.2.self_attn.{x}_proj.weight" for x in "koqv"]
+
+
+def test_tune_resumes_into_the_same_folder(problems: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    base = load_model(folder_of("llama", tmp_path, tiny_tokenizer), dtype="float32")
+    first = tune(base, problems, mask="0010", rank=2, settings=FAST, out=tmp_path / "out", save_steps=4)
+    second = tune(base, problems, mask="0010", rank=2, settings=FAST, out=tmp_path / "out", save_steps=4, resume=True)
+    assert second.training.losses == first.training.losses
+    assert all(torch.equal(first.state[n], second.state[n]) for n in first.state)
+
+
+def test_4bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    with pytest.raises(SettingsError, match=r"midblock\[quantized\]"):
+        load_4bit("smollm2")
+
+
+def test_the_dtype_to_train_in() -> None:
+    assert training_dtype("cpu", "float32") == "float32"
+    assert training_dtype("cpu") in ("bfloat16", "float32")
+    assert (training_dtype("cpu") == "bfloat16") == (torch.cpu._is_avx512_bf16_supported()
+                                                    or torch.cpu._is_amx_tile_supported())
+
+
+def test_a_merged_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = FAMILIES["llama"]()
+    target = tmp_path / "used"
+    target.mkdir()
+    (target / "x").write_text("mine")
+    with trained(model) as attachment:
+        weights = merged_weights(attachment)
+    with with_weights(model, weights), pytest.raises((OutputError, CheckpointError)):
+        save_checkpoint(model, tiny_tokenizer, target)
+    assert [p.name for p in target.iterdir()] == ["x"]
