@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 
 BUFFER = 4 << 20
+# profile.py beside this script must not hide the standard library's module, which torch imports
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 
 def files_of(*folders: Path) -> list[Path]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from analysis_helpers import loaded, tiny_data
 from midblock.analysis.swap import cumulative_masks, swap, swap_blocks
-from midblock.capture import model_inputs, run_blocks
+from midblock.capture import model_inputs, next_token_scores, run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError
+from midblock.models import find_anatomy
 from midblock.segments import segment_blocks
 
 
@@ -99,6 +101,32 @@ def test_cumulative_masks_end_with_everything(pair):
     full, own = loss["11", "base"], loss["00", "sft"]
     # all blocks and the head are sft's; only the embeddings are the base's, and differ
     assert full != pytest.approx(own, rel=1e-9)
+
+
+def test_equal_heads_are_scored_once_and_different_ones_are_not(pair, monkeypatch):
+    base, sft = pair
+    adapted = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for block in adapted.model.layers:
+            block.mlp.up_proj.weight.mul_(1.1)
+    adapter_tuned = replace(base, model=adapted, anatomy=find_anatomy(adapted))
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return next_token_scores(*args)
+
+    monkeypatch.setattr("midblock.analysis.swap.next_token_scores", counted)
+    settings = {"data": tiny_data(4), "masks": ("10", "01"), "samples": 4, "batch_size": 4, "max_length": 64}
+    frame = swap(base, adapter_tuned, **settings).frame
+    assert len(calls) == 2 * 3
+    by_head = frame[frame.side != "difference"].set_index(["recipient", "layer", "metric", "side", "head"])["value"]
+    assert (by_head.xs("base", level="head") == by_head.xs("sft", level="head")).all()
+    changed = frame[(frame.side == "difference") & (frame.metric == "loss")]["value"]
+    assert (changed.abs() > 1e-4).all()
+    calls.clear()
+    swap(base, sft, **settings)
+    assert len(calls) == 2 * 3 * 2
 
 
 def test_a_mask_that_does_not_fit_is_refused(pair):

@@ -200,11 +200,15 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     per_batch = len(directions) * (num_blocks + sum(num_blocks - blocks[0] for blocks in masks.values()))
     done = 0
 
+    shared = {frozenset(pair): _same_head(*(by_name[name].anatomy for name in pair)) for pair in pairs}
+
     def keep(key: tuple[str, str, str], batch: Batch, last: Tensor, heads: Sequence[str]) -> None:
+        found = None
+        rows = [place[i] for i in batch.indices]
         for head in heads:
             anatomy = by_name[head].anatomy
-            found = next_token_scores(anatomy.read_out, last, batch, anatomy.vocab_size)
-            rows = [place[i] for i in batch.indices]
+            if found is None or not shared[frozenset(heads)]:  # equal heads give equal scores
+                found = next_token_scores(anatomy.read_out, last, batch, anatomy.vocab_size)
             for metric, value in (("loss", found.loss), ("accuracy", found.correct.float())):
                 array = scores.setdefault((*key, head, metric), np.full(len(place), np.nan))
                 array[rows] = sample_means(found.row, value, len(batch.indices))[0].cpu().numpy()
@@ -235,6 +239,20 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     for row in table.rows:
         row["data"] = dataset.name
     return SwapResult(table, keys, chosen, {"samples": len(place), **encoded.describe()})
+
+
+def _same_head(a: Anatomy, b: Anatomy) -> bool:
+    """Whether final norm and head of two models have the same weights (adapters leave them alone)."""
+    parts = ((a.final_norm, b.final_norm), (a.head, b.head))
+    for own, other in parts:
+        if own is None or other is None:
+            if own is not other:
+                return False
+            continue
+        left, right = own.state_dict(), other.state_dict()
+        if left.keys() != right.keys() or not all(torch.equal(left[k], right[k].to(left[k].device)) for k in left):
+            return False
+    return a.causal_lm.config.to_dict() == b.causal_lm.config.to_dict()  # soft caps and scales are there
 
 
 def _table(scores: Mapping[tuple[str, str, str, str, str], np.ndarray[Any, Any]], masks: Sequence[str], nothing: str,

@@ -1,0 +1,98 @@
+"""Lens against reading out all hidden states of a sample at once.
+
+Yardstick: a batch's states of all depths are collected for each model; then, sample by sample, they are
+stacked, put through final norm and head together, and loss, entropy, probability, rank, accuracy, KL and top-k lists
+are taken from the full float32 (hidden x tokens x vocabulary) log-probabilities. Same dtype, same
+counted tokens, same quantities.
+
+    python benchmarks/lens.py                 # 100 samples of 128 tokens, two models
+    python benchmarks/lens.py --samples 4     # a quick look
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import _common as common
+
+# isort: split
+import torch
+
+from midblock.analysis.lens import lens
+from midblock.capture import run_blocks
+from midblock.data import make_batches, pad_token_id, tokenize
+
+
+def yardstick(models: list[Any], batches: list[Any], top_k: int) -> dict[tuple[str, str, int], float]:
+    """Mean over samples of every quantity: (metric, side, hidden) -> value."""
+    total: dict[tuple[str, str, int], float] = {}
+    samples = sum(map(len, batches))
+
+    def add(metric: str, side: str, values: torch.Tensor) -> None:
+        for h, value in enumerate(values.double().mean(dim=-1).tolist()):
+            total[metric, side, h] = total.get((metric, side, h), 0.0) + value / samples
+
+    with torch.inference_mode():
+        for batch in batches:
+            states: dict[str, list[torch.Tensor]] = {"base": [], "sft": []}
+            for side, model in zip(states, models, strict=True):
+                run_blocks(model.model, model.anatomy, batch,
+                           listener=lambda h, z, kept=states[side]: kept.append(z.clone()))
+            for row, length in enumerate(batch.lengths.tolist()):
+                target = batch.input_ids[row, 1:length]
+                logp, tops = {}, {}
+                for side, model in zip(states, models, strict=True):
+                    hidden = torch.stack([z[row, :length - 1] for z in states[side]])
+                    logp[side] = model.anatomy.read_out(hidden).float().log_softmax(dim=-1)
+                    tops[side] = logp[side].topk(top_k, dim=-1).indices
+                    gold = logp[side].gather(-1, target.expand(len(hidden), -1).unsqueeze(-1))
+                    rank = (logp[side] > gold).sum(dim=-1)
+                    add("loss", side, -gold.squeeze(-1))
+                    add("entropy", side, -(logp[side].exp() * logp[side]).sum(dim=-1))
+                    add("gold_probability", side, gold.squeeze(-1).exp())
+                    add("gold_rank", side, rank)
+                    add("accuracy", side, rank == 0)
+                add("kl", "pair", (logp["base"].exp() * (logp["base"] - logp["sft"])).sum(dim=-1))
+                add("top1_agreement", "pair", tops["base"][..., 0] == tops["sft"][..., 0])
+                add("top_k_overlap", "pair", (tops["base"].unsqueeze(-1) == tops["sft"].unsqueeze(-2))
+                    .any(dim=-1).double().mean(dim=-1))
+    return total
+
+
+def main() -> None:
+    args = common.parser(__doc__, samples=100).parse_args()
+    models = common.load_two(args)
+    data = common.exact_length_data(models[0], args.samples, args.tokens)
+    settings: dict[str, Any] = {"samples": args.samples, "max_length": args.tokens, "batch_size": args.batch_size}
+    drawn = data.sample(args.samples, 0)
+    rows = tokenize(drawn, models[0].tokenizer, max_length=args.tokens, min_tokens=2).rows
+    batches = make_batches(rows, batch_size=args.batch_size, pad_id=pad_token_id(models[0].tokenizer))
+    print(common.machine())
+    lens(models, data=data, names=["base", "sft"], **{**settings, "samples": min(2, args.samples)})  # warm up
+    yardstick(models, make_batches(rows[:1], batch_size=1, pad_id=0), 10)
+    ours, result = common.timed(lambda: lens(models, data=data, names=["base", "sft"], **settings), args.repeats,
+                                warm=False)
+    theirs, slow = common.timed(lambda: yardstick(models, batches, 10), 1, warm=False)
+    frame = result.frame
+    frame = frame[frame["metric"].isin({m for m, _, _ in slow}) & (frame["side"] != "difference")]
+    fast = {(r.metric, r.side, int(r.layer)): float(r.value) for r in frame.itertuples()}
+    tokens = 2 * sum(map(len, rows))
+    common.table(
+        f"lens: {len(rows)} samples of {args.tokens} tokens, 2 models ({models[0].spec}, "
+        f"{str(models[0].dtype).removeprefix('torch.')}), every hidden state 0..{models[0].anatomy.num_blocks}",
+        [["midblock lens", f"{ours:.1f}", f"{tokens / ours:,.0f}", "1"],
+         ["all hidden states through the head at once", f"{theirs:.1f}", f"{tokens / theirs:,.0f}",
+          f"{theirs / ours:.2f}"]],
+        ["way", "seconds", "tokens/s", "times as long"])
+    # one token that flips changes a share by 1 / counted tokens: shares are compared to that floor
+    floor = {"accuracy": 1.0, "top1_agreement": 1.0, "top_k_overlap": 1.0, "gold_probability": 1e-2}
+    off, where = common.worst_disagreement(fast, slow, floor)
+    print(f"\nLargest disagreement of {len(slow)} figures: {off:.2e} relative, at {where}.")
+    if not math.isfinite(off) or off > 1e-3:
+        raise SystemExit("the two ways disagree by more than 1e-3")
+    print(f"lens is {theirs / ours:.2f} times as fast (target: at least 5).")
+
+
+if __name__ == "__main__":
+    main()
