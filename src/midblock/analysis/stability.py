@@ -1,0 +1,222 @@
+"""A profile repeated with other samples and augmentations: is the change at a depth there every time?
+
+Each seed draws its own samples from the data set (and its own augmentations, where views are
+asked for). Per hidden state the seeds' values give a mean, a t interval and a one-sample t test
+against no change; Holm's adjustment is over the hidden states of one quantity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from midblock import stats
+from midblock.analysis.profile import ProfileResult, ProfileSettings, profile
+from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
+from midblock.data import Dataset, load_data
+from midblock.errors import OutputError, SettingsError
+from midblock.models import LoadedModel
+from midblock.progress import Progress, silent
+from midblock.provenance import write_json
+from midblock.results import Interval, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["UNCHANGED", "StabilityResult", "profile_seeds"]
+
+#: Value of a pair score when nothing changed; every other difference or pair score is 0 then.
+UNCHANGED = {"cka": 1.0, "cka_debiased": 1.0, "cosine": 1.0, "token_cosine": 1.0}
+_ROUNDING = 1e-9  # a similarity this close to "no change" is there but for rounding
+
+
+@dataclass
+class StabilityResult:
+    """Means over seeds of every measurement of a profile, and tests against no change."""
+
+    table: Table
+    stages: list[str]
+    num_hidden: int
+    settings: ProfileSettings
+    seeds: list[int]
+    counts: dict[str, Any] = field(default_factory=dict)
+    """As of a profile (the least over the seeds), and those of each seed."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table; columns ``t``, ``p``, ``p_holm`` and ``seed_N`` (each seed's own value)."""
+        return self.table.frame()
+
+    def _as_profile(self) -> ProfileResult:
+        return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts)
+
+    def regions(self) -> pd.DataFrame:
+        """As `ProfileResult.regions`, of the means over seeds, and where the change is significant.
+
+        ``significant`` counts hidden states with Holm p below 1 - confidence.
+        """
+        regions = self._as_profile().regions()
+        frame = self.frame
+        level = 1 - self.settings.confidence
+        found = frame[frame["p_holm"] < level].groupby(["stage", "metric"]).size()
+        regions["significant"] = [int(found.get((s, m), 0)) for s, m in
+                                  zip(regions["stage"], regions["metric"], strict=True)]
+        return regions
+
+    def summary(self) -> str:
+        """In words: where the change is, and at how many depths it is there with every seed."""
+        lines = self._as_profile().summary().split("\n")[:-1]
+        regions = self.regions()
+        level = 1 - self.settings.confidence
+        for pair in comparisons(self.stages):
+            part = regions[regions["stage"] == side_of(pair)].set_index("metric")["significant"]
+            shown = [f"{metric} {count}" for metric, count in part.items() if count]
+            lines.append(f"{side_of(pair)}: hidden states (of {self.num_hidden}) that differ from no change over "
+                         f"{len(self.seeds)} seeds (t test, Holm p < {level:.2g}): {', '.join(shown) or 'none'}.")
+        share = self.counts.get("share_drawn", 0.0)
+        if share > 0.2:
+            lines.append(f"Each seed draws {share:.0%} of the data set, so that the draws share samples: the intervals "
+                         "speak about draws from this data set and are too short for new data.")
+        return "\n".join([*lines, f"Intervals are t intervals over the {len(self.seeds)} seeds."])
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures of a profile, with means and intervals over the seeds."""
+        return self._as_profile().figures()
+
+
+def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
+                  data: Dataset | str, seeds: int = 3, names: Sequence[str] | None = None,
+                  state_folder: Path | None = None, progress: Progress = silent,
+                  settings: ProfileSettings | None = None, **overrides: Any) -> StabilityResult:
+    """Repeat `profile` with other samples and augmentations; mean, interval and t test per hidden.
+
+    Args:
+        stages: The base (then give ``sft``), or a chain; loaded models or MODEL specs.
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        data: A data set or a D spec; every seed draws from it anew.
+        seeds: How many; they are ``settings.seed``, ``settings.seed`` + 1 ...
+        names: Stage names.
+        state_folder: Where finished seeds and an interrupted one are kept, and resumed from.
+        progress: Told how far each seed's pass is.
+        settings: As for `profile`.
+        **overrides: Single fields of `ProfileSettings`.
+
+    Returns:
+        The rows of a profile; ``value`` is the mean over seeds, ``low``..``high`` its t interval and
+        ``n`` the number of seeds. Differences are tested against 0 and so are pair scores, but
+        cka, cka_debiased, cosine and token_cosine against 1 (`UNCHANGED`).
+
+    Raises:
+        SettingsError: fewer than 2 seeds, or a setting out of range.
+        PairMismatchError: the checkpoints do not fit together.
+        DataError: too few usable samples.
+        OutputError: a saved seed cannot be read.
+    """
+    if isinstance(seeds, bool) or seeds < 2:
+        raise SettingsError(f"{seeds} seeds were asked for; a test over seeds needs at least 2 (the paper: 3).")
+    try:
+        chosen = replace(settings or ProfileSettings(), **overrides)
+    except TypeError as error:
+        raise SettingsError(f"profile_seeds: {error}; the settings are "
+                            f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
+    models = resolve_stages(stages, sft, names)
+    keys = stage_names(len(models), names)
+    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
+    numbers = [chosen.seed + k for k in range(seeds)]
+    tables: list[Table] = []
+    counts: list[dict[str, Any]] = []
+    for k, number in enumerate(numbers):
+        done = state_folder / f"seed-{number}.json" if state_folder else None
+        if done is not None and done.is_file():
+            table, count = _read_seed(done)
+        else:
+            result = profile(models, data=dataset, names=keys,
+                             progress=_named(progress, f"seed {k + 1} of {seeds}"),
+                             state_folder=state_folder / f"seed-{number}" if state_folder else None,
+                             settings=replace(chosen, seed=number))
+            table, count = result.table, result.counts
+            if done is not None:
+                write_json(done, {"rows": table.rows, "reasons": table.reasons, "counts": count})
+        tables.append(table)
+        counts.append(count)
+    if state_folder is not None:
+        for number in numbers:
+            (state_folder / f"seed-{number}.json").unlink(missing_ok=True)
+            shutil.rmtree(state_folder / f"seed-{number}", ignore_errors=True)
+        if state_folder.is_dir() and not any(state_folder.iterdir()):
+            state_folder.rmdir()
+    wanted = max(chosen.samples, chosen.token_samples)
+    least = {name: int(min(c[name] for c in counts)) for name in ("pooled_samples", "token_samples")}
+    total = {**counts[0], **least, "truncated": max(c.get("truncated", 0) for c in counts),
+             "seeds": numbers, "share_drawn": min(1.0, wanted / max(1, len(dataset.examples))), "by_seed": counts}
+    return StabilityResult(_combine(tables, numbers, chosen), keys, models[0].anatomy.num_blocks + 1, chosen, numbers,
+                           total)
+
+
+def _named(progress: Progress, which: str) -> Progress:
+    def tell(what: str, done: float, total: float, note: str = "") -> None:
+        progress(f"{what}, {which}", done, total, note)
+
+    return tell
+
+
+def _read_seed(path: Path) -> tuple[Table, dict[str, Any]]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{k: math.nan if v is None and k in ("value", "low", "high") else v for k, v in row.items()}
+                for row in stored["rows"]]
+        return Table(rows, stored["reasons"]), stored["counts"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"cannot resume from {path}: {error}; name a new --out folder.") from error
+
+
+def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSettings) -> Table:
+    """One row for each row of the profiles: mean over seeds, interval, and test where it is a change."""
+    values: dict[tuple[Any, ...], list[float]] = {}
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    reasons: dict[tuple[Any, ...], str] = {}
+    for number, table in enumerate(tables):
+        for row in table.rows:
+            key = (row["kind"], row["layer"], row["metric"], row["side"], row.get("stage"))
+            first.setdefault(key, row)
+            values.setdefault(key, [math.nan] * len(tables))[number] = float(row["value"])
+        for reason in table.reasons:
+            key = (reason["kind"], reason["layer"], reason["metric"], reason["side"], reason.get("stage"))
+            reasons.setdefault(key, str(reason["reason"]))
+    tests: dict[tuple[Any, ...], stats.TTest] = {}
+    families: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for key, found in values.items():
+        _, _, metric, side, stage = key
+        if side in ("difference", "pair"):
+            unchanged = UNCHANGED.get(metric, 0.0)
+            near = [unchanged if abs(v - unchanged) <= _ROUNDING else v for v in found]
+            tests[key] = stats.one_sample_t(near, unchanged, settings.confidence)
+            families.setdefault((metric, side, stage), []).append(key)
+    adjusted: dict[tuple[Any, ...], float] = {}
+    for members in families.values():
+        found_p = stats.holm(np.array([tests[key].p for key in members]))
+        adjusted.update(zip(members, map(float, found_p), strict=True))
+    combined = Table()
+    for key, found in values.items():
+        kind, layer, metric, side, _ = key
+        extra = {name: value for name, value in first[key].items()
+                 if name not in ("kind", "layer", "metric", "side", "value", "low", "high", "n")}
+        test = tests.get(key)
+        extra |= {"t": test.t if test else math.nan, "p": test.p if test else math.nan,
+                  "p_holm": adjusted.get(key, math.nan)}
+        extra |= {f"seed_{number}": value for number, value in zip(seeds, found, strict=True)}
+        interval = stats.mean_interval(found, settings.confidence)
+        if interval.n == 0:
+            combined.add_undefined(kind, layer, metric, side, reasons.get(key, "no seed has a value"), **extra)
+        else:
+            combined.add(kind, layer, metric, side,
+                         Interval(interval.value, interval.low, interval.high, interval.n), **extra)
+    return combined
