@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
 from midblock.data import Dataset, Example

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from analysis_helpers import loaded
 from midblock.analysis.gradients import supervised_batches
 from midblock.errors import OutputError, SettingsError
 from midblock.selection.choice import chosen_units, make_plans, parse_choice, top_units, write_plans
-from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
+from midblock.selection.gates import Gates, ScoreOptimizer, gated, update_norms, update_worths
 from midblock.selection.ila import ImportanceSettings, importance, loss_slope, units_of
 from midblock.tuning import load_plan, make_plan, require_plan_fits
 from midblock.tuning.adapter import attach
@@ -83,7 +84,8 @@ def test_worths_and_norms_equal_those_of_dense_updates(unit: Any) -> None:
             mine = [m for m, u in unit_of.items() if u == name]
             want = sum(float((grads[m] * updates[m]).sum()) for m in mine)
             assert float(worth[at][i]) == pytest.approx(want, abs=2e-5, rel=1e-3)
-            assert float(norms[i]) == pytest.approx(sum(float(updates[m].square().sum()) for m in mine) ** 0.5, rel=1e-5)
+            size = sum(float(updates[m].square().sum()) for m in mine) ** 0.5
+            assert float(norms[i]) == pytest.approx(size, rel=1e-5)
 
 
 def test_gates_refuse_other_adapters() -> None:
@@ -202,7 +204,8 @@ def test_plans_of_a_choice_and_its_controls(tmp_path: Path) -> None:
     model = planted(2)
     found = importance(model, data=alphabet(), **{**QUICK, "max_steps": 20, "score_steps": 5})
     plans, missing = make_plans(model, found, parse_choice("top:0.3"))
-    assert set(plans) | set(missing) == {f"{n}-top30" for n in ("ila", "taylor", "taylor-base", "update-norm", "random")}
+    names = ("ila", "taylor", "taylor-base", "update-norm", "random")
+    assert set(plans) | set(missing) == {f"{n}-top30" for n in names}
     own = plans["ila-top30"]
     assert own.rank == 4
     assert {m.name for m in own.modules} == set(top_units(found.scores(), 0.3))

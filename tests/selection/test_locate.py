@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+
 from analysis_helpers import loaded, tiny_data
 from midblock import metrics
 from midblock.analysis.gradients import supervised_batches
@@ -28,7 +31,7 @@ def test_forward_scores_against_a_loop(family: str) -> None:
         states: list[torch.Tensor] = []
         with torch.inference_mode():
             run_blocks(model.model, model.anatomy, batch, listener=lambda h, z, s=states: s.append(z[0].clone()))
-        cosine = [torch.cosine_similarity(a, b, dim=-1).double() for a, b in zip(states, states[1:], strict=False)]
+        cosine = [torch.cosine_similarity(a, b, dim=-1).double() for a, b in itertools.pairwise(states)]
         influence.append([float((1 - c).mean()) for c in cosine])
         angle.append([float((torch.arccos(c.clamp(-1, 1)) / torch.pi).mean()) for c in cosine])
         pooled.append(torch.stack([z.mean(dim=0) for z in states]))

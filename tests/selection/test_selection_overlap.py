@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from midblock.errors import OutputError, SettingsError
 from midblock.provenance import RunFolder
 from midblock.results import Table

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from midblock.errors import OutputError, SettingsError
 from midblock.models.checkpoints import save_checkpoint
 from midblock.provenance import RunFolder
@@ -120,8 +121,8 @@ def _cases(gains: list[float], sweeps: int, noise: float = 0.01) -> list[Case]:
 def _judge(cases: list[Case], scores: dict[str, list[float]]) -> Any:
     names = dict.fromkeys(c.sweep for c in cases)
     frame = validate_cases(cases, dict.fromkeys(names, scores), dict.fromkeys(names, L))
-    return summarise([SweepGains(Path(n), "m", "d", "auto", tuple(c for c in cases if c.sweep == n), ()) for n in names],
-                     frame)
+    sweeps = [SweepGains(Path(n), "m", "d", "auto", tuple(c for c in cases if c.sweep == n), ()) for n in names]
+    return summarise(sweeps, frame)
 
 
 def _of(result: Any, score: str, metric: str) -> Any:

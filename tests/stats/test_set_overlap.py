@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from midblock.errors import SettingsError, UndefinedMetricError
 from midblock.stats import chance_corrected, expected_jaccard, jaccard, random_share_jaccard, set_overlap
 

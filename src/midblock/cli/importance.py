@@ -50,7 +50,7 @@ def importance(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(
-        "--out", metavar="DIR", help="Folder for run.json, table.csv, figures and plans; must be empty unless --resume.")
+        "--out", metavar="DIR", help="Folder for run.json, table.csv, figures, plans; must be empty unless --resume.")
     ] = Path("runs/importance"),
     apply: Annotated[list[str] | None, typer.Option(
         "--apply", metavar="top:SHARE|freeze-bottom:SHARE", show_default=False,

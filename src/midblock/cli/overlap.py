@@ -37,8 +37,8 @@ def overlap(
         "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty.")
     ] = Path("runs/overlap"),
     share: Annotated[float, typer.Option(
-        "--share", metavar="P", help="Share of the units that each run selects. Chance alone gives a Jaccard overlap of "
-                                     "P / (2 - P).")] = 0.75,
+        "--share", metavar="P", help="Share of the units that each run selects. Chance alone gives a Jaccard overlap "
+                                     "of P / (2 - P).")] = 0.75,
     methods: Annotated[str | None, typer.Option(
         "--methods", metavar="A,B,...", show_default=False,
         help="Scores to compare: ila_score, taylor, taylor_base, update_norm, random, or those of locate. Default: "
