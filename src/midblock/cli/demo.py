@@ -180,7 +180,8 @@ def _tune_and_compare(work: _Demo, train_data: Dataset, test_data: Dataset) -> N
             trained = train(attachment, rows, tokenizer=base.tokenizer, progress=work.progress,
                             settings=TrainSettings(epochs=2, batch_size=8, seed=seed))
             attachment.save(work.out / f"adapter-{mask}")
-            tuned = replace(base, model=attachment.model, name=mask)
+            adapted: Any = attachment.model  # a PEFT model around the base
+            tuned = replace(base, model=adapted, name=mask)
             table.append({"arm": mask, "parameters": plan.params, "rank": plan.rank,
                           **_scores(work, tuned, test_data),
                           "tokens/s": trained.tokens_per_second,
