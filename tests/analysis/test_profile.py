@@ -11,7 +11,7 @@ from midblock import metrics
 from midblock.analysis.profile import FAMILIES, METRICS, profile
 from midblock.capture import run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, PairMismatchError, SettingsError
+from midblock.errors import DataError, OutputError, PairMismatchError, SettingsError
 
 SIZES = {"samples": 8, "token_samples": 5, "max_length": 64, "replicates": 50}
 
@@ -165,8 +165,13 @@ def test_interrupted_pass_resumes_to_the_same_numbers(pair, frame, tmp_path):
     assert not list(tmp_path.glob("part-*")), "a finished run leaves no intermediate file"
 
 
-def test_short_run_writes_no_intermediate_file(pair, tmp_path):
+def test_a_corrupt_part_is_named(pair, tmp_path):
+    (tmp_path / "part-00000.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(OutputError, match="part-00000"):
+        profile(*pair, data=tiny_data(4), state_folder=tmp_path, **SIZES)
 
+
+def test_short_run_writes_no_intermediate_file(pair, tmp_path):
     profile(*pair, data=tiny_data(6), state_folder=tmp_path / "state", **{**SIZES, "samples": 6})
     assert not (tmp_path / "state").exists()
 

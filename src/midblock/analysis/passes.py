@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from midblock.capture import Lockstep
@@ -47,7 +47,7 @@ class PassState:
                 with safe_open(path, framework="pt") as stored:
                     samples = json.loads(stored.metadata()["samples"])
                     arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise OutputError(f"cannot resume from {path}: {error}; name a new --out folder.") from error
             for name, accumulator in accumulators.items():
                 own = {k.split("||", 1)[1]: v for k, v in arrays.items() if k.startswith(f"{name}||")}
