@@ -21,7 +21,7 @@ from torch import Tensor
 from midblock import stats
 from midblock.analysis.lens import exponential
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
-from midblock.capture import next_token_scores, forwards_replaced, run_blocks, sample_means, verify_resume
+from midblock.capture import forwards_replaced, next_token_scores, run_blocks, sample_means, verify_resume
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import Anatomy, LoadedModel
@@ -200,7 +200,8 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     per_batch = len(directions) * (num_blocks + sum(num_blocks - blocks[0] for blocks in masks.values()))
     done = 0
 
-    shared = {frozenset(pair): _same_head(*(by_name[name].anatomy for name in pair)) for pair in pairs}
+    with torch.inference_mode():
+        shared = {frozenset(pair): _same_head(*(by_name[name].anatomy for name in pair)) for pair in pairs}
 
     def keep(key: tuple[str, str, str], batch: Batch, last: Tensor, heads: Sequence[str]) -> None:
         found = None
@@ -252,7 +253,10 @@ def _same_head(a: Anatomy, b: Anatomy) -> bool:
         left, right = own.state_dict(), other.state_dict()
         if left.keys() != right.keys() or not all(torch.equal(left[k], right[k].to(left[k].device)) for k in left):
             return False
-    return a.causal_lm.config.to_dict() == b.causal_lm.config.to_dict()  # soft caps and scales are there
+    # equal weights; a soft cap, a scale or a bias outside them shows in any state
+    probe = torch.randn(4, a.hidden_size, generator=torch.Generator().manual_seed(0))
+    seen = [anatomy.read_out(probe.to(next(anatomy.head.parameters()))) for anatomy in (a, b)]
+    return torch.equal(seen[0], seen[1].to(seen[0].device))
 
 
 def _table(scores: Mapping[tuple[str, str, str, str, str], np.ndarray[Any, Any]], masks: Sequence[str], nothing: str,
