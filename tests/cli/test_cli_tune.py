@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES
 
+from families import FAMILIES
 from midblock.cli.app import run
 from midblock.models import save_checkpoint
 from midblock.tuning import load_plan, make_plan

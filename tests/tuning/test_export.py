@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, token_ids
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, token_ids
 from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
 from midblock.models import load_model, save_checkpoint
 from midblock.tuning import attach, make_plan, merged_weights, training_dtype, tune, vllm_note, with_weights
@@ -168,7 +168,8 @@ def test_4bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPa
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
     with pytest.raises(SettingsError, match=r"midblock\[quantized\]"):
         load_4bit("smollm2")
 

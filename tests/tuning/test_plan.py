@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
+from families import FAMILIES
 from midblock.errors import AdapterError, BlockRangeError, BudgetError, SettingsError
 from midblock.models import find_anatomy
 from midblock.tuning import (
@@ -50,7 +50,8 @@ def test_the_config_survives_json_and_plain_peft_reads_the_adapter(family: str, 
     first = get_peft_model(model, config)
     names = set(get_peft_model_state_dict(first, save_embedding_layers=False))
     first.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert set(get_peft_model_state_dict(get_peft_model(FAMILIES[family](), again), save_embedding_layers=False)) == names
+    second = get_peft_model(FAMILIES[family](), again)
+    assert set(get_peft_model_state_dict(second, save_embedding_layers=False)) == names
     loaded = PeftModel.from_pretrained(FAMILIES[family](), tmp_path)
     assert set(get_peft_model_state_dict(loaded, save_embedding_layers=False)) == names
 
@@ -191,7 +192,7 @@ def test_files_that_are_no_plan(content: str, tmp_path: Path) -> None:
 def test_plans_of_other_models_are_refused() -> None:
     plan = make_plan(FAMILIES["llama"](), mask="0010", rank=2)
     assert require_plan_fits(plan, FAMILIES["qwen2"]()).params == plan.params  # the same names and shapes
-    with pytest.raises(AdapterError, match="8 blocks|has 8"):
+    with pytest.raises(AdapterError, match="this one has 8"):
         require_plan_fits(plan, FAMILIES["llama"](num_hidden_layers=8))
     with pytest.raises(AdapterError, match="another model"):
         require_plan_fits(plan, FAMILIES["gpt2"]())

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.errors import CacheRefusedError, SettingsError
 from midblock.models import find_anatomy
 from midblock.tuning import FrozenPrefix, PrefixCache, lora_config
@@ -65,7 +65,8 @@ def assert_same(got: tuple[list[float], list[dict[str, Tensor]]],
                 want: tuple[list[float], list[dict[str, Tensor]]]) -> None:
     assert got[0] == pytest.approx(want[0], rel=1e-6)
     for mine, theirs in zip(got[1], want[1], strict=True):
-        assert mine.keys() == theirs.keys() and mine
+        assert mine.keys() == theirs.keys()
+        assert mine
         for name in theirs:
             scale = theirs[name].abs().max().item() + 1e-12
             assert (mine[name] - theirs[name]).abs().max().item() <= 1e-5 * scale, name
@@ -194,7 +195,8 @@ def test_nothing_of_the_prefix_is_kept_for_the_backward_pass() -> None:
     with FrozenPrefix(model):
         loss = model(**batch((9, 12), "right")).loss
         gc.collect()
-        assert len(outputs) == 3 and not any(grads)
+        assert len(outputs) == 3
+        assert not any(grads)
         assert all(ref() is None for ref in outputs)
         loss.backward()
     for handle in handles:
@@ -355,7 +357,8 @@ def test_changed_weights_are_another_identity() -> None:
         with torch.no_grad():
             find_anatomy(model).blocks[0].mlp.up_proj.weight.mul_(1.5)
         got = losses_and_grads(model, [inputs])
-    assert cache.hits == 0 and cache.misses == 4
+    assert cache.hits == 0
+    assert cache.misses == 4
     assert_same(got, losses_and_grads(model, [inputs]))
 
 
@@ -404,7 +407,8 @@ def test_adapters_of_other_arms_share_the_prefix() -> None:
         with FrozenPrefix(arm, cache=cache) as prefix:
             arm(**inputs).loss.backward()
         model = arm.unload()
-    assert prefix.rows_cached == 2 and len(cache) == 2
+    assert prefix.rows_cached == 2
+    assert len(cache) == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,7 +447,8 @@ def test_trl_sft_trainer(checkpointing: bool, tmp_path: Path, tiny_tokenizer: An
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     want = run(None)
-    assert len(want) == 6 and want[-1] < want[0]
+    assert len(want) == 6
+    assert want[-1] < want[0]
     assert run("none") == pytest.approx(want, rel=1e-6)
     assert run("memory") == pytest.approx(want, rel=1e-6)
 
@@ -482,9 +487,11 @@ def test_the_limit_holds_and_other_namespaces_go_first() -> None:
     assert cache.bytes <= 160
     assert cache.get("old", "0") is None
     kept = [i for i in range(6) if cache.get("new", str(i)) is not None]
-    assert kept == [0, 1, 2, 3] and cache.refused_bytes == 80
+    assert kept == [0, 1, 2, 3]
+    assert cache.refused_bytes == 80
     found = cache.get("new", "3")
-    assert found is not None and torch.equal(found, row * 3)
+    assert found is not None
+    assert torch.equal(found, row * 3)
 
 
 def test_the_limit_of_a_disk_cache_counts_what_is_there(tmp_path: Path) -> None:
@@ -492,9 +499,11 @@ def test_the_limit_of_a_disk_cache_counts_what_is_there(tmp_path: Path) -> None:
     again = PrefixCache("disk", folder=tmp_path, limit_bytes="5K")
     assert again.bytes >= 4000
     again.put("a", "2", torch.ones(100, 10))
-    assert again.get("a", "2") is None and again.get("a", "1") is not None
+    assert again.get("a", "2") is None
+    assert again.get("a", "1") is not None
     again.clear()
-    assert len(again) == 0 and again.bytes == 0
+    assert len(again) == 0
+    assert again.bytes == 0
 
 
 def test_a_limited_cache_is_still_exact() -> None:

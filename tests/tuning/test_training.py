@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, token_ids
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from families import BLOCKS, FAMILIES, token_ids
 from midblock.data import TokenRow
 from midblock.errors import AdapterError, CacheRefusedError, DataError, SettingsError, TrainingError
 from midblock.models import find_anatomy
@@ -199,7 +200,7 @@ def test_lean_lora_in_bfloat16_is_as_near_to_float32_as_peft_is() -> None:
         model = FAMILIES["llama"]().to(dtype)
         made = get_peft_model(model, make_plan(model, mask="0110", rank=4).lora_config(model))
         generator = torch.Generator().manual_seed(0)
-        for name, parameter in made.named_parameters():
+        for _name, parameter in made.named_parameters():
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
         if lean:
@@ -258,7 +259,7 @@ def test_batches_have_like_lengths_and_are_the_same_in_every_epoch() -> None:
     assert sorted(i for b in batches for i in b) == list(range(50))
     assert [len(b) for b in batches] == [8] * 6 + [2]
     spans = [(min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches]
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert batches == batch_plan(lengths, 8, seed=1)
     assert batch_plan([5] * 20, 4, seed=1) != batch_plan([5] * 20, 4, seed=2)
 

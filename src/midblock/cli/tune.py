@@ -173,8 +173,8 @@ def tune(
     if given_plan is not None and (mask or blocks or random_blocks or rank or budget):
         raise SettingsError("--plan says where to train and at which rank; leave out --mask, --blocks, "
                             "--random-blocks, --rank and --budget.")
-    load_options = {"dtype": training_dtype(device, dtype.value), "device": device, "trust_remote_code": trust_remote_code,
-                    "allow_pickle": allow_pickle}
+    load_options = {"dtype": training_dtype(device, dtype.value), "device": device,
+                    "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     data_options = {"samples": samples, "max_length": max_length, "chat": chat, "all_tokens": all_tokens}
     if dry_run:
         _dry_run(model, data, given_plan, plan_options, data_options, wanted, cache, load_options)
