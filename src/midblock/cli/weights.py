@@ -50,7 +50,7 @@ def weights(
     from midblock.errors import SettingsError
     from midblock.models import pair_warning
     from midblock.models.checkpoints import fingerprint, is_adapter_folder, resolve_checkpoint
-    from midblock.provenance import RunFolder
+    from midblock.provenance import RunFolder, sha256_of
     from midblock.report import save_result
 
     if len(models) < 2:
@@ -68,9 +68,12 @@ def weights(
         result = measure(folders, names=keys, spectra="auto" if spectra is None else spectra, workers=workers,
                          progress=progress)
         # hashed after the comparison, while the system still holds the files
-        run.record_inputs(models={k: {"spec": m, "folder": str(f), "adapter": is_adapter_folder(f),
-                                      "fingerprint": fingerprint(f)}
-                                  for k, m, f in zip(keys, models, folders, strict=True)}, data={})
+        described = {}
+        for key, spec, folder in zip(keys, models, folders, strict=True):
+            own, adapter = fingerprint(folder), is_adapter_folder(folder)
+            described[key] = {"spec": spec, "adapter": str(folder) if adapter else None, "blocks": result.num_blocks,
+                              "fingerprint": sha256_of(fingerprint(folders[0]), own) if adapter else own}
+        run.record_inputs(models=described, data={})
         save_result(run, result, fields={"counts": result.counts}, progress=progress)
     for pair in comparisons(keys):
         stage = side_of(pair)
