@@ -31,8 +31,8 @@ def test_the_snippet_for_trl(tiny_tokenizer: Any, capsys: pytest.CaptureFixture[
 
     code = snippets()[0].replace('SFTConfig(output_dir="out"', 'SFTConfig(output_dir="out", bf16=False, use_cpu=True')
     dataset = Dataset.from_list([{"prompt": f"Say {i}: ", "completion": f"it is {i}"} for i in range(16)])
-    names: dict[str, Any] = {"model": FAMILIES["llama"](num_hidden_layers=5, hidden_size=64), "tokenizer": tiny_tokenizer,
-                             "dataset": dataset}
+    names: dict[str, Any] = {"model": FAMILIES["llama"](num_hidden_layers=5, hidden_size=64),
+                             "tokenizer": tiny_tokenizer, "dataset": dataset}
     exec(code, names)
     prefix = names["prefix"]
     assert prefix.start == 1
