@@ -111,7 +111,8 @@ def train_in_trl(loaded: LoadedModel, arm: Arm, seed: int, config: SweepConfig, 
                                              "labels": [_labels(rows[i]) for i in places]}),
             args=SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=training.batch_size,
                            learning_rate=training.learning_rates[0], lr_scheduler_type=training.schedule,
-                           max_grad_norm=training.max_grad_norm, bf16=False, gradient_checkpointing=False, seed=seed, packing=False, max_length=None,
+                           max_grad_norm=training.max_grad_norm,
+                           bf16=False, gradient_checkpointing=False, seed=seed, packing=False, max_length=None,
                            dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none",
                            disable_tqdm=True, logging_steps=10, use_cpu=loaded.device.type == "cpu"))
         trainer.remove_callback(PrinterCallback)

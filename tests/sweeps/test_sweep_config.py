@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweep_helpers import tiny_values
 
 from midblock.errors import SettingsError
 from midblock.sweeps import dry_run, dump_config, expand_arms, jobs_of, load_config, parse_config
 from midblock.sweeps.config import read_yaml
+from sweep_helpers import tiny_values
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -68,7 +68,7 @@ def test_overrides(tmp_path):
     assert config.arms.masks == ["01000"]
     with pytest.raises(SettingsError, match=r"2 faults(.|\n)*evaluation.9(.|\n)*KEY=VALUE"):
         load_config(path, ["evaluation.9.samples=4", "nonsense"])
-    with pytest.raises(SettingsError, match="training.stepz: unknown key"):
+    with pytest.raises(SettingsError, match=r"training\.stepz: unknown key"):
         load_config(path, ["training.stepz=3"])
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sweep_helpers import tiny_values
 
 from midblock.errors import DataError, OutputError, SettingsError, TrainingError
 from midblock.evaluation import evaluate
@@ -32,6 +31,7 @@ from midblock.sweeps import (
 )
 from midblock.sweeps import engine as engine_module
 from midblock.sweeps.engine import weights_digest
+from sweep_helpers import tiny_values
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def swept(tmp_path_factory):
 
 
 def test_everything_is_written(swept):
-    out, config, result, states = swept
+    out, _, result, states = swept
     for name in ("run.json", "config.yaml", "plan.csv", "table.csv", "comparisons.csv", "ranking.csv", "pareto.csv",
                  "arms.csv", "samples.jsonl", "verdict.txt", "figures/score-answers.svg", "figures/score-texts.png",
                  "figures/gain-retention-answers.png"):

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-from sweep_helpers import tiny_values
 
 from midblock.errors import DataError
 from midblock.sweeps import ArmInfo, RunRecord, SweepResult, TaskScores, analyse, parse_config
@@ -19,6 +18,7 @@ from midblock.sweeps.statistics import (
     detectable_after,
     region_of,
 )
+from sweep_helpers import tiny_values
 
 ITEMS, SEEDS = 150, 3
 ARMS = ["11111", "10000", "01000", "00100", "00010", "00001"]
@@ -107,6 +107,17 @@ def test_without_a_difference_nothing_is_claimed(config):
     assert "Inverted U over the 5 segments (LoRA): NOT supported" in text
     assert "does not mean equal" in text
     assert "do not single out a best arm" in text
+
+
+def test_unequal_arms_are_called_unequal(config):
+    full = infos(["full-00100"])["full-00100"]
+    arms = infos(["11111", "00100"]) | {"full-00100": ArmInfo(full.name, full.method, full.mask, full.depth, 5000)}
+    text = SweepResult(config, arms, records({"11111": 0.5, "00100": 0.5, "full-00100": 0.5})).summary()
+    assert "Not at equal parameters (the baseline has 1,000): full-00100 5,000" in text
+    assert "learning rates of their own" in text
+    equal = SweepResult(config, infos(["11111", "00100"]), records({"11111": 0.5, "00100": 0.5})).summary()
+    assert "Not at equal parameters" not in equal
+    assert "learning rates of their own" not in equal
 
 
 def test_a_worse_middle_contradicts_the_claim(config):

@@ -121,8 +121,8 @@ def clock(seconds: float) -> str:
     """Seconds as people read them.
 
     Example:
-        >>> clock(42), clock(125), clock(7300)
-        ('42 s', '2 min 5 s', '2 h 2 min')
+        >>> clock(42), clock(125), clock(7380)
+        ('42 s', '2 min 5 s', '2 h 3 min')
     """
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -120,6 +120,15 @@ class _Writer:
         if seeds == 1:
             text += (" With one seed the tests speak about other items only: another seed could give another "
                      "order.")
+        base = next((a for a in self.infos.values() if a.is_baseline), None)
+        if base is not None:
+            unequal = [f"{a.name} {a.params:,}" for a in self.infos.values() if abs(a.params / base.params - 1) > 0.05]
+            if unequal:
+                text += (f" Not at equal parameters (the baseline has {base.params:,}): {', '.join(unequal)}; "
+                         "differences from these may come from size as well as from place.")
+        if len({a.method for a in self.infos.values()}) > 1:
+            text += (" Arms of different methods have learning rates of their own; a difference between methods "
+                     "holds for these rates only.")
         rates = self.stats.rates
         if any(len({r.learning_rate for r in records if r.arm == a and r.status == "done"}) > 1 for a in rates):
             text += " Learning rates were chosen per arm by validation loss: " + ", ".join(
@@ -160,6 +169,7 @@ class _Writer:
                          "\"not distinguishable\" does not mean equal.")
         lines += self._ranking(task)
         lines += self._shape(task)
+        lines += self._unbeaten(task)
         return "\n".join(lines)
 
     def _gains(self, task: str) -> list[str]:
@@ -202,6 +212,18 @@ class _Writer:
                 lines.append(f"Inverted U over the {row['segments']} segments ({how}): NOT supported "
                              f"(p {_p(float(row['p']))}); the best single segment is {row['best']}.")
         return lines
+
+    def _unbeaten(self, task: str) -> list[str]:
+        if self.stats.pareto.empty:
+            return []
+        rows = self.stats.pareto[self.stats.pareto["task"] == task]
+        views = []
+        for column, word in (("front_forgetting", "retention"), ("front_params", "parameters"),
+                             ("front_train_seconds", "training time")):
+            names = [str(a) for a in rows.loc[rows[column].fillna(False).astype(bool), "arm"]]
+            if names:
+                views.append(f"{word}: {', '.join(names)}")
+        return [f"By their means no other arm is better on both gain and {'; '.join(views)}."] if views else []
 
     def _change(self, row: pd.Series) -> str:
         metric = str(row["metric"])
