@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,6 +70,6 @@ def correlate(
                          methods=methods, progress=progress)  # type: ignore[arg-type]
         run.write_table(result.layers, "layers.csv")
         save_result(run, result, fields={"counts": result.counts}, progress=progress)
-    shown = "spearman" if "spearman" in methods else "pearson"
+    shown: Literal["pearson", "spearman"] = "spearman" if "spearman" in methods else "pearson"
     console.print_table(result.strongest(15, shown), title=f"Strongest correlations over depth ({shown})")
     show(run, result)

@@ -134,7 +134,7 @@ def update_worths(attachment: Attachment, gates: Gates, batches: Sequence[Batch]
     with gated(attachment, gates):
         for batch in batches:
             gates.values = torch.full((len(gates.units),), float(at), device=device, requires_grad=True)
-            batch_loss(attachment, batch, plain=plain).backward()  # type: ignore[no-untyped-call]
+            batch_loss(attachment, batch, plain=plain).backward()
             grad = gates.values.grad
             rows.append(torch.zeros(len(gates.units)) if grad is None else grad.detach().cpu())
     return torch.stack(rows).double()

@@ -394,7 +394,7 @@ class _Run:
             group["lr"] = wanted.learning_rate * min(1.0, (self.step + 1) / _WARMUP_STEPS)
         self.optimizer.zero_grad(set_to_none=True)
         loss = batch_loss(self.attachment, self._batch(self.step, "train"), plain=self.plain)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.attachment.trainable.values(), _CLIP)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient became {norm.item()} in step {self.step + 1}; use a lower "
@@ -428,7 +428,7 @@ class _Run:
                 self.gates.values = torch.sigmoid(leaf)
                 loss = batch_loss(self.attachment, self._batch(own.steps, "scores"), plain=self.plain)
                 total = loss + wanted.penalty * self.gates.values.sum()
-                total.backward()  # type: ignore[no-untyped-call]
+                total.backward()
                 assert leaf.grad is not None
                 if not bool(torch.isfinite(leaf.grad).all()):
                     raise TrainingError("a gradient of the scores is not finite; use --dtype float32.")
