@@ -96,7 +96,7 @@ def gated(attachment: Attachment, gates: Gates) -> Iterator[Gates]:
 def _gated_forward(layer: Any, down: Tensor, up: Tensor, gates: Gates, index: int) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = layer.base_layer(x, *args, **kwargs)
-        update: Tensor = _GatedUpdate.apply(  # type: ignore[no-untyped-call]
+        update: Tensor = _GatedUpdate.apply(
             x, down.to(x.dtype), up.to(x.dtype), gates.values[index])
         return out + update.to(out.dtype)
     return forward
