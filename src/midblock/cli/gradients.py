@@ -80,7 +80,8 @@ def gradients(
         if profiled is not None:
             import pandas as pd
 
-            found["correlations"] = pd.concat([result.correlations(profiled, m) for m in ("pearson", "spearman")])
+            found["correlations"] = pd.concat([result.correlations(profiled, m) for m in ("pearson", "spearman")],
+                                              ignore_index=True)
             run.write_table(found["correlations"], "correlations.csv")
         return result
 
@@ -96,7 +97,7 @@ def gradients(
     console.print_table(wide.reset_index().rename(columns={"layer": "block"}), title="Gradients per block")
     if "correlations" in found:
         table = found["correlations"].dropna(subset=["r"])
-        strongest = table.reindex(table["r"].abs().sort_values(ascending=False).index).head(12)
+        strongest = table.sort_values("r", key=abs, ascending=False).head(12)
         console.print_table(strongest.drop(columns=["reason"]), title="Strongest correlations over depth")
     show(run, result, losses=result.losses, **found)
 

@@ -181,7 +181,7 @@ def batch_plan(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[
     Example:
         >>> batches = batch_plan([5, 9, 5, 9, 7], 2, seed=0)
         >>> [sorted(b) for b in batches]
-        [[0, 2], [1, 4], [3]]
+        [[0, 2], [3, 4], [1]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], sha256_of("row", str(seed), str(i))))
     return [order[lo:lo + batch_size] for lo in range(0, len(order), batch_size)]
