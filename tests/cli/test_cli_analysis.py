@@ -68,6 +68,8 @@ def _here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing of figures out (seconds a command) where a test looks at other things."""
+    for name in ("depth_lines", "heatmap", "lines", "segment_bars"):
+        monkeypatch.setattr(f"midblock.figures.{name}", lambda *args, **options: None)
     monkeypatch.setattr("midblock.report.save.save_figure", lambda figure, folder, name: [])
 
 
@@ -101,7 +103,10 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str,
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("command", SMALL)
-def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    # one small figure of the profile instead of its four large ones, which take longest here
+    monkeypatch.setattr("midblock.analysis.profile.FAMILIES", {"alignment": ("cosine",)})
     assert run(words(command, "--quiet")) == 0
     caught = capsys.readouterr()
     assert "out" in caught.out
@@ -376,8 +381,8 @@ def test_an_output_place_that_is_a_file(capsys: pytest.CaptureFixture[str]) -> N
     assert "is a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["profile", "lens", "swap", "gradients", "steer"])
-@pytest.mark.parametrize("full_at", ["run.json", "table.csv", ".svg"])
+@pytest.mark.parametrize(("command", "full_at"), [
+    *((c, name) for c in SMALL for name in ("run.json", "table.csv")), ("swap", ".svg")])
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(command: str, full_at: str, monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     rename = os.replace
