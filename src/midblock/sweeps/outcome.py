@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from midblock.figures import lines as line_figure
-from midblock.figures import scatter_pareto, segment_bars
+from midblock.figures import metric_label, scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
 from midblock.results import Interval, Table
 from midblock.sweeps.arms import BASE, Arm
@@ -113,10 +113,11 @@ class SweepResult:
         for arm in (BASE, *self.infos):
             own = [r for r in self.records if r.arm == arm and r.status == "done"
                    and r.learning_rate == stats.rates.get(arm)]
+            missing = "failed" if any(r.arm == arm for r in self.failed) else ""
             row: dict[str, Any] = {"arm": arm, "params": self.infos[arm].params if arm != BASE else 0}
             for task in stats.matrices:
                 found = stats.scores[(stats.scores["arm"] == arm) & (stats.scores["task"] == task)]
-                row[task] = "failed" if found.empty or math.isnan(found["value"].iloc[0]) else (
+                row[task] = missing if found.empty or math.isnan(found["value"].iloc[0]) else (
                     f"{found['value'].iloc[0]:.3f} [{found['low'].iloc[0]:.3f}, {found['high'].iloc[0]:.3f}]")
             means = _means(own)
             rows.append({**row, "tokens/s": means["tokens_per_second"], "seconds": means["seconds"],
@@ -164,9 +165,12 @@ class SweepResult:
         frame = pd.DataFrame(rows)
         if len(frame) < 3:
             return {}
-        metric = self.statistics.matrices[task].metric
-        return {f"depth-{name}": line_figure(frame, "depth", hue="segments", title=f"{task} over depth",
-                                             x_label="mean relative depth of the tuned segment", y_label=metric)}
+        matrix = self.statistics.matrices[task]
+        better = "higher" if matrix.higher_is_better else "lower"
+        return {f"depth-{name}": line_figure(
+            frame, "depth", hue="segments", title=f"{task} over depth",
+            x_label="mean relative depth of the tuned segment",
+            y_label=f"{metric_label(matrix.metric)}, {better} is better")}
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per run, task and item: ``arm``, ``learning_rate``, ``seed``, ``task``, ``item``, ``score``."""

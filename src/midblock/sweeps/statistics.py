@@ -388,12 +388,9 @@ def _compare(matrix: TaskMatrix, pairs: Sequence[tuple[str, str]], config: Sweep
     def share_a_seed(a: str, b: str) -> bool:
         return bool((~np.isnan(there[a]).any(axis=1) & ~np.isnan(there[b]).any(axis=1)).any())
 
-    usable = []
-    for a, b in pairs:
-        if a in there and b in there and share_a_seed(a, b):
-            usable.append((a, b))
-        else:
-            undefined.append(f"{matrix.task}: {a} against {b}: no seed in which both have scores")
+    usable = [(a, b) for a, b in pairs if a in there and b in there and share_a_seed(a, b)]
+    if left_out := [f"{a} against {b}" for a, b in pairs if (a, b) not in usable]:
+        undefined.append(f"{matrix.task}: no seed in which both have scores: {', '.join(left_out)}")
     if not usable:
         return pd.DataFrame()
     needed = {arm: scores for arm, scores in there.items() if arm != BASE or any(BASE in p for p in usable)}

@@ -194,7 +194,8 @@ class _Writer:
         if len(rows) < 2:
             return []
         top = rows.sort_values("best", ascending=False).head(3)
-        told = ", ".join(f"{self.arm(str(r['arm']))} in {r['best']:.0%}" for _, r in top.iterrows() if r["best"] > 0)
+        told = ", ".join(f"{self.arm(str(r['arm']))} in {r['best']:.0%}" for _, r in top.iterrows()
+                         if r["best"] >= 0.005)
         first = top.iloc[0]
         sure = "" if first["best"] >= self.confidence else " The data do not single out a best arm."
         return [f"Best under resampling of items and seeds: {told}.{sure}"]
@@ -206,8 +207,8 @@ class _Writer:
         for _, row in self.stats.inverted_u[self.stats.inverted_u["task"] == task].iterrows():
             how = "full-rank updates" if row["method"] == "full" else str(row["method"]).upper().replace("LORA", "LoRA")
             if row["p"] < self.alpha:
-                lines.append(f"Inverted U over the {row['segments']} segments ({how}): supported, the score rises and "
-                             f"then falls (p {_p(float(row['p']))}), peak near depth {row['peak']:.2f}.")
+                lines.append(f"Inverted U over the {row['segments']} segments ({how}): supported, arms get better "
+                             f"with depth and then worse (p {_p(float(row['p']))}), peak near depth {row['peak']:.2f}.")
             else:
                 lines.append(f"Inverted U over the {row['segments']} segments ({how}): NOT supported "
                              f"(p {_p(float(row['p']))}); the best single segment is {row['best']}.")
