@@ -41,7 +41,7 @@ class _Sizes:
     tokens: int = 16
     lens: int = 16
     swap: int = 12
-    tune: int = 176
+    tune: int = 144
     evaluate: int = 40
     retention: int = 24
 
