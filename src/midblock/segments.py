@@ -143,7 +143,7 @@ def blocks_from_spec(mask: str | None, blocks: str | Sequence[int] | None, num_b
     if isinstance(blocks, str):
         return parse_blocks(blocks, num_blocks)
     assert blocks is not None
-    chosen = sorted(set(int(b) for b in blocks))
+    chosen = sorted({int(b) for b in blocks})
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_blocks:
         raise BlockRangeError(
             f"blocks {list(blocks)} do not fit a model of {num_blocks} blocks (0-{num_blocks - 1})."

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import typer
-from sweep_helpers import tiny_values
 
 from midblock.cli import app as program
 from midblock.cli import sweep as command
 from midblock.sweeps import dump_config, parse_config
+from sweep_helpers import tiny_values
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def demo(
     out: Annotated[Path, typer.Option(
         "--out", metavar="DIR", help="Folder for everything that the demo writes; must be empty.")] = Path("demo"),
     scale: Annotated[float, typer.Option(
-        "--scale", metavar="X", min=0.05, help="Multiply samples and steps: 1 takes a few minutes on two cores.")] = 1.0,
+        "--scale", metavar="X", min=0.05, help="Multiply samples and steps: 1 takes minutes on two cores.")] = 1.0,
     dtype: Dtype = DtypeName.bfloat16,
     device: Device = "auto",
     seed: Seed = 0,
