@@ -8,6 +8,8 @@ side. Tokens are real ones: padding is not counted, as it is work without use. T
   epoch (which fills the prefix cache) and a cached epoch;
 * midblock 01100 without the cache, whose losses must be those of the cached run.
 
+Each contender runs in a process of its own, after a warm-up step, one after the other.
+
     python benchmarks/tune.py                   # about 5 minutes on 2 cores
     python benchmarks/tune.py --profile         # where the time goes, for TRL and for 01100
 """
@@ -19,10 +21,10 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ from midblock.segments import segment_blocks
 from midblock.tuning import PrefixCache, TrainSettings, attach, make_plan, train
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TRL_ALL, TRL_SAME = "TRL + PEFT, all blocks", "TRL + PEFT, blocks of 01100"
+UNCACHED = "midblock 01100, no cache"
 
 
 class Steps(TrainerCallback):
@@ -72,24 +76,6 @@ class Steps(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-@contextlib.contextmanager
-def peak() -> Iterator[Callable[[], float]]:
-    """Peak resident memory within the context in MiB (Linux can start the count anew)."""
-    reset = False
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        reset = True
-
-    def read() -> float:
-        if reset:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    return int(line.split()[1]) / 1024
-        return peak_memory_bytes() / 2**20
-
-    yield read
-
-
 def labels_of(row: TokenRow) -> list[int]:
     labels = [-100] * len(row.ids)
     for start, stop in row.supervised:
@@ -102,7 +88,7 @@ def run_trl(model: LoadedModel, rows: list[TokenRow], batch: int, steps: int, bl
     """TRL's SFTTrainer as its users call it, on rows that are already tokenised."""
     watch = Steps()
     data = Dataset.from_dict({"input_ids": [list(r.ids) for r in rows], "labels": [labels_of(r) for r in rows]})
-    with tempfile.TemporaryDirectory() as folder, peak() as memory:
+    with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             load_model(model.folder, dtype=model.dtype, check_finite=False).model, train_dataset=data,
             processing_class=model.tokenizer, callbacks=[watch],
@@ -124,9 +110,9 @@ def run_trl(model: LoadedModel, rows: list[TokenRow], batch: int, steps: int, bl
         # TRL prints a line a step
         with profiler or contextlib.nullcontext(), contextlib.redirect_stdout(sys.stderr):
             trainer.train()
-        used = memory()
     tokens, padded = watch.tokens[:steps], watch.padded[:steps]
-    return {"tokens/s": sum(tokens) / sum(watch.seconds), "padding": 1 - sum(tokens) / sum(padded), "memory": used,
+    rate = sum(tokens) / sum(watch.seconds)
+    return {"first": rate, "last": rate, "padding": 1 - sum(tokens) / sum(padded),
             "losses": watch.losses[:steps], "parameters": sum(
                 p.numel() for p in trainer.model.parameters() if p.requires_grad)}
 
@@ -135,20 +121,19 @@ def run_midblock(model: LoadedModel, rows: list[TokenRow], batch: int, mask: str
                  profiler: Any = None) -> dict[str, Any]:
     plan = make_plan(model, mask=mask)
     store, watch = PrefixCache.from_spec(cache), Steps()
-    with peak() as memory, attach(model, plan, seed=0) as attachment:
+    with attach(model, plan, seed=0) as attachment:
         if profiler is not None:  # a cached epoch
             train(attachment, rows, tokenizer=model.tokenizer, cache=store,
                   settings=TrainSettings(epochs=1, batch_size=batch))
         with profiler or contextlib.nullcontext():
             result = train(attachment, rows, tokenizer=model.tokenizer, cache=store, callbacks=[watch],
                            settings=TrainSettings(epochs=epochs, batch_size=batch))
-        used = memory()
     rates = []
     for epoch in range(epochs):
         own = [i for i, s in enumerate(result.steps) if s.epoch == epoch]
         rates.append(sum(result.steps[i].tokens for i in own) / sum(watch.seconds[i] for i in own))
     described = result.describe()
-    return {"first": rates[0], "last": rates[-1], "padding": described["padding_share"], "memory": used,
+    return {"first": rates[0], "last": rates[-1], "padding": described["padding_share"],
             "losses": result.losses, "parameters": plan.params, "rank": plan.rank}
 
 
@@ -162,6 +147,26 @@ def choose_rows(model: LoadedModel, spec: str, number: int, max_length: int) -> 
     rows = tokenize(data, model.tokenizer, max_length=max_length, supervised=True)
     labelled = sum(stop - start for r in rows for start, stop in r.supervised)
     return list(rows), f"{data.name}: {rows.summary()}, {labelled / rows.num_tokens:.0%} labelled"
+
+
+def contender(name: str, model: LoadedModel, rows: list[TokenRow], batch: int, steps: int) -> dict[str, Any]:
+    if name == TRL_ALL:
+        return run_trl(model, rows, batch, steps, None)
+    if name == TRL_SAME:
+        return run_trl(model, rows, batch, steps, segment_blocks("01100", model.anatomy.num_blocks))
+    mask = name.split()[1].removesuffix(",")
+    alone = name == UNCACHED
+    return run_midblock(model, rows, batch, mask, "none" if alone else "memory", 1 if set(mask) == {"1"} else 2)
+
+
+def in_fresh_process(name: str) -> dict[str, Any]:
+    """One contender with the same options; alone in a process, so that its peak memory is its own."""
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--only", name],
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -178,6 +183,7 @@ def main() -> None:
                         help="count the process's CPU seconds: fair on a busy machine, with --threads 1")
     parser.add_argument("--profile", action="store_true", help="profiler tables instead of the comparison")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--only", help="one contender, as JSON on the last line (used by the comparison)")
     options = parser.parse_args()
     if options.cpu_time:
         Steps.clock = staticmethod(time.process_time)
@@ -191,35 +197,31 @@ def main() -> None:
     if options.profile:
         show_profiles(model, rows, options.batch)
         return
-    middle = segment_blocks("01100", model.anatomy.num_blocks)
+    if options.only:
+        run_midblock(model, rows[:options.batch], options.batch, "00001", "none", 1)  # warm up
+        result = contender(options.only, model, rows, options.batch, steps)
+        print(json.dumps({**result, "memory": peak_memory_bytes() / 2**20}))
+        return
+    del model
+    masks = options.masks.split(",")
+    names = [TRL_ALL, TRL_SAME, *(f"midblock {m}" for m in masks)]
+    if "01100" in masks:
+        names.append(UNCACHED)
     lines: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-
-    def add(name: str, result: dict[str, Any], first: float, last: float) -> None:
-        found[name] = result
-        base = lines[0]["tokens/s, cached epoch"] if lines else last
-        same = found.get("TRL + PEFT, blocks of 01100", {}).get("tokens/s")
-        lines.append({"": name, "trainable": result["parameters"], "tokens/s, first epoch": round(first, 1),
-                      "tokens/s, cached epoch": round(last, 1), "x TRL all layers": round(last / base, 2),
-                      "x TRL 01100": round(last / same, 2) if same else None,
+    for name in names:
+        found[name] = result = in_fresh_process(name)
+        print(f"{name}: {result['last']:.0f} tokens/s", file=sys.stderr, flush=True)
+        lines.append({"": name, "trainable": result["parameters"], "tokens/s, first epoch": round(result["first"], 1),
+                      "tokens/s, cached epoch": round(result["last"], 1),
+                      "x TRL all blocks": round(result["last"] / found[TRL_ALL]["last"], 2),
+                      "x TRL 01100": round(result["last"] / found[TRL_SAME]["last"], 2) if TRL_SAME in found else None,
                       "padding": f"{result['padding']:.0%}", "peak MiB": round(result["memory"]),
                       "loss, first to last step": f"{result['losses'][0]:.3f} {result['losses'][-1]:.3f}"})
-        print(f"{name}: {last:.0f} tokens/s", file=sys.stderr, flush=True)
-
-    run_midblock(model, rows[:options.batch], options.batch, "00001", "none", 1)  # warm up
-    for name, blocks in (("TRL + PEFT, all blocks", None), ("TRL + PEFT, blocks of 01100", middle)):
-        result = run_trl(model, rows, options.batch, steps, blocks)
-        add(name, result, result["tokens/s"], result["tokens/s"])
-    for mask in options.masks.split(","):
-        result = run_midblock(model, rows, options.batch, mask, "memory", 1 if set(mask) == {"1"} else 2)
-        add(f"midblock {mask}", result, result["first"], result["last"])
-    if "midblock 01100" in found:
-        result = run_midblock(model, rows, options.batch, "01100", "none", 2)
-        add("midblock 01100, no cache", result, result["first"], result["last"])
-        pairs = zip(found["midblock 01100"]["losses"], result["losses"], strict=True)
-        worst = max(abs(a - b) / abs(b) for a, b in pairs)
     print_table(pd.DataFrame(lines))
-    if "midblock 01100" in found:
+    if UNCACHED in found:
+        worst = max(abs(a - b) / abs(b) for a, b in zip(found["midblock 01100"]["losses"], found[UNCACHED]["losses"],
+                                                        strict=True))
         print(f"Largest relative difference of a step's loss, cached against uncached: {worst:.2g}")
     if options.json:
         options.json.write_text(json.dumps({"data": described, "rows": lines, "losses": {
