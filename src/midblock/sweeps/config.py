@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -325,11 +325,10 @@ def _lines_of(error: ValidationError) -> list[str]:
 class _Loader(yaml.SafeLoader):
     """YAML in which 01100 is text (YAML 1.1 reads an octal number) and 5e-4 a number; no key twice."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
-        k: [r for r in v if r[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
-
+_Loader.yaml_implicit_resolvers = {
+    k: [r for r in v if r[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"),
                               list("-+0123456789"))
 _Loader.add_implicit_resolver(
