@@ -81,8 +81,8 @@ class CorrelationResult:
         return square
 
     def strongest(self, count: int = 10, method: Method = "spearman") -> pd.DataFrame:
-        """The pairs with the largest absolute correlation."""
-        part = self.pairs[(self.pairs["method"] == method) & self.pairs["r"].notna()]
+        """The pairs with the largest absolute correlation below 1 (1: one quantity on two scales)."""
+        part = self.pairs[(self.pairs["method"] == method) & (self.pairs["r"].abs() < 1 - 1e-9)]
         order = part["r"].abs().sort_values(ascending=False, kind="stable").index
         return part.loc[order].head(count).drop(columns=["method", "reason"]).reset_index(drop=True)
 
