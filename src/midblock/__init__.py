@@ -16,6 +16,14 @@ _EXPORTS = {
     "load_data": "midblock.data",
     "segment_blocks": "midblock.segments",
     "profile": "midblock.analysis.profile",
+    "profile_seeds": "midblock.analysis.stability",
+    "weights": "midblock.analysis.weights",
+    "lens": "midblock.analysis.lens",
+    "swap": "midblock.analysis.swap",
+    "merge": "midblock.analysis.merge",
+    "gradients": "midblock.analysis.gradients",
+    "steer": "midblock.analysis.steer",
+    "correlate": "midblock.analysis.correlate",
     "tune": "midblock.tuning",
     "make_plan": "midblock.tuning",
     "lora_config": "midblock.tuning",
@@ -28,7 +36,15 @@ _MODULES = ("metrics", "stats")
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
+    from midblock.analysis.correlate import correlate as correlate
+    from midblock.analysis.gradients import gradients as gradients
+    from midblock.analysis.lens import lens as lens
+    from midblock.analysis.merge import merge as merge
     from midblock.analysis.profile import profile as profile
+    from midblock.analysis.stability import profile_seeds as profile_seeds
+    from midblock.analysis.steer import steer as steer
+    from midblock.analysis.swap import swap as swap
+    from midblock.analysis.weights import weights as weights
     from midblock.data import load_data as load_data
     from midblock.evaluation import evaluate as evaluate
     from midblock.models import find_anatomy as find_anatomy
