@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from analysis_helpers import loaded, tiny_data
 from families import DECODER_ONLY
 from midblock.analysis.lens import TWICE, lens
 from midblock.capture import model_inputs, run_blocks
+from midblock.capture.scoring import chunks_of_all_logits
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import SettingsError
+from midblock.models import find_anatomy
 
 
 def one_sample_batches(model, data, max_length=64):
@@ -68,6 +72,33 @@ def test_every_hidden_and_metric_equals_the_slow_way():
     for (h, metric, side), values in want.items():
         row = frame[(frame.layer == h) & (frame.metric == metric) & (frame.side == side)]
         assert row["value"].item() == pytest.approx(sum(values) / 5, rel=1e-3, abs=1e-6), (h, metric, side)
+
+
+@pytest.mark.parametrize("earlier_code", [False, True])
+def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, earlier_code):
+    """Blocks before the first tuned one give both models the same states, and one head serves both."""
+    base = loaded("llama")
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.3)
+    sft = replace(base, model=model, anatomy=find_anatomy(model))
+    settings = {"data": tiny_data(4), "samples": 4, "max_length": 64, "batch_size": 4, "earlier_code": earlier_code}
+    sides = []
+
+    def counted(read_outs, rows, vocab):
+        sides.append(sorted(rows))
+        return chunks_of_all_logits(read_outs, rows, vocab)
+
+    monkeypatch.setattr("midblock.analysis.lens.chunks_of_all_logits", counted)
+    shared = lens(base, sft, **settings).frame
+    twice = [f"base{TWICE}", f"sft{TWICE}"] if earlier_code else []
+    assert sides == [["base"]] * 3 + [["base", "sft"], sorted(["base", "sft", *twice])]
+    monkeypatch.setattr("midblock.analysis.lens.shared_read_outs", lambda models: (0, 1))
+    alone = lens(base, sft, **settings).frame
+    assert shared[["layer", "metric", "side"]].equals(alone[["layer", "metric", "side"]])
+    assert shared["value"].tolist() == pytest.approx(alone["value"].tolist(), rel=1e-6, abs=1e-6, nan_ok=True)
+    assert (shared[(shared.metric == "kl") & (shared.layer < 3)]["value"] == 0).all()
+    assert (shared[(shared.metric == "kl") & (shared.layer >= 3)]["value"] > 1e-6).all()
 
 
 def test_perplexity_is_the_exponential_of_the_loss_and_differences_are_paired():

@@ -13,7 +13,7 @@ from midblock.analysis.swap import cumulative_masks, swap, swap_blocks
 from midblock.capture import model_inputs, next_token_scores, run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError
-from midblock.models import find_anatomy
+from midblock.models import SharedParts, find_anatomy
 from midblock.segments import segment_blocks
 
 
@@ -119,7 +119,8 @@ def test_equal_heads_are_scored_once_and_different_ones_are_not(pair, monkeypatc
     monkeypatch.setattr("midblock.analysis.swap.next_token_scores", counted)
     settings = {"data": tiny_data(4), "masks": ("10", "01"), "samples": 4, "batch_size": 4, "max_length": 64}
     frame = swap(base, adapter_tuned, **settings).frame
-    assert len(calls) == 2 * 3
+    # base, sft and the two halves joined either way: the first half of sft in base is the second of base in sft
+    assert len(calls) == 4
     by_head = frame[frame.side != "difference"].set_index(["recipient", "layer", "metric", "side", "head"])["value"]
     assert (by_head.xs("base", level="head") == by_head.xs("sft", level="head")).all()
     changed = frame[(frame.side == "difference") & (frame.metric == "loss")]["value"]
@@ -127,6 +128,54 @@ def test_equal_heads_are_scored_once_and_different_ones_are_not(pair, monkeypatc
     calls.clear()
     swap(base, sft, **settings)
     assert len(calls) == 2 * 3 * 2
+
+
+def tuned_middle(base, blocks):
+    """A copy of the model with other weights in these blocks only."""
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for b in blocks:
+            model.model.layers[b].mlp.up_proj.weight.mul_(1.3)
+    return replace(base, model=model, anatomy=find_anatomy(model))
+
+
+def test_segments_that_tuning_left_alone_are_not_run_again(pair, monkeypatch):
+    base, _ = pair
+    sft = tuned_middle(base, [1])
+    begun = []
+
+    def counted(*args, **kwargs):
+        begun.append(kwargs["start"])
+        return run_blocks(*args, **kwargs)
+
+    monkeypatch.setattr("midblock.analysis.swap.run_blocks", counted)
+    data = tiny_data(4)
+    frame = swap(base, sft, data=data, segments=4, samples=4, batch_size=4, max_length=64).frame
+    assert begun == [0, 1]  # the base, and the tuned model from the only block that differs
+    for recipient, donor, mask, blocks in (("base", "sft", "0100", [1]), ("base", "sft", "1000", [0]),
+                                           ("sft", "base", "0100", [1]), ("sft", "base", "0001", [3])):
+        models = {"base": base, "sft": sft}
+        want = copied_loss(models[recipient], models[donor], blocks, base, data.sample(4, 0))
+        row = frame[(frame.recipient == recipient) & (frame["head"] == recipient) & (frame.layer == mask)
+                    & (frame.metric == "loss") & (frame.side == recipient)]
+        assert row["value"].item() == pytest.approx(sum(want) / len(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_the_plan_of_runs_gives_the_same_scores_as_runs_from_the_start(pair, monkeypatch, cumulative):
+    base, other = pair
+    stages = [base, tuned_middle(base, [1, 2]), other]
+    settings = {"data": tiny_data(5), "names": ["base", "sft", "dpo"], "segments": 4, "samples": 5, "batch_size": 2,
+                "max_length": 64, "cumulative": cumulative}
+    shared = swap(stages, **settings).frame
+    monkeypatch.setattr("midblock.analysis.swap.shared_parts", lambda models: SharedParts(
+        (0, 1, 2), tuple((i,) * 4 for i in range(3)), (0, 1, 2)))
+    alone = swap(stages, **settings).frame
+    columns = ["layer", "metric", "side", "recipient", "donor", "head"]
+    merged = shared.merge(alone, on=columns, how="outer", indicator=True)
+    assert (merged["_merge"] == "both").all()
+    torch.testing.assert_close(torch.tensor(merged["value_x"].to_numpy()), torch.tensor(merged["value_y"].to_numpy()),
+                               rtol=1e-6, atol=1e-6)
 
 
 def test_a_mask_that_does_not_fit_is_refused(pair):

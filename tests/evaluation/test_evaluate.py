@@ -33,8 +33,8 @@ from midblock.evaluation import (
     write_lm_eval_files,
     write_result,
 )
-from midblock.evaluation.evaluate import _exact_match, _humaneval
 from midblock.evaluation.harness import MemoryLM, StopRows, run_lm_eval
+from midblock.evaluation.run import _exact_match, _humaneval
 from midblock.models import LoadedModel, find_anatomy
 from midblock.progress import silent
 from midblock.results import Interval

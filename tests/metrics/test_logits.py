@@ -23,7 +23,7 @@ def logits() -> torch.Tensor:
 
 def test_token_statistics_equal_a_loop(logits):
     target = torch.arange(7)
-    found = metrics.token_statistics(logits, target)
+    found = metrics.token_statistics(metrics.distribution(logits), target)
     for i, row in enumerate(logits.double().numpy()):
         p = softmax(row)
         assert found.loss[i].item() == pytest.approx(-math.log(p[i]), rel=1e-5)
@@ -35,7 +35,7 @@ def test_token_statistics_equal_a_loop(logits):
 def test_certain_prediction_has_no_loss_and_no_entropy():
     logits = torch.full((1, 9), -1e4)
     logits[0, 3] = 50.0
-    found = metrics.token_statistics(logits, torch.tensor([3]))
+    found = metrics.token_statistics(metrics.distribution(logits), torch.tensor([3]))
     assert found.loss.item() == 0
     assert found.entropy.item() == pytest.approx(0, abs=1e-6)
     assert found.rank.item() == 0
@@ -43,17 +43,37 @@ def test_certain_prediction_has_no_loss_and_no_entropy():
 
 def test_kl_equals_a_loop_and_is_zero_on_itself(logits):
     other = logits.flip(0) * 0.5
-    found = metrics.kl_divergence(logits, other)
+    found = metrics.kl_divergence(metrics.distribution(logits), metrics.distribution(other))
     for i in range(7):
         p, q = softmax(logits[i].double().numpy()), softmax(other[i].double().numpy())
         assert found[i].item() == pytest.approx(sum(p * np.log(p / q)), rel=1e-4)
-    assert metrics.kl_divergence(logits, logits).abs().max().item() < 1e-5
+    own = metrics.distribution(logits)
+    assert metrics.kl_divergence(own, own).abs().max().item() < 1e-5
 
 
 @pytest.mark.parametrize(("vocab", "k"), [(50, 5), (5000, 10), (4999, 3), (64 * 40, 10)])
 def test_top_k_is_exact(vocab, k):
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
-    assert torch.equal(metrics.top_k(logits, k), logits.topk(k, dim=1).indices)
+    assert torch.equal(metrics.top_k(metrics.distribution(logits), k), logits.topk(k, dim=1).indices)
+
+
+@pytest.mark.parametrize("vocab", [70, 5000, 64 * 40])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_of_equal_logits_the_lower_index_comes_first(vocab, scale):
+    """Half-precision logits are full of ties; the order must not depend on how a kernel walks the row."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(50, vocab, generator=generator) * scale).bfloat16().float()
+    sorted_stably = logits.sort(dim=1, descending=True, stable=True).indices
+    of = metrics.distribution(logits)
+    assert any(len(set(row.tolist())) < 10 for row in logits.gather(1, sorted_stably[:, :10]))
+    assert torch.equal(metrics.top_k(of, 10), sorted_stably[:, :10])
+    assert torch.equal(metrics.top_k(of, 1)[:, 0], logits.argmax(dim=1))
+
+
+def test_top_k_sees_the_short_last_group_and_not_behind_it():
+    logits = torch.full((1, 64 * 50 + 3), -math.inf)
+    logits[0, -1], logits[0, 5] = 2.0, 1.0
+    assert metrics.top_k(metrics.distribution(logits), 2).tolist() == [[64 * 50 + 2, 5]]
 
 
 def test_top_k_overlap_counts_common_tokens():

@@ -26,7 +26,7 @@ from midblock.capture import counted_positions, sample_means
 from midblock.capture.scoring import chunks_of_all_logits
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
-from midblock.models import LoadedModel
+from midblock.models import LoadedModel, shared_read_outs
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
 
@@ -86,6 +86,7 @@ class _Readouts:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
         self.last = next(iter(stages.values())).anatomy.num_blocks
+        self._read_outs = dict(zip(stages, shared_read_outs([m.anatomy for m in stages.values()]), strict=True))
         sides = list(stages) + ([s + TWICE for s in stages] if settings.earlier_code else [])
 
         def empty() -> Tensor:
@@ -114,8 +115,10 @@ class _Readouts:
             for stage, model in self._stages.items():
                 rows[stage + TWICE] = rows[stage]
                 read_outs[stage + TWICE] = lambda z, own=model.anatomy: own.read_out(own.normed(z))  # type: ignore[misc]
-        for part, logits in chunks_of_all_logits(read_outs, rows, vocab):
-            self._chunk(logits, target[part], got, tops)
+        twins = self._twins(rows)
+        alone = {side: rows[side] for side in dict.fromkeys(twins.values())}
+        for part, logits in chunks_of_all_logits({side: read_outs[side] for side in alone}, alone, vocab):
+            self._chunk(logits, twins, target[part], got, tops)
         place = torch.tensor([self.place[i] for i in batch.indices])
         for key, parts in got.items():
             means, counts = sample_means(row, torch.cat(parts), len(batch.indices))
@@ -126,35 +129,40 @@ class _Readouts:
                 for stage, parts in tops.items():
                     self.traces[f"{sample}|{h}|{stage}"] = torch.cat(parts)[row == position].to("cpu")
 
-    def _chunk(self, logits: Mapping[str, Tensor], target: Tensor, got: dict[str, list[Tensor]],
-               tops: dict[str, list[Tensor]]) -> None:
-        weights, norms = {}, {}
-        for side, values in logits.items():
-            weights[side], norms[side] = metrics.log_normalizer(values)
-            self._own(side, values, target, got, weights[side], norms[side])
-        if not self._pairs and not self.traced:
-            return
-        # alone, a model needs its most likely token only, for the trace
+    def _twins(self, rows: Mapping[str, Tensor]) -> dict[str, str]:
+        """Side -> the first side with the same states and the same read-out: before the first tuned block, say."""
+        def same(a: str, b: str) -> bool:
+            owners = {self._read_outs[side.removesuffix(TWICE)] for side in (a, b)}
+            return (a.endswith(TWICE) == b.endswith(TWICE) and len(owners) == 1
+                    and rows[a].device == rows[b].device and torch.equal(rows[a], rows[b]))
+        found: dict[str, str] = {}
+        for side in rows:
+            found[side] = next((own for own in dict.fromkeys(found.values()) if same(own, side)), side)
+        return found
+
+    def _chunk(self, logits: Mapping[str, Tensor], twins: Mapping[str, str], target: Tensor,
+               got: dict[str, list[Tensor]], tops: dict[str, list[Tensor]]) -> None:
+        # alone, a model needs its most likely token only
         size = self._settings.top_k if self._pairs else 1
-        best = {s: metrics.top_k(logits[s], size) for s in self._stages}
-        for stage, lists in best.items():
-            tops[stage].append(lists[:, 0])
+        each = {side: metrics.distribution(values) for side, values in logits.items()}
+        tops_of = {side: metrics.top_k(of, size if side in self._stages else 1) for side, of in each.items()}
+        scored = {side: metrics.token_statistics(of, target) for side, of in each.items()}
+        found = {side: each[own] for side, own in twins.items()}
+        best = {side: tops_of[own] for side, own in twins.items()}
+        for side, twin in twins.items():
+            own = scored[twin]
+            for metric, value in (("loss", own.loss), ("accuracy", (best[side][:, 0] == target).float()),
+                                  ("entropy", own.entropy), ("gold_probability", own.probability),
+                                  ("gold_rank", own.rank.float())):
+                got.setdefault(f"{metric}|{side}", []).append(value)
+        for stage in self._stages:
+            tops[stage].append(best[stage][:, 0])
         for later, earlier in self._pairs:
             side = side_of((later, earlier))
-            kl = metrics.kl_divergence(logits[earlier], logits[later], weights_p=weights[earlier],
-                                       log_norm_p=norms[earlier], log_norm_q=norms[later])
-            got.setdefault(f"kl|{side}", []).append(kl)
+            got.setdefault(f"kl|{side}", []).append(metrics.kl_divergence(found[earlier], found[later]))
             got.setdefault(f"top1_agreement|{side}", []).append(
                 (best[later][:, 0] == best[earlier][:, 0]).float())
             got.setdefault(f"top_k_overlap|{side}", []).append(metrics.top_k_overlap(best[later], best[earlier]))
-
-    def _own(self, side: str, logits: Tensor, target: Tensor, got: dict[str, list[Tensor]], weights: Tensor,
-             norm: Tensor) -> None:
-        found = metrics.token_statistics(logits, target, weights=weights, log_norm=norm)
-        for metric, value in (("loss", found.loss), ("accuracy", (found.rank == 0).float()),
-                              ("entropy", found.entropy), ("gold_probability", found.probability),
-                              ("gold_rank", found.rank.float())):
-            got.setdefault(f"{metric}|{side}", []).append(value)
 
     def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
         rows = [self.place[s] for s in samples if s in self.place]

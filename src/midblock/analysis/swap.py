@@ -2,8 +2,9 @@
 
 Nothing is copied: a swapped block is the other model's block, called in its place
 (`swap_blocks`). A swap leaves everything before its first block unchanged, so it is run from
-there on the recipient's own hidden states (`midblock.capture.resume_at`), and both heads
-read the same last hidden state. K single swaps thus cost (K+1)/2 body passes instead of 2K.
+there on hidden states already computed (`midblock.capture.resume_at`), and both heads
+read the same last hidden state. K single swaps thus cost (K+1)/2 body passes instead of 2K, and fewer where
+the tuning left blocks, embeddings or head alone (`midblock.models.shared_parts`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage
 from midblock.capture import forwards_replaced, next_token_scores, run_blocks, sample_means, verify_resume
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
-from midblock.models import Anatomy, LoadedModel
+from midblock.models import Anatomy, LoadedModel, SharedParts, shared_parts
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import all_masks_single, segment_blocks
@@ -192,71 +193,97 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     if not encoded.rows:
         raise DataError(f"{dataset.source}: no sample has the 2 tokens that a next-token score needs.")
     batches = make_batches(encoded.rows, batch_size=chosen.batch_size, pad_id=pad_token_id(tokenizer))
-    pairs = comparisons(keys)
-    directions = [d for later, earlier in pairs for d in ((earlier, later), (later, earlier))]
+    directions = [d for later, earlier in comparisons(keys) for d in ((earlier, later), (later, earlier))]
     nothing = "0" * len(next(iter(masks)))
     place = {row.index: i for i, row in enumerate(encoded.rows)}
+    parts = shared_parts([m.anatomy for m in models])
+    runs = _plan(parts, keys, directions, {nothing: [], **masks})
     scores: dict[tuple[str, str, str, str, str], np.ndarray[Any, Any]] = {}
-    per_batch = len(directions) * (num_blocks + sum(num_blocks - blocks[0] for blocks in masks.values()))
+    per_batch = sum(num_blocks - run.start for run in runs)
     done = 0
 
-    with torch.inference_mode():
-        shared = {frozenset(pair): _same_head(*(by_name[name].anatomy for name in pair)) for pair in pairs}
-
-    def keep(key: tuple[str, str, str], batch: Batch, last: Tensor, heads: Sequence[str]) -> None:
-        found = None
+    def keep(run: _Run, batch: Batch, last: Tensor) -> None:
         rows = [place[i] for i in batch.indices]
-        for head in heads:
-            anatomy = by_name[head].anatomy
-            if found is None or not shared[frozenset(heads)]:  # equal heads give equal scores
-                found = next_token_scores(anatomy.read_out, last, batch, anatomy.vocab_size)
-            for metric, value in (("loss", found.loss), ("accuracy", found.correct.float())):
-                array = scores.setdefault((*key, head, metric), np.full(len(place), np.nan))
-                array[rows] = sample_means(found.row, value, len(batch.indices))[0].cpu().numpy()
+        found: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
+        for recipient, donor, mask in run.serves:
+            for head in (recipient, donor):
+                owner = parts.read_outs[keys.index(head)]
+                if owner not in found:
+                    anatomy = by_name[head].anatomy
+                    read = next_token_scores(anatomy.read_out, last.to(by_name[head].device),
+                                             batch.to(by_name[head].device), anatomy.vocab_size)
+                    found[owner] = {metric: sample_means(read.row, value, len(batch.indices))[0].cpu().numpy()
+                                    for metric, value in (("loss", read.loss), ("accuracy", read.correct.float()))}
+                for metric, means in found[owner].items():
+                    array = scores.setdefault((recipient, donor, mask, head, metric), np.full(len(place), np.nan))
+                    array[rows] = means
 
     with torch.inference_mode():
         for batch in batches:
-            for recipient, donor in directions:
-                own = by_name[recipient]
+            states: dict[tuple[int, int], Tensor] = {}  # (run, hidden) -> what a later run resumes from
+            for number, run in enumerate(runs):
+                own = by_name[run.recipient]
                 here = batch.to(own.device)
-                starts = {blocks[0] for blocks in masks.values()}
-                states: dict[int, Tensor] = {}
+                wanted = {later.start for later in runs if later.source == number}
 
-                def remember(h: int, z: Tensor, states: dict[int, Tensor] = states, wanted: set[int] = starts) -> None:
+                def remember(h: int, z: Tensor, number: int = number, wanted: set[int] = wanted,
+                             states: dict[tuple[int, int], Tensor] = states) -> None:
                     if h in wanted:
-                        states[h] = z
+                        states[number, h] = z
 
-                last = run_blocks(own.model, own.anatomy, here, listener=remember)
-                heads = (recipient, donor)
-                keep((recipient, donor, nothing), here, last, heads)
-                done += num_blocks
-                for mask, blocks in masks.items():
-                    with swap_blocks(own.anatomy, by_name[donor].anatomy, blocks):
-                        last = run_blocks(own.model, own.anatomy, here, start=blocks[0], hidden=states[blocks[0]])
-                    keep((recipient, donor, mask), here, last, heads)
-                    done += num_blocks - blocks[0]
-                progress("swap", done, per_batch * len(batches), note=f"{donor} in {recipient}")
+                before = states[run.source, run.start].to(own.device) if run.source is not None else None
+                with swap_blocks(own.anatomy, by_name[run.donor].anatomy, run.blocks):
+                    last = run_blocks(own.model, own.anatomy, here, start=run.start, hidden=before, listener=remember)
+                keep(run, batch, last)
+                states = {(i, h): z for (i, h), z in states.items()
+                          if any(later.source == i and later.start == h for later in runs[number + 1:])}
+                done += num_blocks - run.start
+                progress("swap", done, per_batch * len(batches), note=f"{run.donor} in {run.recipient}")
     table = _table(scores, [nothing, *masks], nothing, chosen)
     for row in table.rows:
         row["data"] = dataset.name
     return SwapResult(table, keys, chosen, {"samples": len(place), **encoded.describe()})
 
 
-def _same_head(a: Anatomy, b: Anatomy) -> bool:
-    """Whether final norm and head of two models have the same weights (adapters leave them alone)."""
-    parts = ((a.final_norm, b.final_norm), (a.head, b.head))
-    for own, other in parts:
-        if own is None or other is None:
-            if own is not other:
-                return False
-            continue
-        left, right = own.state_dict(), other.state_dict()
-        if left.keys() != right.keys() or not all(torch.equal(left[k], right[k].to(left[k].device)) for k in left):
-            return False
-    # equal weights; a soft cap, a scale or a bias outside them shows in any state
-    probe = torch.randn(4, a.hidden_size, generator=torch.Generator().manual_seed(0))
-    seen = [anatomy.read_out(probe.to(next(anatomy.head.parameters()))) for anatomy in (a, b)]
-    return torch.equal(seen[0], seen[1].to(seen[0].device))
+@dataclass
+class _Run:
+    """One chain of blocks that is really run, and every swap that it answers."""
+
+    recipient: str
+    donor: str
+    blocks: list[int]
+    parts: tuple[int, ...]
+    """Whose input and blocks are run, as numbers of `SharedParts`."""
+    serves: list[tuple[str, str, str]]
+    """(recipient, donor, mask)."""
+    source: int | None = None
+    """The earlier run with the longest common beginning."""
+    start: int = 0
+
+
+def _plan(parts: SharedParts, keys: Sequence[str], directions: Sequence[tuple[str, str]],
+          masks: Mapping[str, Sequence[int]]) -> list[_Run]:
+    """The fewest block runs: equal chains once, every other one from where it leaves an earlier one.
+
+    Blocks that two models have in common make swaps equal (a segment that the tuning left alone) or
+    let one model's run begin behind them.
+    """
+    runs: dict[tuple[int, ...], _Run] = {}
+    for recipient, donor in directions:
+        own, other = keys.index(recipient), keys.index(donor)
+        for mask, blocks in masks.items():
+            swapped = set(blocks)
+            chain = (parts.inputs[own], *(b[other if i in swapped else own]
+                                          for i, b in enumerate(zip(*parts.blocks, strict=True))))
+            run = runs.setdefault(chain, _Run(recipient, donor, list(blocks), chain, []))
+            run.serves.append((recipient, donor, mask))
+    made = list(runs.values())
+    for number, run in enumerate(made):
+        for i, earlier in enumerate(made[:number]):
+            common = next(n for n, (a, b) in enumerate(zip(run.parts, earlier.parts, strict=True)) if a != b)
+            if common - 1 > run.start:  # the first part is the input: hidden h stands behind h + 1 parts
+                run.source, run.start = i, common - 1
+    return made
 
 
 def _table(scores: Mapping[tuple[str, str, str, str, str], np.ndarray[Any, Any]], masks: Sequence[str], nothing: str,

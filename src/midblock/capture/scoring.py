@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from midblock import metrics
 from midblock.data import Batch
 
 __all__ = ["TokenScores", "chunk_rows", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows",
@@ -19,9 +20,9 @@ __all__ = ["TokenScores", "chunk_rows", "chunks_of_all_logits", "chunks_of_logit
 
 # The head is read out for many positions at once (its weights are streamed from memory each time), but a pass
 # over logits is bound by memory: a CPU works on so few rows that their float32 logits stay in its cache.
-_HEAD_NUMBERS = 1 << 23
+_HEAD_NUMBERS = 3 << 22
 _HEAD_ROWS = 128
-_CACHED_NUMBERS = 1 << 20
+_CACHED_NUMBERS = 3 << 18
 _ACCELERATOR_NUMBERS = 1 << 24
 
 
@@ -82,13 +83,6 @@ def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], ro
             yield slice(start, stop), {name: all_of[start - lo:stop - lo].float() for name, all_of in logits.items()}
 
 
-def _count_of_tops(logits: Tensor, top: Tensor) -> Tensor:
-    """How many entries of each row (n, V) equal the row's ``top`` (n, 1), as float32."""
-    # summing 0 and 1 as float32 is several times faster than counting booleans; 1 or more is all that is asked
-    equal = torch.eq(logits.detach(), top.detach(), out=torch.empty_like(logits, requires_grad=False))
-    return equal.sum(dim=1)
-
-
 @dataclass
 class TokenScores:
     """Scores of every counted position of a batch, flat in (row, position) order.
@@ -120,16 +114,10 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     for part, logits in chunks_of_logits(read_out, rows, vocab_size):
-        gold = logits.gather(1, target[part, None])
-        top = logits.amax(dim=1, keepdim=True)
-        best = gold.squeeze(1) == top.squeeze(1)
-        if bool(best.any()):
-            # the first of equal maxima wins, as argmax does; only rows with a tie need the (slow) argmax
-            tied = best & (_count_of_tops(logits, top) > 1)
-            if bool(tied.any()):
-                best[tied] = logits[tied].argmax(dim=1) == target[part][tied]
-        correct[part] = best
-        loss[part] = ((logits - top).exp_().sum(dim=1).log_() + (top - gold).squeeze(1)).clamp_min_(0)
+        of = metrics.distribution(logits)
+        gold = logits.gather(1, target[part, None]).squeeze(1)
+        correct[part] = metrics.top_k(of, 1)[:, 0] == target[part]
+        loss[part] = (of.log_norm - gold).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 
 

@@ -3,7 +3,6 @@
 `evaluate` scores one model on one task; `compare` pairs two results by item; `TASKS` lists the tasks.
 """
 
-from midblock.evaluation.evaluate import check_options, evaluate, model_limit
 from midblock.evaluation.outcome import (
     Comparison,
     EvalResult,
@@ -15,6 +14,7 @@ from midblock.evaluation.outcome import (
     write_lm_eval_files,
     write_result,
 )
+from midblock.evaluation.run import check_options, evaluate, model_limit
 from midblock.evaluation.sandbox import Outcome, run_program
 from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
 

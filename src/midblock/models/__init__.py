@@ -31,6 +31,7 @@ from midblock.models.load import (
     resolve_dtype,
 )
 from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
+from midblock.models.sharing import SharedParts, shared_parts, shared_read_outs
 
 __all__ = [
     "Anatomy",
@@ -38,6 +39,7 @@ __all__ = [
     "KnownPair",
     "LoadedModel",
     "Projection",
+    "SharedParts",
     "attention_of",
     "check_fit",
     "check_read_out",
@@ -56,6 +58,8 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "save_checkpoint",
+    "shared_parts",
+    "shared_read_outs",
     "split_fused",
     "stages_of",
     "text_config",
