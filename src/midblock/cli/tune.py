@@ -222,7 +222,9 @@ def _run(model: str, data: str, plan: Plan | None, plan_options: dict[str, Any],
     console.say(f"\nAdapter: {result.adapter}" if result.adapter else "")
     if result.merged:
         console.say(f"Merged checkpoint: {result.merged} (logits differ from the trained model's by up to "
-                    f"{result.merge_difference:.3g})")
+                    f"{result.merge_difference:.3g}"
+                    + ("" if loaded.dtype.itemsize > 2 else "; half precision rounds merged weights and sums anew")
+                    + ")")
     console.say(f"Table, figures and settings: {run.path}\nScore it: midblock evaluate "
                 f"{result.adapter or result.merged} --task arithmetic")
     console.emit_json({"run": run.run, "summary": result.summary(), "plan": solved.to_dict(),

@@ -99,7 +99,7 @@ class LoadedModel:
             "model_type": self.anatomy.causal_lm.config.model_type,
             "blocks": self.anatomy.num_blocks, "hidden_size": self.anatomy.hidden_size,
             "vocab_size": self.anatomy.vocab_size, "tied_head": self.anatomy.tied,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.anatomy.causal_lm.num_parameters(),
             "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device),
             "adapter": None if self.adapter is None else str(self.adapter), "notes": list(self.notes),
         }

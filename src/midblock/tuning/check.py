@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from midblock.errors import AdapterError
@@ -127,8 +128,8 @@ def _updates(attachment: Attachment) -> list[ModuleUpdate]:
     if attachment.is_peft:
         for module in attachment.plan.modules:
             layer: Any = attachment.base.get_submodule(module.name)
-            delta = merged_weight(layer) - layer.base_layer.weight.detach().float()
-            found.append(_update(module.name, module.block, module.kind, delta, layer.base_layer.weight))
+            weight = base_weight(layer)
+            found.append(_update(module.name, module.block, module.kind, merged_weight(layer) - weight, weight))
         return found
     for name, parameter in attachment.trainable.items():
         block = attachment.anatomy.block_of(name)
@@ -144,10 +145,18 @@ def _update(name: str, block: int, kind: str, delta: Tensor, weight: Tensor) -> 
     return ModuleUpdate(name, block, kind, norm, norm / size if size else norm)
 
 
+def base_weight(layer: Any) -> Tensor:
+    """Weight under a PEFT layer in float32; a quantised one is what its products compute with."""
+    weight: Tensor = layer.base_layer.weight
+    if not weight.is_floating_point():
+        weight = dequantize_module_weight(layer.base_layer)
+    return weight.detach().float()
+
+
 def merged_weight(layer: Any) -> Tensor:
     """Weight of a PEFT LoRA or DoRA layer with its adapter, in float32 and in the base's layout."""
     name = layer.active_adapters[0]
-    weight: Tensor = layer.base_layer.weight.detach().float()
+    weight = base_weight(layer)
     delta: Tensor = layer.get_delta_weight(name).detach().float()
     if name not in layer.lora_variant:
         return weight + delta

@@ -248,16 +248,10 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def _anatomy_of(model: nn.Module | Anatomy | LoadedModel) -> tuple[Anatomy, int]:
-    """Anatomy and parameter count of a model, of a `LoadedModel`, or of an anatomy."""
-    if isinstance(model, Anatomy):
-        return model, _count(model.causal_lm)
-    if isinstance(model, LoadedModel):
-        return model.anatomy, _count(model.anatomy.causal_lm)
-    return find_anatomy(model), _count(model)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    """Anatomy and parameter count (4-bit weights count as what they stand for) of any form of a model."""
+    anatomy = model if isinstance(model, Anatomy) else (
+        model.anatomy if isinstance(model, LoadedModel) else find_anatomy(model))
+    return anatomy, anatomy.causal_lm.num_parameters()
 
 
 def _found(parts: Mapping[str, Projection]) -> str:

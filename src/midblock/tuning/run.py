@@ -166,7 +166,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, *, plan: Pla
                          budget=budget, target_modules=target_modules, method=method, scale=scale,
                          alpha_over_rank=alpha_over_rank, alpha=alpha)
     plan = require_plan_fits(plan, loaded)
-    _check_exports(plan, merge, pad_rank)
+    _check_exports(plan, loaded, merge, pad_rank)
     rows, data_name = _token_rows(data, loaded, samples, max_length, chat, all_tokens, settings.seed)
     held = (None if eval_data is None else
             _token_rows(eval_data, loaded, eval_samples, max_length, chat, all_tokens, settings.seed, "test")[0])
@@ -254,6 +254,11 @@ def load_4bit(spec: str, **options: Any) -> LoadedModel:
         small = AutoModelForCausalLM.from_pretrained(loaded.folder, quantization_config=config, dtype=loaded.dtype,
                                                      device_map={"": str(loaded.device)})
     small.eval()
+    for module in small.modules():
+        # on a CPU bitsandbytes would repack weights for inference at the first forward without gradients,
+        # for good, and training would then silently get no gradient through them
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     from midblock.models import find_anatomy
 
     return replace(loaded, model=small, anatomy=find_anatomy(small))
@@ -263,7 +268,11 @@ def load_4bit(spec: str, **options: Any) -> LoadedModel:
 # parts
 
 
-def _check_exports(plan: Plan, merge: bool, pad_rank: bool) -> None:
+def _check_exports(plan: Plan, loaded: LoadedModel, merge: bool, pad_rank: bool) -> None:
+    if merge and plan.method != "full" and not all(
+            loaded.model.get_submodule(m.name).weight.is_floating_point() for m in plan.modules):  # type: ignore
+        raise SettingsError("--merge cannot write the update into quantised weights; train without it and merge the "
+                            "adapter into the base in 16 bit (PEFT's merge_and_unload), or leave out --load-4bit.")
     if pad_rank and plan.method != "lora":
         raise SettingsError(f"--pad-rank is for LoRA adapters; the method is {plan.method}.")
     if pad_rank and plan.rank is not None and plan.rank > VLLM_RANKS[-1]:
