@@ -139,6 +139,15 @@ def test_earlier_code_norms_the_last_hidden_twice():
     assert abs(twice["value"].item() - own["value"].item()) > 1e-3
 
 
+def test_the_curve_of_the_earlier_code_leaves_the_own_one_at_the_last_hidden():
+    result = lens(loaded("llama"), data=tiny_data(2), samples=2, max_length=64, earlier_code=True)
+    panel = next(ax for ax in result.figures()["lens"].axes if "Loss" in ax.get_ylabel())
+    drawn = {tuple(line.get_xdata()): line.get_ydata() for line in panel.lines if len(line.get_xdata()) > 1}
+    whole, end = drawn[0, 1, 2, 3, 4], drawn[3, 4]
+    assert end[0] == whole[3]
+    assert end[1] != whole[4]
+
+
 def test_trace_names_the_predicted_token_at_every_depth():
     model = loaded("llama")
     result = lens(model, data=tiny_data(3), samples=3, max_length=64, trace=1)

@@ -216,6 +216,14 @@ def test_lens_trace_and_double_norm() -> None:
     assert "base (normed twice)" in set(pd.read_csv("out/table.csv")["side"])
 
 
+@pytest.mark.parametrize("command", ["lens", "gradients"])
+def test_one_model_alone_is_measured_and_drawn(command: str) -> None:
+    more = ["--earlier-code"] if command == "lens" else []
+    assert run(words(command, "--quiet", *more, models=["base"])) == 0
+    assert len(pd.read_csv("out/table.csv")) > 3
+    assert list(Path("out/figures").glob("*.svg"))
+
+
 # -- resume --------------------------------------------------------------------------------------
 
 

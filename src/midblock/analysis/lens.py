@@ -246,7 +246,15 @@ class LensResult:
         for pair in comparisons(self.stages) or [(self.stages[0], self.stages[0])]:
             suffix = f"-{side_of(pair)}" if len(self.stages) > 2 else ""
             sides = [*pair, *(s + TWICE for s in pair)]
-            chosen = frame[frame["side"].isin(sides) | (frame["stage"] == side_of(pair))]
+            wanted = frame["side"].isin(sides)
+            if "stage" in frame:  # with one model nothing is compared
+                wanted |= frame["stage"] == side_of(pair)
+            chosen = frame[wanted]
+            # a curve: the state before the last one is the same either way
+            before = chosen["layer"] == max((h for h in chosen["layer"] if h < self.num_hidden - 1), default=-1)
+            twice = [chosen[before & (chosen["side"] == s)].assign(side=s + TWICE) for s in dict.fromkeys(pair)
+                     if (chosen["side"] == s + TWICE).any()]
+            chosen = pd.concat([chosen, *twice], ignore_index=True)
             made[f"lens{suffix}"] = depth_lines(chosen, ["accuracy", "loss", "entropy", "gold_probability"],
                                                 title="Read-out of each hidden state")
             if (chosen["metric"] == "kl").any():
