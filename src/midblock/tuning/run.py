@@ -254,11 +254,12 @@ def load_4bit(spec: str, **options: Any) -> LoadedModel:
         small = AutoModelForCausalLM.from_pretrained(loaded.folder, quantization_config=config, dtype=loaded.dtype,
                                                      device_map={"": str(loaded.device)})
     small.eval()
-    for module in small.modules():
+    linear: Any
+    for linear in small.modules():
         # on a CPU bitsandbytes would repack weights for inference at the first forward without gradients,
         # for good, and training would then silently get no gradient through them
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
     from midblock.models import find_anatomy
 
     return replace(loaded, model=small, anatomy=find_anatomy(small))
