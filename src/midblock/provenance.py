@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -159,6 +159,7 @@ class RunFolder:
         settings: The settings as resolved; a resumed run must have the same.
         given: The settings as the user gave them (default: ``settings``).
         resume: Continue an interrupted run in this folder.
+        may_differ: Settings that may be others than in the first call: the command itself checks what it keeps.
 
     Raises:
         OutputError: not empty, cannot be written, or nothing to resume from.
@@ -170,7 +171,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | str, *, command: str, settings: Mapping[str, Any],
-                 given: Mapping[str, Any] | None = None, resume: bool = False) -> None:
+                 given: Mapping[str, Any] | None = None, resume: bool = False,
+                 may_differ: Collection[str] = ()) -> None:
         self.path = Path(path).expanduser()
         self.resumed = False
         self._created = not self.path.exists()
@@ -181,7 +183,7 @@ class RunFolder:
         previous: dict[str, Any] = {}
         if self._contents(self.path):
             previous = read_run(self.path)
-            self._check_same(previous, command, resolved)
+            self._check_same(previous, command, resolved, may_differ)
             self.resumed = True
         self.run: dict[str, Any] = {
             "format_version": FORMAT_VERSION, "status": "running", "command": command,
@@ -220,12 +222,13 @@ class RunFolder:
                 "name another folder, or continue the run in it with --resume.")
 
     @staticmethod
-    def _check_same(previous: dict[str, Any], command: str, resolved: dict[str, Any]) -> None:
+    def _check_same(previous: dict[str, Any], command: str, resolved: dict[str, Any],
+                    may_differ: Collection[str]) -> None:
         if previous.get("command") != command:
             raise OutputError(f"--resume: this folder holds a run of {previous.get('command')!r}, "
                               f"not of {command!r}.")
         before = previous.get("settings", {})
-        changed = [k for k in sorted({*before, *resolved}) if before.get(k) != resolved.get(k)]
+        changed = [k for k in sorted({*before, *resolved} - {*may_differ}) if before.get(k) != resolved.get(k)]
         if changed:
             what = "; ".join(f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in changed)
             raise SettingsError(f"--resume: the settings differ from the interrupted run's: {what}. "

@@ -221,8 +221,28 @@ def test_folder_must_be_free_and_settings_the_same(swept, tmp_path):
     out, config, _, _ = swept
     with pytest.raises(OutputError, match="--resume"):
         sweep(config, out=out)
-    with pytest.raises(SettingsError, match="seeds was"):
-        sweep(config.model_copy(update={"seeds": [0]}), out=out, resume=True)
+    with pytest.raises(SettingsError, match="budget was"):
+        sweep(config.model_copy(update={"budget": "match:11111@1"}), out=out, resume=True)
+
+
+def test_a_finished_sweep_is_extended_by_arms_and_seeds(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"], values["seeds"] = {"masks": ["10", "11"]}, [0]
+    out = tmp_path / "out"
+    sweep(parse_config(values), out=out)
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "results").iterdir()}
+    more = {**values, "arms": {"masks": ["01", "10", "11"]}, "seeds": [0, 1]}
+    extended = sweep(parse_config(more), out=out, resume=True)
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "results").iterdir() if p.name in before} == before
+    whole = sweep(parse_config(more), out=tmp_path / "whole")
+    assert [r.key for r in extended.records] == [r.key for r in whole.records]
+    for one, other in zip(extended.records, whole.records, strict=True):
+        assert {k: t.scores for k, t in one.tasks.items()} == {k: t.scores for k, t in other.tasks.items()}
+    # an arm of the same name with another plan is not the one that was run
+    other = {**values, "arms": {"explicit": [{"name": "10", "mask": "01"}]}}
+    again = sweep(parse_config(other), out=out, resume=True)
+    changed = next(r for r in again.records if r.arm == "10")
+    assert changed.plan["mask"] == "01"
 
 
 def test_resume_of_a_finished_sweep_trains_nothing(swept):

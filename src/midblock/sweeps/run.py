@@ -9,6 +9,8 @@ from pathlib import Path
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
+from midblock.results import json_ready
+from midblock.sweeps.arms import Job
 from midblock.sweeps.config import SweepConfig, dump_config, load_config
 from midblock.sweeps.engine import Engine, SweepData, load_sweep_data, make_engine
 from midblock.sweeps.outcome import SweepResult
@@ -58,7 +60,8 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         config: A configuration or the path of one.
         out: Run folder: ``config.yaml``, ``results/*.json`` (one per run, written when it ends),
             ``table.csv``, ``comparisons.csv``, ``samples.jsonl``, ``verdict.txt``, figures.
-        resume: Go on in ``out``; finished runs are kept, failed ones are tried again.
+        resume: Go on in ``out``; finished runs are kept, failed ones are tried again. Arms, seeds and statistics
+            may be others than before: a finished sweep is extended so, and only what is new is trained.
         given: The settings as the user gave them, for run.json.
         loaded: The base, if it is loaded already.
         progress: Told what is being done.
@@ -80,13 +83,13 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         loaded = load_model(config.model, dtype=config.dtype, device=config.device,
                             trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data)
-    with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume) as run:
+    with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
+                   may_differ=("name", "arms", "seeds", "statistics")) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
         stored = read_records(run.path) if run.resumed else {}
-        kept = {k: r for k, r in stored.items() if r.status == "done"}
-        records = {job.key: kept[job.key] for job in plan.jobs if job.key in kept}
+        records = {job.key: stored[job.key] for job in plan.jobs if job.key in stored and _stands(stored[job.key], job)}
         todo = [job for job in plan.jobs if job.key not in records]
         tell = listener if listener is not None else _ignore
         tell(SweepState(dict(records), plan, _left(plan, records, set())))
@@ -103,6 +106,12 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         result = SweepResult.of(config, plan.arms, [records[j.key] for j in plan.jobs])
         result.write(run)
         return result
+
+
+def _stands(record: RunRecord, job: Job) -> bool:
+    """Whether a stored result answers a run: done, and with the plan that the run has now."""
+    plan = None if job.arm is None else json_ready(job.arm.plan.to_dict())
+    return record.status == "done" and json_ready(record.plan) == plan
 
 
 def _ignore(state: SweepState) -> None:
