@@ -81,23 +81,26 @@ def _config(model: Anatomy) -> dict[str, Any]:
     return {k: v for k, v in text_config(model.causal_lm).to_dict().items() if k not in _NAMES_ONLY}
 
 
+def _hides_settings(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("peft.", "bitsandbytes."))
+
+
 def _state(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor] | None:
     """Weights and buffers by name; None where an adapter or a quantiser takes part, whose settings they do not show."""
     state: dict[str, Tensor] = {}
     for name, module in modules:
-        if any(type(m).__module__.startswith(("peft.", "bitsandbytes.")) for m in module.modules()):
+        if any(_hides_settings(m) for m in module.modules()):
             return None
         state |= {f"{name}.{k}": v for k, v in (*module.named_parameters(), *module.named_buffers())}
     return state
 
 
 def _before_blocks(model: Anatomy) -> dict[str, Tensor] | None:
-    later = {id(p) for m in (*model.blocks, model.final_norm) if m is not None
-             for p in (*m.parameters(), *m.buffers())}
-    if not model.tied:
-        later |= {id(p) for p in model.head.parameters()}
-    if _state([("", model.embeddings)]) is None:
+    behind = [m for m in (*model.blocks, model.final_norm, None if model.tied else model.head) if m is not None]
+    inside = {id(m) for part in behind for m in part.modules()}
+    if any(_hides_settings(m) for m in model.causal_lm.modules() if id(m) not in inside):
         return None
+    later = {id(p) for part in behind for p in (*part.parameters(), *part.buffers())}
     body = model.causal_lm
     return {k: v for k, v in (*body.named_parameters(), *body.named_buffers()) if id(v) not in later}
 
