@@ -42,7 +42,7 @@ def configuration(args: argparse.Namespace) -> SweepConfig:
         "model": args.model, "dtype": args.dtype, "device": "cpu" if not torch.cuda.is_available() else "auto",
         "train": {"data": args.data, "samples": args.rows, "max_length": 256},
         "training": {"epochs": float(args.epochs), "batch_size": args.batch_size, "learning_rates": [5e-4],
-                     "warmup": 0.0},
+                     "warmup": 0.0, "order": "random"},
         "arms": {"baseline": "11111", "singles": 5}, "seeds": list(range(args.seeds)),
         "evaluation": [{"task": "answer_loss", "data": args.data, "samples": args.items, "name": "answers"}],
     })
@@ -96,7 +96,7 @@ def train_in_trl(loaded: LoadedModel, arm: Arm, seed: int, config: SweepConfig, 
 
     training = config.training
     rows = list(token_rows(data.train, loaded.tokenizer, config.train))
-    order = _BatchOrder([len(r) for r in rows], training.batch_size, seed)
+    order = _BatchOrder([len(r) for r in rows], training.batch_size, seed, training.order)
     places: list[int] = []
     for epoch in range(int(training.epochs or 1)):
         order.set_epoch(epoch)

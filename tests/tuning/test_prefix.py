@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.errors import CacheRefusedError, SettingsError
 from midblock.models import find_anatomy
 from midblock.tuning import FrozenPrefix, PrefixCache, lora_config
+from midblock.tuning.kernels import dense_attention, supervised_loss
 from midblock.tuning.prefix import first_trainable_block, prefix_identity
 
 # what PEFT and TRL themselves say of these tiny models
@@ -303,6 +305,36 @@ def test_noise_that_no_attribute_tells_of_is_found() -> None:
     handle = block.register_forward_hook(lambda m, a, o: o + 0.01 * torch.randn_like(o) if m.training else o)
     refused(model, batch((9, 12), "right"), "not deterministic")
     handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_packed_rows_are_cached_row_by_row(family: str) -> None:
+    """Rows cached in one company, padded or packed, serve in another."""
+    first, second = batch((4, 2, 3), "right"), batch((4, 3, 2, 4), "right", seed=1)
+    mixed = {k: torch.cat([second[k][:2], F.pad(first[k][:1], (0, second[k].shape[1] - first[k].shape[1])),
+                           second[k][2:]]) for k in first}
+
+    def run(cache: str, order: list[tuple[dict[str, Tensor], bool]]) -> tuple[Any, FrozenPrefix]:
+        model = adapted(family)
+        model.train()
+        anatomy = find_anatomy(model)
+        losses, grads = [], []
+        with dense_attention(model), FrozenPrefix(model, cache=cache) as prefix:
+            for inputs, packed in order:
+                model.zero_grad(set_to_none=True)
+                loss = supervised_loss(anatomy, inputs, plain=True, packed=packed)
+                loss.backward()
+                losses.append(loss.item())
+                grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return (losses, grads), prefix
+
+    want, _ = run("none", [(x, False) for x in (first, second, mixed)])
+    got, prefix = run("memory", [(first, True), (second, False), (mixed, True)])
+    assert_same(got, want)
+    assert (prefix.rows_computed, prefix.rows_cached, prefix.rows_bypassed) == (7, 5, 0)
+    got, prefix = run("memory", [(first, True), (mixed, True), (second, True)])
+    assert_same((got[0], got[1]), ([want[0][i] for i in (0, 2, 1)], [want[1][i] for i in (0, 2, 1)]))
+    assert (prefix.rows_computed, prefix.rows_cached) == (7, 5)
 
 
 def test_packed_rows_are_refused() -> None:

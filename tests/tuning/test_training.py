@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from families import BLOCKS, FAMILIES, token_ids
+from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.data import TokenRow
 from midblock.errors import AdapterError, CacheRefusedError, DataError, SettingsError, TrainingError
 from midblock.models import find_anatomy
@@ -31,7 +32,14 @@ from midblock.tuning import (
     make_plan,
     train,
 )
-from midblock.tuning.kernels import dense_attention, has_plain_head, lean_lora, supervised_loss
+from midblock.tuning.kernels import (
+    can_pack,
+    dense_attention,
+    has_plain_head,
+    lean_lora,
+    supervised_loss,
+    worth_packing,
+)
 from midblock.tuning.trainer import batch_plan, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -206,7 +214,7 @@ def test_lean_lora_in_bfloat16_is_as_near_to_float32_as_peft_is() -> None:
         if lean:
             with lean_lora(made) as count, dense_attention(made) as dense:
                 assert count == 8
-                assert dense == (dtype == torch.bfloat16)
+                assert dense
                 made(**inputs).loss.backward()
         else:
             made(**inputs).loss.backward()
@@ -239,6 +247,84 @@ def test_dense_attention_is_attention(family: str, side: str) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def padded_batch(lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    ids = token_ids(len(lengths), max(lengths))
+    mask = torch.zeros_like(ids)
+    for i, n in enumerate(lengths):
+        mask[i, :n] = 1
+    ids[mask == 0] = PAD
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("family", [f for f in DECODER_ONLY if f not in ("gemma2", "granite", "cohere")])
+def test_leaving_padding_out_changes_no_loss_and_no_gradient(family: str) -> None:
+    """gemma2, granite and cohere change their logits behind the head and keep the model's own forward."""
+    inputs = padded_batch((4, 2, 3, 4))  # within the tiny families' windows
+    seen: list[tuple[int, ...]] = []
+
+    def run(dtype: torch.dtype, packed: bool) -> tuple[float, Tensor]:
+        model = FAMILIES[family]().to(dtype)
+        anatomy = find_anatomy(model)
+        with dense_attention(model) as applies:
+            assert applies
+            assert can_pack(anatomy)
+            assert worth_packing(anatomy, inputs["attention_mask"])
+            handle = anatomy.embeddings.register_forward_hook(lambda m, a, o: seen.append(tuple(o.shape[:2])))
+            loss = supervised_loss(anatomy, inputs, plain=True, packed=packed)
+            handle.remove()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().float() for n, p in model.named_parameters()
+                                       if p.grad is not None])
+
+    exact = run(torch.float32, False)
+    got = run(torch.float32, True)
+    assert seen == [(4, 4), (1, 13)]
+    assert got[0] == pytest.approx(exact[0], rel=1e-6)
+    assert (got[1] - exact[1]).norm() <= 1e-5 * exact[1].norm()
+    usual, ours = (run(torch.bfloat16, packed) for packed in (False, True))
+    assert ours[0] == pytest.approx(exact[0], rel=2e-2)
+    assert (ours[1] - exact[1]).norm() <= 1.3 * (usual[1] - exact[1]).norm() + 1e-2 * exact[1].norm()
+
+
+def test_rows_are_packed_only_where_nothing_else_mixes_them() -> None:
+    mask = padded_batch((9, 4))["attention_mask"]
+    windowed = find_anatomy(FAMILIES["mistral"](sliding_window=8))
+    assert not worth_packing(windowed, mask)  # 9 tokens, a window of 8
+    assert worth_packing(windowed, mask[:, 1:])
+    assert not worth_packing(windowed, torch.ones(2, 5))
+    assert not worth_packing(windowed, mask[:, 1:].flip(1))  # padding on the left
+    llama = FAMILIES["llama"]()
+    assert not can_pack(find_anatomy(llama))  # the usual attention is not told where rows begin
+    t5 = FAMILIES["t5"]()
+    with dense_attention(t5) as applies:
+        assert not applies
+    # a short convolution looks over the border of rows
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixed = Lfm2ForCausalLM(Lfm2Config(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention"])).eval()
+    with dense_attention(mixed) as applies:
+        assert applies
+        assert not can_pack(find_anatomy(mixed))
+
+
+@pytest.mark.parametrize("order", ["length", "random"])
+def test_training_without_padding_is_training(order: str, tiny_tokenizer: Any) -> None:
+    settings = TrainSettings(epochs=3, batch_size=4, learning_rate=1e-2, order=order)  # type: ignore[arg-type]
+    usual, state, slow = run(tiny_tokenizer, settings=replace(settings, lean=False))
+    losses, other, fast = run(tiny_tokenizer, settings=settings)
+    assert losses == pytest.approx(usual, rel=1e-5)
+    assert all(torch.allclose(other[n], state[n], atol=1e-5) for n in state)
+    assert [s.tokens for s in fast.steps] == [s.tokens for s in slow.steps] == [s.padded for s in fast.steps]
+    assert sum(s.padded for s in slow.steps) > sum(s.tokens for s in slow.steps)
+    assert fast.prefix["rows_from_cache"] == 20  # all but the first epoch
+
+
 def test_eos_is_learned(tiny_tokenizer: Any) -> None:
     model = FAMILIES["llama"]()
     prompt = torch.tensor([rows()[0].ids[: 2 * rows()[0].supervised[0][0]]])
@@ -262,6 +348,9 @@ def test_batches_have_like_lengths_and_are_the_same_in_every_epoch() -> None:
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert batches == batch_plan(lengths, 8, seed=1)
     assert batch_plan([5] * 20, 4, seed=1) != batch_plan([5] * 20, 4, seed=2)
+    drawn = batch_plan(lengths, 8, seed=1, order="random")
+    assert sorted(i for b in drawn for i in b) == list(range(50))
+    assert sum(max(lengths[i] for i in b) for b in drawn) > sum(b for _, b in spans)  # more padding
 
 
 def test_every_epoch_sees_every_row_in_another_order(tiny_tokenizer: Any) -> None:

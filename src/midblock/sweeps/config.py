@@ -87,6 +87,8 @@ class TrainingConfig(_Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the LoRA input."""
     gradient_checkpointing: bool = False
+    order: Literal["length", "random"] = "length"
+    """Rows of a batch: of like length, or drawn at random."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -102,7 +104,7 @@ class TrainingConfig(_Strict):
             epochs=self.epochs if self.epochs is not None else 1.0, steps=self.steps, learning_rate=learning_rate,
             batch_size=self.batch_size, accumulate=self.accumulate, warmup=self.warmup, schedule=self.schedule,
             weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
-            gradient_checkpointing=self.gradient_checkpointing, seed=seed)
+            gradient_checkpointing=self.gradient_checkpointing, seed=seed, order=self.order)
 
 
 class RandomArms(_Strict):

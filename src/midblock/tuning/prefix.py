@@ -32,6 +32,7 @@ from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.provenance import sha256_of
 from midblock.tuning.cache import PrefixCache, row_bytes
+from midblock.tuning.kernels import attends_by_row
 
 __all__ = ["FrozenPrefix", "first_trainable_block", "prefix_identity"]
 
@@ -176,9 +177,11 @@ class _Inputs:
     rows: list[str]
     """Key of each row."""
     spans: list[tuple[int, int]]
-    """Half-open range of each row up to its last real token."""
+    """Half-open range of each row up to its last real token; of packed rows, within the one row."""
     length: int
     """Padded length T."""
+    packed: bool = False
+    """Whether all rows follow each other in one."""
 
 
 class FrozenPrefix:
@@ -426,7 +429,8 @@ class FrozenPrefix:
         self.rows_cached += len(states) - len(missing)
         self.rows_computed += len(missing)
         if missing:
-            part = call if len(missing) == len(states) else _rows_of(call, missing, len(states))
+            part = (call if len(missing) == len(states) else _packed_rows_of(call, [inputs.spans[i] for i in missing])
+                    if inputs.packed else _rows_of(call, missing, len(states)))
             computed = self._compute(original, part, start)
             if not self._probed:
                 # what no attribute tells (noise in a forward) shows when the same batch runs twice
@@ -436,13 +440,17 @@ class FrozenPrefix:
                         f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
                         "forwards of one batch differ in training mode. Use cache='none'.")
                 self._probed = True
+            begin = 0
             for place, i in enumerate(missing):
                 lo, hi = inputs.spans[i]
-                states[i] = computed[place, lo:hi]
-                self.cache.put(namespace, inputs.rows[i], computed[place, lo:hi])
+                states[i] = computed[0, begin:begin + hi - lo] if inputs.packed else computed[place, lo:hi]
+                self.cache.put(namespace, inputs.rows[i], states[i])  # type: ignore[arg-type]
+                begin += hi - lo
         first = states[0]
         assert first is not None
         device = next(self.anatomy.blocks[min(start, self.anatomy.num_blocks - 1)].parameters()).device
+        if inputs.packed:
+            return torch.cat([state.to(device) for state in states if state is not None])[None]
         hidden = torch.zeros(len(states), inputs.length, first.shape[-1], dtype=first.dtype, device=device)
         for i, ((lo, hi), state) in enumerate(zip(inputs.spans, states, strict=True)):
             assert state is not None
@@ -474,9 +482,12 @@ class FrozenPrefix:
         return reached[0]
 
     def _keys(self, call: dict[str, Any], config: Any) -> _Inputs:
+        bounds = self._bounds(call)
         for name, value in call.items():
             if value is None or value is False or name in _PER_ROW or (
                     name in _HARMLESS and name != "output_router_logits"):
+                continue
+            if bounds is not None and name in _PACKED and name != "seq_idx":
                 continue
             if name in _PACKED:
                 raise CacheRefusedError(f"packed rows ({name} was given) cannot be cached by sample; set "
@@ -499,6 +510,9 @@ class FrozenPrefix:
             raise CacheRefusedError("the model was called without input_ids or inputs_embeds.")
         rows, length = content.shape[:2]
         mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if bounds is not None and (mask is not None or rows != 1 or bounds[0] != 0 or bounds[-1] != length):
+            raise CacheRefusedError("packed rows came with an attention mask, or with bounds that do not cover them. "
+                                    "Use cache='none'.")
         if isinstance(mask, dict):
             mask = self._outer.get("attention_mask", mask)
         # such as token types, from which such a model makes its masks
@@ -516,23 +530,36 @@ class FrozenPrefix:
         keys, spans = [], []
         real = None if mask is None else (mask != 0).cpu()
         where = None if positions is None else positions.expand(rows, length).cpu()
-        for i in range(rows):
-            lo, hi = (0, length) if real is None else _span(real[i])
-            offset = lo
+        for i in range(rows) if bounds is None else range(len(bounds) - 1):
+            if bounds is not None:
+                row, begin, lo, hi = 0, bounds[i], bounds[i], bounds[i + 1]
+            else:
+                row, begin, (lo, hi) = i, 0, (0, length) if real is None else _span(real[i])
+            offset = lo - begin
             if where is not None:
-                own = where[i, lo:hi]
+                own = where[row, lo:hi]
                 offset = int(own[0])
                 if not torch.equal(own, torch.arange(offset, offset + hi - lo, dtype=own.dtype)):
                     raise CacheRefusedError("positions restart inside a row (packing); set packing=False, or use "
                                             "cache='none'.")
             # padding on the left is kept too: its last state predicts the row's first token
-            digest = hashlib.sha256(row_bytes(ids[i, :hi]))
-            digest.update(f"{ids.dtype} {lo} {offset} {scope}".encode())
+            digest = hashlib.sha256(row_bytes(ids[row, begin:hi]))
+            digest.update(f"{ids.dtype} {lo - begin} {offset} {scope}".encode())
             for tensor in beside:
-                digest.update(row_bytes(tensor[i, :hi]))
+                digest.update(row_bytes(tensor[row, begin:hi]))
             keys.append(digest.hexdigest())
-            spans.append((0, hi))
-        return _Inputs(keys, spans, length)
+            spans.append((begin, hi))
+        return _Inputs(keys, spans, length, packed=bounds is not None)
+
+    def _bounds(self, call: dict[str, Any]) -> list[int] | None:
+        """Where packed rows begin and end, if the model's attention is one that keeps them apart by these."""
+        bounds, keys = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
+        if not (isinstance(bounds, Tensor) and isinstance(keys, Tensor) and bounds.shape == keys.shape
+                and call.get("position_ids") is not None and call.get("seq_idx") is None and len(bounds) > 1
+                and bool((bounds == keys).all())
+                and attends_by_row(self.anatomy.causal_lm.config)):
+            return None
+        return [int(x) for x in bounds.tolist()]
 
 
 def _parameter_names(body: nn.Module) -> list[str]:
@@ -563,6 +590,17 @@ def _rows_of(call: dict[str, Any], rows: list[int], total: int) -> dict[str, Any
     for name in _PER_ROW:
         part[name] = _take(part.get(name), rows, total)
     return {k: v for k, v in part.items() if k in call}
+
+
+def _packed_rows_of(call: dict[str, Any], spans: list[tuple[int, int]]) -> dict[str, Any]:
+    part = dict(call)
+    for name in ("input_ids", "inputs_embeds", "position_ids"):
+        if isinstance(value := call.get(name), Tensor):
+            part[name] = torch.cat([value[:, lo:hi] for lo, hi in spans], dim=1)
+    lengths = torch.tensor([0] + [hi - lo for lo, hi in spans])
+    bounds = lengths.cumsum(0).to(call["cu_seq_lens_q"])
+    return part | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": int(lengths.max()),
+                   "max_length_k": int(lengths.max())}
 
 
 def _take(value: Any, rows: list[int], total: int) -> Any:

@@ -2,8 +2,7 @@
 
 Users of TRL keep its datasets, logging, trackers, callbacks, checkpoints and hub upload
 (`MidblockTrainer` is an `SFTTrainer`). What differs: the frozen prefix is neither differentiated nor
-recomputed, logits are made for labelled tokens only, batches are of like length, a non-finite loss
-stops the run, and an interrupted run resumes to the result of an uninterrupted one.
+recomputed, logits are made for labelled tokens only, padding is left out, a non-finite loss stops the run, and an interrupted run resumes to the result of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,12 +34,13 @@ from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes, sha256_of, write_json
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.cache import PrefixCache
-from midblock.tuning.kernels import dense_attention, has_plain_head, lean_lora, supervised_loss
+from midblock.tuning.kernels import can_pack, dense_attention, has_plain_head, lean_lora, supervised_loss, worth_packing
 from midblock.tuning.prefix import FrozenPrefix
 
 __all__ = ["MidblockTrainer", "StepLog", "TrainResult", "TrainSettings", "batch_plan", "train"]
 
 Schedule = Literal["linear", "cosine", "constant"]
+Order = Literal["length", "random"]
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 5e-5}
 COMPLETE = "midblock_complete.json"
@@ -71,6 +71,8 @@ class TrainSettings:
     """Keep fewer activations of the blocks that run, at the cost of a second forward of them."""
     seed: int = 0
     """Of the data order and of dropout."""
+    order: Order = "length"
+    """Rows of a batch: of like ``length`` (least padding), or drawn at ``random`` as trainers usually do."""
     lean: bool = True
     """The kernels of `midblock.tuning.kernels`; off: PEFT's and PyTorch's own (for comparison)."""
 
@@ -88,6 +90,8 @@ class TrainSettings:
             wrong.append(f"warmup {self.warmup} is a share, 0 up to 1")
         if self.schedule not in _SCHEDULES:
             wrong.append(f"schedule {self.schedule!r} is not one of {', '.join(_SCHEDULES)}")
+        if self.order not in ("length", "random"):
+            wrong.append(f"order {self.order!r} is not length or random")
         if self.weight_decay < 0 or self.max_grad_norm < 0:
             wrong.append("weight decay and gradient norm must not be negative")
         if wrong:
@@ -112,7 +116,7 @@ class StepLog:
     """Real tokens (padding left out) of the step."""
     supervised: int
     padded: int
-    """Tokens with padding."""
+    """Tokens that went through the blocks, padding included."""
     seconds: float
 
 
@@ -171,27 +175,29 @@ class TrainResult:
 # data order
 
 
-def batch_plan(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
+def batch_plan(lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> list[list[int]]:
     """Rows of like length in each batch, the same batches in every epoch (only their order changes).
 
     Ties are broken by seed and place. Fixed batches make a cached row equal to what its batch would
     compute again, bit for bit; fairseq orders data in the same way. A batch that is not full comes
-    last.
+    last. With ``order="random"`` batches are drawn without regard to length (and fixed as well).
 
     Example:
         >>> batches = batch_plan([5, 9, 5, 9, 7], 2, seed=0)
         >>> [sorted(b) for b in batches]
         [[0, 2], [3, 4], [1]]
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], sha256_of("row", str(seed), str(i))))
-    return [order[lo:lo + batch_size] for lo in range(0, len(order), batch_size)]
+    by_length = order == "length"
+    places = sorted(range(len(lengths)), key=lambda i: (lengths[i] if by_length else 0,
+                                                        sha256_of("row", str(seed), str(i))))
+    return [places[lo:lo + batch_size] for lo in range(0, len(places), batch_size)]
 
 
 class _BatchOrder(Sampler[int]):
     """Indices batch by batch; the order of full batches is drawn from (seed, epoch)."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._batches = batch_plan(lengths, batch_size, seed)
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> None:
+        self._batches = batch_plan(lengths, batch_size, seed, order)
         self._full = len(self._batches) - (len(self._batches[-1]) < batch_size)
         self._seed = seed
         self.epoch = 0
@@ -239,8 +245,8 @@ def _labels(row: TokenRow) -> list[int]:
 
 
 class MidblockTrainer(SFTTrainer):
-    """TRL's trainer with logits for labelled tokens only, batches of like length, and checkpoints
-    that hold what is trained and nothing else.
+    """TRL's trainer with logits for labelled tokens only, no compute on padding where `can_pack` holds,
+    batches of like length, and checkpoints that hold what is trained and nothing else.
 
     Use `train`, which builds it; the class is public for callbacks and subclasses.
     """
@@ -249,6 +255,8 @@ class MidblockTrainer(SFTTrainer):
         self._attachment = attachment
         self._order = order
         self._plain_head = plain_head
+        self.packed = False
+        """Whether rows go through the blocks without their padding."""
         self._pending: list[tuple[Tensor, int, int, int]] = []
         self.steps_per_epoch = 1
         model: Any = attachment.model
@@ -268,14 +276,17 @@ class MidblockTrainer(SFTTrainer):
             # wrappers of several processes must see the call; outputs need the model's own forward
             return super().compute_loss(model, inputs, return_outputs=return_outputs,
                                         num_items_in_batch=num_items_in_batch)
-        loss = supervised_loss(self._attachment.anatomy, inputs, plain=self._plain_head, count=num_items_in_batch)
+        mask, labels = inputs["attention_mask"], inputs["labels"]
+        packed = self.packed and worth_packing(self._attachment.anatomy, mask)
+        loss = supervised_loss(self._attachment.anatomy, inputs, plain=self._plain_head, count=num_items_in_batch,
+                               packed=packed)
         value = loss.detach()
         if not bool(torch.isfinite(value)):
             raise TrainingError(f"the loss became {value.item()} in step {self.state.global_step + 1} at a learning "
                                 f"rate of {self._get_learning_rate():.3g}")
         if model.training:
-            mask, labels = inputs["attention_mask"], inputs["labels"]
-            self._pending.append((value, int(mask.sum()), int((labels != -100).sum()), mask.numel()))
+            tokens = int(mask.sum())
+            self._pending.append((value, tokens, int((labels != -100).sum()), tokens if packed else mask.numel()))
             self._total_train_tokens += self._pending[-1][1]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
@@ -497,6 +508,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         if settings.lean:
             stack.enter_context(dense_attention(attachment.base))
             stack.enter_context(lean_lora(attachment.base))
+            trainer.packed = plain and can_pack(attachment.anatomy)
         prefix = FrozenPrefix(attachment.base, cache=wanted, on_refusal="uncached" if may_give_up else "raise")
         attachment.model.train()  # dropout shows in this mode
         prefix.prepare()
@@ -532,7 +544,7 @@ def _build(attachment: Attachment, rows: list[TokenRow], tokenizer: Any, setting
 
     from midblock.data import pad_token_id
 
-    order = _BatchOrder([len(r) for r in rows], settings.batch_size, settings.seed)
+    order = _BatchOrder([len(r) for r in rows], settings.batch_size, settings.seed, settings.order)
     rate = settings.learning_rate
     steps = settings.num_steps(len(rows))
     device = next(iter(attachment.trainable.values())).device
