@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.errors import CacheRefusedError, SettingsError
 from midblock.models import find_anatomy
+from midblock.models.attention import dense_attention
 from midblock.tuning import FrozenPrefix, PrefixCache, lora_config
-from midblock.tuning.kernels import dense_attention, supervised_loss
+from midblock.tuning.kernels import supervised_loss
 from midblock.tuning.prefix import first_trainable_block, prefix_identity
 
 # what PEFT and TRL themselves say of these tiny models
@@ -335,6 +336,49 @@ def test_packed_rows_are_cached_row_by_row(family: str) -> None:
     got, prefix = run("memory", [(first, True), (mixed, True), (second, True)])
     assert_same((got[0], got[1]), ([want[0][i] for i in (0, 2, 1)], [want[1][i] for i in (0, 2, 1)]))
     assert (prefix.rows_computed, prefix.rows_cached) == (7, 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_a_later_prefix_goes_on_from_an_earlier_one(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, extra = batch((4, 2, 3), "right"), batch((3, 4), "right", seed=1)
+    cache = PrefixCache()
+    base = FAMILIES[family]()
+    ran: list[int] = []
+
+    def run(mask: str, cache: PrefixCache | None, batches: list[dict[str, Tensor]]) -> tuple[Any, FrozenPrefix]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            model = get_peft_model(base, lora_config(base, mask=mask, rank=4))
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.1)
+        model.train()
+        anatomy = find_anatomy(model)
+        losses, grads = [], []
+        with dense_attention(model), FrozenPrefix(model, cache=cache) as prefix:
+            for given in batches:
+                model.zero_grad(set_to_none=True)
+                loss = supervised_loss(anatomy, given, plain=True, packed=packed)
+                loss.backward()
+                losses.append(loss.item())
+                grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.unload()
+        return (losses, grads), prefix
+
+    want, _ = run("0001", None, [inputs, extra])
+    run("0100", cache, [inputs])
+    original = FrozenPrefix._compute
+
+    def watched(self: FrozenPrefix, forward: Any, call: Any, start: int, origin: int = 0, *rest: Any) -> Tensor:
+        ran.append(start - origin)
+        return original(self, forward, call, start, origin, *rest)
+
+    monkeypatch.setattr(FrozenPrefix, "_compute", watched)
+    got, prefix = run("0001", cache, [inputs, extra])
+    assert_same(got, want)
+    assert (prefix.rows_extended, prefix.rows_computed) == (3, 5)
+    assert ran == [3, 3, 2, 3]  # one row twice to look for noise; then blocks 1 and 2 of the known rows; all three
 
 
 def test_packed_rows_are_refused() -> None:

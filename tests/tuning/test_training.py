@@ -23,6 +23,7 @@ from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.data import TokenRow
 from midblock.errors import AdapterError, CacheRefusedError, DataError, SettingsError, TrainingError
 from midblock.models import find_anatomy
+from midblock.models.attention import can_pack, dense_attention, worth_packing
 from midblock.tuning import (
     PrefixCache,
     TrainSettings,
@@ -32,14 +33,7 @@ from midblock.tuning import (
     make_plan,
     train,
 )
-from midblock.tuning.kernels import (
-    can_pack,
-    dense_attention,
-    has_plain_head,
-    lean_lora,
-    supervised_loss,
-    worth_packing,
-)
+from midblock.tuning.kernels import has_plain_head, lean_lora, supervised_loss
 from midblock.tuning.trainer import batch_plan, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -33,12 +33,13 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.data import Batch, Dataset, load_data
 from midblock.errors import OutputError, SettingsError, TrainingError
 from midblock.models import LoadedModel, load_model
+from midblock.models.attention import dense_attention
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path, sha256_of
 from midblock.results import Interval, Table
 from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
 from midblock.tuning.adapter import Attachment, attach
-from midblock.tuning.kernels import dense_attention, has_plain_head, lean_lora
+from midblock.tuning.kernels import has_plain_head, lean_lora
 from midblock.tuning.plan import ModulePlan, Plan, make_plan
 
 if TYPE_CHECKING:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "LocalEngine", "SweepData", "load_sweep_data", "weights_digest"]
 
 VALIDATION = "validation"
+# tokens on which a trained arm must differ from the base
+_PROBE_TOKENS = 32
 
 
 class Engine(Protocol):
@@ -132,7 +134,7 @@ def token_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, wanted: DataCo
 
 def weights_digest(model: nn.Module) -> str:
     """Digest over every parameter and buffer, bit by bit."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
@@ -219,7 +221,7 @@ class LocalEngine:
         self.scorer = Scorer(loaded, tasks, items)
         self.cache = PrefixCache.from_spec(config.cache, limit_bytes=config.cache_limit)
         self._digest = weights_digest(loaded.model)
-        self._probe = torch.tensor([self.rows.rows[0].ids], device=loaded.device)
+        self._probe = torch.tensor([self.rows.rows[0].ids[:_PROBE_TOKENS]], device=loaded.device)
         self._first_block: int | None = None
 
     def run(self, jobs: Sequence[Job], finished: Callable[[RunRecord], None], *,
@@ -231,6 +233,14 @@ class LocalEngine:
                 believed.
             OutputError: a result could not be written.
         """
+        gc.collect()
+        gc.freeze()  # models and libraries stay: collecting after each arm need not look at them
+        try:
+            self._run(jobs, finished, progress)
+        finally:
+            gc.unfreeze()
+
+    def _run(self, jobs: Sequence[Job], finished: Callable[[RunRecord], None], progress: Progress) -> None:
         for number, job in enumerate(jobs):
             progress("sweep", number, len(jobs), _words(job))
             self._turn_to(job)
@@ -246,10 +256,10 @@ class LocalEngine:
         progress("sweep", len(jobs), len(jobs))
 
     def _turn_to(self, job: Job) -> None:
-        """Free the cached prefix of the arms before, once their first block's turn is over."""
+        """Free the cached prefix of the arms before, but for the last one's: the next goes on from there."""
         first = None if job.arm is None else job.arm.plan.first_block
         if first != self._first_block and self.cache is not None and self.cache.kind == "memory":
-            self.cache.clear()
+            self.cache.clear(keep=1)
         self._first_block = first
 
     def _record(self, job: Job, progress: Progress) -> RunRecord:

@@ -62,6 +62,7 @@ class PrefixCache:
     Attributes:
         hits, misses: Rows found and not found since the cache was made.
         refused_bytes: Bytes that were not admitted because the limit was reached.
+        starts: First blocks of which something was kept by this process.
 
     Example:
         >>> cache = PrefixCache()
@@ -77,6 +78,7 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.limit_bytes = DEFAULT_LIMIT[kind] if limit_bytes is None else parse_bytes(limit_bytes)
         self.hits = self.misses = self.refused_bytes = 0
+        self.starts: set[int] = set()
         self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # namespace -> bytes, least recently used first
         if self.folder is not None:
@@ -110,12 +112,19 @@ class PrefixCache:
 
     def get(self, namespace: str, key: str) -> Tensor | None:
         """The entry, or None. A broken file (of a disk that failed) is a miss and is removed."""
-        found = self._memory.get(namespace, {}).get(key) if self.folder is None else self._read(namespace, key)
+        found = self.peek(namespace, key)
         if found is None:
             self.misses += 1
         else:
             self.hits += 1
         return found
+
+    def peek(self, namespace: str, key: str) -> Tensor | None:
+        """The entry, or None, without counting it as used."""
+        return self._memory.get(namespace, {}).get(key) if self.folder is None else self._read(namespace, key)
+
+    def __contains__(self, namespace: object) -> bool:
+        return namespace in self._sizes
 
     def put(self, namespace: str, key: str, value: Tensor) -> None:
         """Keep a copy of ``value`` if there is room for it."""
@@ -138,9 +147,9 @@ class PrefixCache:
                 save_file({"hidden": copy}, temporary)
         self._sizes[namespace] += size
 
-    def clear(self) -> None:
-        """Forget everything, files included."""
-        for namespace in list(self._sizes):
+    def clear(self, keep: int = 0) -> None:
+        """Forget everything, files included, but for the ``keep`` namespaces last used."""
+        for namespace in list(self._sizes)[:max(0, len(self._sizes) - keep)]:
             self._drop(namespace)
 
     def describe(self) -> dict[str, object]:

@@ -5,7 +5,8 @@ Nothing before the first trainable block needs a gradient. `FrozenPrefix` looks 
 every forward, runs the blocks before it without grad and cuts the graph there: also where a trainer
 has called ``enable_input_require_grads`` (TRL does, with PEFT and gradient checkpointing), which
 otherwise sends the backward pass through every frozen block. With a cache the output of the prefix is
-computed once per sample and read in every later epoch, seed and arm with the same first block.
+computed once per sample and read in every later epoch, seed and arm with the same first block; an arm
+that begins later goes on from there.
 
 The blocks of the prefix are replaced on the instance (`midblock.capture.forward.forwards_replaced`)
 while the model's own forward runs, which computes its masks and position embeddings as ever.
@@ -17,7 +18,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -30,9 +31,9 @@ from torch import Tensor, nn
 from midblock.capture.forward import forwards_replaced, hidden_of_call, hidden_of_output, verify_resume
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
+from midblock.models.attention import attends_by_row
 from midblock.provenance import sha256_of
 from midblock.tuning.cache import PrefixCache, row_bytes
-from midblock.tuning.kernels import attends_by_row
 
 __all__ = ["FrozenPrefix", "first_trainable_block", "prefix_identity"]
 
@@ -126,8 +127,7 @@ def prefix_identity(anatomy: Anatomy, start: int) -> str:
 
 
 def _attention_name(config: Any) -> str:
-    # midblock's own attention hands forwards without grad, such as the prefix's, to sdpa
-    return str(getattr(config, "_attn_implementation", "")).replace("midblock_dense", "sdpa")
+    return str(getattr(config, "_attn_implementation", ""))
 
 
 def _before(anatomy: Anatomy, name: str, start: int) -> bool:
@@ -183,6 +183,22 @@ class _Inputs:
     packed: bool = False
     """Whether all rows follow each other in one."""
 
+    def part(self, call: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+        """The call with some rows only."""
+        if self.packed:
+            return _packed_rows_of(call, [self.spans[i] for i in rows])
+        return _rows_of(call, rows, len(self.rows))
+
+    def together(self, states: list[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
+        """Cached states of some rows as a batch (B, T, d), zero on padding, or (1, N, d) packed."""
+        if self.packed:
+            return torch.cat([state.to(device) for state in states])[None]
+        hidden = torch.zeros(len(rows), self.length, states[0].shape[-1], dtype=states[0].dtype, device=device)
+        for place, (i, state) in enumerate(zip(rows, states, strict=True)):
+            lo, hi = self.spans[i]
+            hidden[place, lo:hi] = state
+        return hidden
+
 
 class FrozenPrefix:
     """Within the context, training forwards of ``model`` do not differentiate, store or (with a cache)
@@ -219,7 +235,7 @@ class FrozenPrefix:
                       else PrefixCache.from_spec(cache, limit_bytes=limit_bytes))
         self.start: int | None = None
         """First trainable block of the last training forward."""
-        self.rows_cached = self.rows_computed = self.rows_bypassed = 0
+        self.rows_cached = self.rows_computed = self.rows_extended = self.rows_bypassed = 0
         self.notes: list[str] = []
         self._give_up = on_refusal == "uncached"
         self._active = False
@@ -270,6 +286,7 @@ class FrozenPrefix:
     def describe(self) -> dict[str, Any]:
         """What ``run.json`` stores: first trainable block, rows read and computed, the cache."""
         return {"start": self.start, "rows_from_cache": self.rows_cached, "rows_computed": self.rows_computed,
+                "rows_extended": self.rows_extended,
                 "rows_bypassed": self.rows_bypassed,
                 "cache": None if self.cache is None else self.cache.describe()}
 
@@ -417,6 +434,8 @@ class FrozenPrefix:
         stamp = (start, *_stamp(self.anatomy, start))
         if self._namespace is None or self._namespace[0] != stamp:
             self._namespace = (stamp, prefix_identity(self.anatomy, start))
+            if self.cache is not None:
+                self.cache.starts.add(start)
         return self._namespace[1]
 
     def _prefix_of(self, original: Callable[..., Any], call: dict[str, Any], start: int, config: Any) -> Tensor:
@@ -429,17 +448,12 @@ class FrozenPrefix:
         self.rows_cached += len(states) - len(missing)
         self.rows_computed += len(missing)
         if missing:
-            part = (call if len(missing) == len(states) else _packed_rows_of(call, [inputs.spans[i] for i in missing])
-                    if inputs.packed else _rows_of(call, missing, len(states)))
-            computed = self._compute(original, part, start)
             if not self._probed:
-                # what no attribute tells (noise in a forward) shows when the same batch runs twice
-                if self.anatomy.body.training and not torch.equal(
-                        computed, self._compute(original, part, start)):
-                    raise CacheRefusedError(
-                        f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
-                        "forwards of one batch differ in training mode. Use cache='none'.")
-                self._probed = True
+                self._probe(original, inputs.part(call, missing[:1]), start)
+            part = call if len(missing) == len(states) else inputs.part(call, missing)
+            origin, before = self._nearest(inputs, missing, start)
+            computed = self._compute(original, part, start, origin, before)
+            self.rows_extended += len(missing) if origin else 0
             begin = 0
             for place, i in enumerate(missing):
                 lo, hi = inputs.spans[i]
@@ -449,15 +463,32 @@ class FrozenPrefix:
         first = states[0]
         assert first is not None
         device = next(self.anatomy.blocks[min(start, self.anatomy.num_blocks - 1)].parameters()).device
-        if inputs.packed:
-            return torch.cat([state.to(device) for state in states if state is not None])[None]
-        hidden = torch.zeros(len(states), inputs.length, first.shape[-1], dtype=first.dtype, device=device)
-        for i, ((lo, hi), state) in enumerate(zip(inputs.spans, states, strict=True)):
-            assert state is not None
-            hidden[i, lo:hi] = state
-        return hidden
+        return inputs.together([s for s in states if s is not None], range(len(states)), device)
 
-    def _compute(self, original: Callable[..., Any], call: dict[str, Any], start: int) -> Tensor:
+    def _probe(self, original: Callable[..., Any], call: dict[str, Any], start: int) -> None:
+        """What no attribute tells (noise in a forward) shows when the same row runs twice."""
+        if self.anatomy.body.training and not torch.equal(
+                *(self._compute(original, call, start) for _ in range(2))):
+            raise CacheRefusedError(
+                f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
+                "forwards of one row differ in training mode. Use cache='none'.")
+        self._probed = True
+
+    def _nearest(self, inputs: _Inputs, rows: list[int], start: int) -> tuple[int, Tensor | None]:
+        """The deepest hidden state before ``start`` that the cache has of all these rows; 0 if none."""
+        assert self.cache is not None
+        for origin in sorted(self.cache.starts, reverse=True):
+            if not 0 < origin < start or (namespace := prefix_identity(self.anatomy, origin)) not in self.cache:
+                continue
+            states = [self.cache.peek(namespace, inputs.rows[i]) for i in rows]
+            if all(state is not None for state in states):
+                device = next(self.anatomy.blocks[origin].parameters()).device
+                return origin, inputs.together([s for s in states if s is not None], rows, device)
+        return 0, None
+
+    def _compute(self, original: Callable[..., Any], call: dict[str, Any], start: int, origin: int = 0,
+                 before: Tensor | None = None) -> Tensor:
+        """Hidden ``start``, from the tokens or from hidden ``origin``."""
         reached: list[Tensor] = []
         blocks = self.anatomy.blocks[:start]
         last = blocks[-1].forward
@@ -470,7 +501,8 @@ class FrozenPrefix:
         try:
             for block in switched:
                 block.gradient_checkpointing = False  # type: ignore[assignment]
-            with torch.no_grad(), forwards_replaced(blocks[-1:], [stop]):
+            passed = [] if before is None else self._passing_over(origin, before)
+            with torch.no_grad(), forwards_replaced([*blocks[:origin], blocks[-1]], [*passed, stop]):
                 original(**call)
         except _PrefixDone:
             pass

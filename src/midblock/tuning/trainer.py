@@ -2,7 +2,8 @@
 
 Users of TRL keep its datasets, logging, trackers, callbacks, checkpoints and hub upload
 (`MidblockTrainer` is an `SFTTrainer`). What differs: the frozen prefix is neither differentiated nor
-recomputed, logits are made for labelled tokens only, padding is left out, a non-finite loss stops the run, and an interrupted run resumes to the result of an uninterrupted one.
+recomputed, logits are made for labelled tokens only, padding is left out, a non-finite loss stops the
+run, and an interrupted run resumes to the result of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from trl.trainer.sft_trainer import SFTTrainer
 from midblock.data import TokenRow, TokenRows
 from midblock.errors import DataError, OutputError, SettingsError, TrainingError
 from midblock.models import Anatomy, quiet
+from midblock.models.attention import can_pack, dense_attention, worth_packing
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes, sha256_of, write_json
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.cache import PrefixCache
-from midblock.tuning.kernels import can_pack, dense_attention, has_plain_head, lean_lora, supervised_loss, worth_packing
+from midblock.tuning.kernels import has_plain_head, lean_lora, supervised_loss
 from midblock.tuning.prefix import FrozenPrefix
 
 __all__ = ["MidblockTrainer", "StepLog", "TrainResult", "TrainSettings", "batch_plan", "train"]
