@@ -18,9 +18,11 @@ from midblock.data import Batch, Dataset
 from midblock.errors import ArchitectureError
 from midblock.evaluation import EvalResult, evaluate, find_task, model_limit, task_data
 from midblock.evaluation.likelihood import score_tokens
+from midblock.models.attention import dense_attention
 from midblock.progress import Progress, silent
 from midblock.sweeps.config import TaskConfig
 from midblock.sweeps.records import TaskScores
+from midblock.tuning.kernels import lean_lora
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
@@ -73,10 +75,11 @@ class Scorer:
         kind = find_task(task.task).kind
         if kind in _TOKEN_BATCH:
             length = min(task.max_length or _MAX_LENGTH, model_limit(self.loaded))
-            result = score_tokens(
-                self.loaded, task.task, data, batch_size=task.batch_size or _TOKEN_BATCH[kind], max_length=length,
-                chat=task.chat, progress=progress,
-                hidden_of=lambda batch: self._hidden(label, batch, first_block if self._resumes else None))
+            with dense_attention(self.loaded.model), lean_lora(self.loaded.model):
+                result = score_tokens(
+                    self.loaded, task.task, data, batch_size=task.batch_size or _TOKEN_BATCH[kind],
+                    max_length=length, chat=task.chat, progress=progress,
+                    hidden_of=lambda batch: self._hidden(label, batch, first_block if self._resumes else None))
         else:
             result = evaluate(self.loaded, task.task, data=data, seed=task.seed, batch_size=task.batch_size,
                               max_new_tokens=task.max_new_tokens, shots=task.shots, chat=task.chat,

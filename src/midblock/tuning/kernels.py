@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midblock import metrics
+from midblock.capture.scoring import chunk_rows, head_rows
 from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
 
 __all__ = ["has_plain_head", "lean_lora", "supervised_loss"]
-
-# numbers in one chunk of logits: 2**23 float32 are 32 MiB
-_CHUNK_NUMBERS = 1 << 23
 
 # ---------------------------------------------------------------------------------------------
 # head and loss on supervised tokens
@@ -36,16 +35,20 @@ class _HeadLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         grad = torch.empty_like(rows) if wants else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        step = max(1, _CHUNK_NUMBERS // weight.shape[0])
-        for lo in range(0, rows.shape[0], step):
-            part = rows[lo:lo + step]
-            scores = F.log_softmax(F.linear(part, weight, bias).float(), dim=-1)
-            index = targets[lo:lo + step, None]
-            gold = scores.gather(1, index)
-            total -= gold.sum()
-            if grad is not None:  # d loss / d logits = softmax - one-hot
-                scores.exp_().scatter_add_(1, index, torch.full_like(gold, -1.0))
-                torch.mm(scores.to(weight.dtype), weight, out=grad[lo:lo + step])
+        wide, narrow = (of(weight.shape[0], rows.device) for of in (head_rows, chunk_rows))
+        for lo in range(0, rows.shape[0], wide):
+            logits = F.linear(rows[lo:lo + wide], weight, bias)
+            for start in range(0, logits.shape[0], narrow):
+                part = logits[start:start + narrow]
+                index = targets[lo + start:lo + start + narrow, None]
+                of = metrics.distribution(part.float())
+                gold = of.logits.gather(1, index)
+                total += (of.log_norm - gold[:, 0]).sum()
+                if grad is not None:  # d loss / d logits = softmax - one-hot, written over the logits
+                    softmax = of.weights.div_(of.total[:, None])
+                    part.copy_(softmax.scatter_add_(1, index, torch.full_like(gold, -1.0)))
+            if grad is not None:
+                torch.mm(logits, weight, out=grad[lo:lo + wide])
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -167,7 +170,7 @@ class _LowRank(torch.autograd.Function):
 def _lean_forward(layer: Any, name: str) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = layer.base_layer
-        if (args or kwargs or layer.disable_adapters or layer.merged or not torch.is_grad_enabled()
+        if (args or kwargs or layer.disable_adapters or layer.merged
                 or torch.is_autocast_enabled(x.device.type) or x.dtype != base.weight.dtype):
             return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
         return _LowRank.apply(x, base.weight, base.bias, layer.lora_A[name].weight,  # type: ignore[no-any-return]
@@ -181,8 +184,7 @@ def lean_lora(model: nn.Module) -> Iterator[int]:
 
     PEFT casts activations to the adapter's float32, multiplies in float32 and casts back. Here the
     float32 weights A and B are cast instead (they stay float32 for the optimizer), as autocast
-    would. In a float32 model nothing is cast and the result is the same. Forwards without grad,
-    DoRA, dropout, several adapters and quantised bases keep PEFT's own forward.
+    would. In a float32 model nothing is cast and the result is the same. DoRA, dropout, several adapters and quantised bases keep PEFT's own forward.
 
     Yields:
         Number of layers that use it.
