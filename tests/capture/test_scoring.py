@@ -74,7 +74,7 @@ def test_several_models_are_read_out_side_by_side():
     states = {"a": torch.arange(20.0).reshape(10, 2), "b": -torch.arange(20.0).reshape(10, 2)}
     seen = {"a": [], "b": []}
     for part, logits in scoring.chunks_of_all_logits({"a": lambda z: 2 * z, "b": lambda z: z + 1}, states, 1 << 18):
-        assert part.stop - part.start == len(logits["a"]) == len(logits["b"]) <= scoring.chunk_rows(
+        assert part.stop - part.start == len(logits["a"]) == len(logits["b"]) <= scoring.head_rows(
             1 << 18, states["a"].device)
         for name, values in logits.items():
             seen[name].append(values.clone())

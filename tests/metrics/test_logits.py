@@ -51,10 +51,10 @@ def test_kl_equals_a_loop_and_is_zero_on_itself(logits):
     assert metrics.kl_divergence(own, own).abs().max().item() < 1e-5
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(50, 5), (5000, 10), (4999, 3), (64 * 40, 10)])
+@pytest.mark.parametrize(("vocab", "k"), [(50, 5), (50, 1), (5000, 10), (4999, 1), (4999, 3), (64 * 40, 10)])
 def test_top_k_is_exact(vocab, k):
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
-    assert torch.equal(metrics.top_k(metrics.distribution(logits), k), logits.topk(k, dim=1).indices)
+    assert torch.equal(metrics.top_k(logits, metrics.distribution(logits).maxima, k), logits.topk(k, dim=1).indices)
 
 
 @pytest.mark.parametrize("vocab", [70, 5000, 64 * 40])
@@ -66,14 +66,16 @@ def test_of_equal_logits_the_lower_index_comes_first(vocab, scale):
     sorted_stably = logits.sort(dim=1, descending=True, stable=True).indices
     of = metrics.distribution(logits)
     assert any(len(set(row.tolist())) < 10 for row in logits.gather(1, sorted_stably[:, :10]))
-    assert torch.equal(metrics.top_k(of, 10), sorted_stably[:, :10])
-    assert torch.equal(metrics.top_k(of, 1)[:, 0], logits.argmax(dim=1))
+    assert torch.equal(metrics.top_k(logits, of.maxima, 10), sorted_stably[:, :10])
+    assert torch.equal(metrics.top_k(logits.bfloat16(), of.maxima, 10), sorted_stably[:, :10])
+    assert torch.equal(metrics.top_k(logits, of.maxima, 1), sorted_stably[:, :1])
 
 
 def test_top_k_sees_the_short_last_group_and_not_behind_it():
     logits = torch.full((1, 64 * 50 + 3), -math.inf)
     logits[0, -1], logits[0, 5] = 2.0, 1.0
-    assert metrics.top_k(metrics.distribution(logits), 2).tolist() == [[64 * 50 + 2, 5]]
+    assert metrics.top_k(logits, metrics.distribution(logits).maxima, 2).tolist() == [[64 * 50 + 2, 5]]
+    assert metrics.top_k(logits, metrics.distribution(logits).maxima, 1).tolist() == [[64 * 50 + 2]]
 
 
 def test_top_k_overlap_counts_common_tokens():

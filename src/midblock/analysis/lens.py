@@ -23,7 +23,7 @@ from midblock import metrics, stats
 from midblock.analysis.passes import PassState, feed_batches
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.capture import counted_positions, sample_means
-from midblock.capture.scoring import chunks_of_all_logits
+from midblock.capture.scoring import cached_parts, chunks_of_all_logits
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import LoadedModel, shared_read_outs
@@ -119,6 +119,7 @@ class _Readouts:
         alone = {side: rows[side] for side in dict.fromkeys(twins.values())}
         for part, logits in chunks_of_all_logits({side: read_outs[side] for side in alone}, alone, vocab):
             self._chunk(logits, twins, target[part], got, tops)
+            del logits  # before the next ones are made
         place = torch.tensor([self.place[i] for i in batch.indices])
         for key, parts in got.items():
             means, counts = sample_means(row, torch.cat(parts), len(batch.indices))
@@ -142,24 +143,31 @@ class _Readouts:
 
     def _chunk(self, logits: Mapping[str, Tensor], twins: Mapping[str, str], target: Tensor,
                got: dict[str, list[Tensor]], tops: dict[str, list[Tensor]]) -> None:
+        maxima: dict[str, list[Tensor]] = {side: [] for side in logits}
+        for rows in cached_parts(next(iter(logits.values()))):
+            each = {side: metrics.distribution(values[rows].float()) for side, values in logits.items()}
+            scored = {side: metrics.token_statistics(of, target[rows]) for side, of in each.items()}
+            for side, of in each.items():
+                maxima[side].append(of.maxima)
+            for side, twin in twins.items():
+                own = scored[twin]
+                for metric, value in (("loss", own.loss), ("entropy", own.entropy),
+                                      ("gold_probability", own.probability), ("gold_rank", own.rank.float())):
+                    got.setdefault(f"{metric}|{side}", []).append(value)
+            for later, earlier in self._pairs:
+                kl = metrics.kl_divergence(each[twins[earlier]], each[twins[later]])
+                got.setdefault(f"kl|{side_of((later, earlier))}", []).append(kl)
         # alone, a model needs its most likely token only
         size = self._settings.top_k if self._pairs else 1
-        each = {side: metrics.distribution(values) for side, values in logits.items()}
-        tops_of = {side: metrics.top_k(of, size if side in self._stages else 1) for side, of in each.items()}
-        scored = {side: metrics.token_statistics(of, target) for side, of in each.items()}
-        found = {side: each[own] for side, own in twins.items()}
-        best = {side: tops_of[own] for side, own in twins.items()}
-        for side, twin in twins.items():
-            own = scored[twin]
-            for metric, value in (("loss", own.loss), ("accuracy", (best[side][:, 0] == target).float()),
-                                  ("entropy", own.entropy), ("gold_probability", own.probability),
-                                  ("gold_rank", own.rank.float())):
-                got.setdefault(f"{metric}|{side}", []).append(value)
+        found = {side: metrics.top_k(values, torch.cat(maxima[side]), size if side in self._stages else 1)
+                 for side, values in logits.items()}
+        best = {side: found[own] for side, own in twins.items()}
+        for side in twins:
+            got.setdefault(f"accuracy|{side}", []).append((best[side][:, 0] == target).float())
         for stage in self._stages:
             tops[stage].append(best[stage][:, 0])
         for later, earlier in self._pairs:
             side = side_of((later, earlier))
-            got.setdefault(f"kl|{side}", []).append(metrics.kl_divergence(found[earlier], found[later]))
             got.setdefault(f"top1_agreement|{side}", []).append(
                 (best[later][:, 0] == best[earlier][:, 0]).float())
             got.setdefault(f"top_k_overlap|{side}", []).append(metrics.top_k_overlap(best[later], best[earlier]))
@@ -309,7 +317,7 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     readouts = _Readouts(by_name, pairs, hidden, samples, chosen)
     batches = make_batches(encoded.rows, batch_size=chosen.batch_size, pad_id=pad_token_id(tokenizer))
     state = PassState(state_folder) if state_folder else None
-    feed_batches(by_name, batches, {"lens": readouts}, state=state, progress=progress, what="read-out")
+    feed_batches(by_name, batches, {"lens": readouts}, state=state, progress=progress, what="read-out", heads=True)
     table = _table(readouts, keys, pairs, hidden, chosen)
     if state:
         state.discard()

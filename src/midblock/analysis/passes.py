@@ -16,6 +16,7 @@ from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch
 from midblock.errors import OutputError
 from midblock.models import LoadedModel
+from midblock.models.inference import laid_out_heads
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path
 
@@ -82,7 +83,7 @@ class PassState:
 
 def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
                  accumulators: Mapping[str, Accumulator], *, state: PassState | None = None,
-                 progress: Progress = silent, what: str = "forward") -> None:
+                 progress: Progress = silent, what: str = "forward", heads: bool = False) -> None:
     """Run every batch through all stages in lockstep and feed hidden 0..L to the accumulators.
 
     At any time only one hidden state per stage exists besides what the accumulators keep.
@@ -93,12 +94,13 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         accumulators: name -> accumulator.
         state: Where to save and restore finished samples.
         progress: Told the number of tokens done.
+        heads: Whether the accumulators read heads out.
     """
     done = state.restore(accumulators) if state else set()
     total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
     tokens = 0
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), laid_out_heads([m.anatomy for m in stages.values()] if heads else []):
             for batch in batches:
                 if not done.issuperset(batch.indices):
                     runs = {name: (m.model, m.anatomy, batch.to(m.device)) for name, m in stages.items()}

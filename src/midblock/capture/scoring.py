@@ -15,8 +15,8 @@ from torch import Tensor
 from midblock import metrics
 from midblock.data import Batch
 
-__all__ = ["TokenScores", "chunk_rows", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows",
-           "next_token_scores", "sample_means"]
+__all__ = ["TokenScores", "cached_parts", "chunk_rows", "chunks_of_all_logits", "chunks_of_logits",
+           "counted_positions", "head_rows", "next_token_scores", "sample_means"]
 
 # The head is read out for many positions at once (its weights are streamed from memory each time), but a pass
 # over logits is bound by memory: a CPU works on so few rows that their float32 logits stay in its cache.
@@ -56,13 +56,16 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
     """Float32 logits (n, V) of hidden rows (N, d), a bounded chunk at a time, with their slice."""
-    for part, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
-        yield part, logits[""]
+    for whole, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
+        for part in cached_parts(logits[""]):
+            yield slice(whole.start + part.start, whole.start + part.stop), logits[""][part].float()
 
 
 def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
                          vocab_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """Float32 logits (n, V) of hidden rows, for several models at once and few rows at a time.
+    """Logits (n, V) of hidden rows in the models' own number format, for several models at once.
+
+    A pass over them is for `cached_parts`.
 
     Args:
         read_outs: Model -> final norm and head, (n, d) -> (n, V).
@@ -73,14 +76,17 @@ def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], ro
         The slice of rows, and model -> their logits.
     """
     first = next(iter(rows.values()))
-    wide, narrow = head_rows(vocab_size, first.device), chunk_rows(vocab_size, first.device)
-    total = first.shape[0]
-    for lo in range(0, total, wide):
-        high = min(lo + wide, total)
-        logits = {name: read_outs[name](part[lo:high]) for name, part in rows.items()}
-        for start in range(lo, high, narrow):
-            stop = min(start + narrow, high)
-            yield slice(start, stop), {name: all_of[start - lo:stop - lo].float() for name, all_of in logits.items()}
+    wide = head_rows(vocab_size, first.device)
+    for lo in range(0, first.shape[0], wide):
+        whole = slice(lo, min(lo + wide, first.shape[0]))
+        yield whole, {name: read_outs[name](part[whole]) for name, part in rows.items()}
+
+
+def cached_parts(logits: Tensor) -> Iterator[slice]:
+    """Slices of few rows (n, V): so few that passes over their float32 values stay in a CPU's cache."""
+    step = chunk_rows(logits.shape[1], logits.device)
+    for lo in range(0, logits.shape[0], step):
+        yield slice(lo, min(lo + step, logits.shape[0]))
 
 
 @dataclass
@@ -116,7 +122,7 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     for part, logits in chunks_of_logits(read_out, rows, vocab_size):
         of = metrics.distribution(logits)
         gold = logits.gather(1, target[part, None]).squeeze(1)
-        correct[part] = metrics.top_k(of, 1)[:, 0] == target[part]
+        correct[part] = metrics.top_k(logits, of.maxima, 1)[:, 0] == target[part]
         loss[part] = (of.log_norm - gold).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 

@@ -113,24 +113,36 @@ def kl_divergence(p: Distribution, q: Distribution) -> Tensor:
     return (expected - p.log_norm + q.log_norm).clamp_min(0)
 
 
-def top_k(of: Distribution, k: int) -> Tensor:
+def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
     """Indices (n, k) of the k largest logits of each row, largest first; of equal ones the lower index, as argmax does.
 
     Exact, in two steps: the k largest of V are among the k groups of 64 with the largest maxima,
-    so that the selection sees a few hundred candidates. (Logits of half precision are often equal.)
+    so that the selection sees a few hundred candidates. (Logits of half precision are often equal.) It is made of many
+    small steps: better for many rows at once than for few.
+
+    Args:
+        logits: (n, V), of any number format.
+        maxima: Of their groups, from `distribution` of the same rows.
+        k: 1..V.
 
     Example:
-        >>> top_k(distribution(torch.tensor([[0.0, 2.0, 2.0, 1.0]])), 3).tolist()
+        >>> logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
+        >>> top_k(logits, distribution(logits).maxima, 3).tolist()
         [[1, 2, 3]]
     """
-    n, vocab = of.logits.shape
+    n, vocab = logits.shape
+    if k == 1:  # argmax takes the first of equals, among groups and within one
+        first = maxima.argmax(dim=1, keepdim=True)
+        columns = first * _GROUP + torch.arange(min(_GROUP, vocab), device=logits.device)
+        values = logits.gather(1, columns.clamp_max(vocab - 1))  # a short last group repeats its last one
+        return first * _GROUP + values.argmax(dim=1, keepdim=True)
     if vocab < 4 * _GROUP * k:
-        return of.logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    groups = of.maxima.shape[1]
-    chosen = _first_of_equals(of.maxima, torch.arange(groups, device=of.logits.device)).topk(k, dim=1).indices
-    columns = (chosen.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=of.logits.device)).view(n, -1)
+        return logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    groups = maxima.shape[1]
+    chosen = _first_of_equals(maxima, torch.arange(groups, device=logits.device)).topk(k, dim=1).indices
+    columns = (chosen.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=logits.device)).view(n, -1)
     inside = columns < vocab  # the last group may be a short one
-    values = of.logits.gather(1, columns.clamp_max(vocab - 1)).masked_fill_(~inside, -math.inf)
+    values = logits.gather(1, columns.clamp_max(vocab - 1)).masked_fill_(~inside, -math.inf)
     return columns.gather(1, _first_of_equals(values, columns).topk(k, dim=1).indices)
 
 

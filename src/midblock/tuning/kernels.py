@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midblock import metrics
-from midblock.capture.scoring import chunk_rows, head_rows
+from midblock.capture.scoring import cached_parts, head_rows
 from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
 
@@ -35,12 +35,11 @@ class _HeadLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         grad = torch.empty_like(rows) if wants else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        wide, narrow = (of(weight.shape[0], rows.device) for of in (head_rows, chunk_rows))
+        wide = head_rows(weight.shape[0], rows.device)
         for lo in range(0, rows.shape[0], wide):
             logits = F.linear(rows[lo:lo + wide], weight, bias)
-            for start in range(0, logits.shape[0], narrow):
-                part = logits[start:start + narrow]
-                index = targets[lo + start:lo + start + narrow, None]
+            for place in cached_parts(logits):
+                part, index = logits[place], targets[lo:lo + wide][place, None]
                 of = metrics.distribution(part.float())
                 gold = of.logits.gather(1, index)
                 total += (of.log_norm - gold[:, 0]).sum()
@@ -184,7 +183,8 @@ def lean_lora(model: nn.Module) -> Iterator[int]:
 
     PEFT casts activations to the adapter's float32, multiplies in float32 and casts back. Here the
     float32 weights A and B are cast instead (they stay float32 for the optimizer), as autocast
-    would. In a float32 model nothing is cast and the result is the same. DoRA, dropout, several adapters and quantised bases keep PEFT's own forward.
+    would. In a float32 model nothing is cast and the result is the same. DoRA, dropout, several
+    adapters and quantised bases keep PEFT's own forward.
 
     Yields:
         Number of layers that use it.
