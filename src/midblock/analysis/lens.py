@@ -95,6 +95,7 @@ class _Readouts:
         self.values |= {f"{m}|{side_of(p)}": empty() for m in _SHARED for p in self._pairs}
         self.tokens = torch.zeros(len(samples), dtype=torch.float64)
         self.traced = list(samples)[:settings.trace]
+        self._scratch = metrics.Scratch()
         self.traces: dict[str, Tensor] = {}
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
@@ -145,8 +146,8 @@ class _Readouts:
                got: dict[str, list[Tensor]], tops: dict[str, list[Tensor]]) -> None:
         maxima: dict[str, list[Tensor]] = {side: [] for side in logits}
         for rows in cached_parts(next(iter(logits.values()))):
-            each = {side: metrics.distribution(values[rows].float()) for side, values in logits.items()}
-            scored = {side: metrics.token_statistics(of, target[rows]) for side, of in each.items()}
+            each = {side: metrics.distribution(values[rows], self._scratch, side) for side, values in logits.items()}
+            scored = {side: metrics.token_statistics(of, target[rows], self._scratch) for side, of in each.items()}
             for side, of in each.items():
                 maxima[side].append(of.maxima)
             for side, twin in twins.items():
@@ -155,7 +156,7 @@ class _Readouts:
                                       ("gold_probability", own.probability), ("gold_rank", own.rank.float())):
                     got.setdefault(f"{metric}|{side}", []).append(value)
             for later, earlier in self._pairs:
-                kl = metrics.kl_divergence(each[twins[earlier]], each[twins[later]])
+                kl = metrics.kl_divergence(each[twins[earlier]], each[twins[later]], self._scratch)
                 got.setdefault(f"kl|{side_of((later, earlier))}", []).append(kl)
         # alone, a model needs its most likely token only
         size = self._settings.top_k if self._pairs else 1

@@ -55,10 +55,10 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
-    """Float32 logits (n, V) of hidden rows (N, d), a bounded chunk at a time, with their slice."""
+    """Logits (n, V) of hidden rows (N, d) in the model's number format, few rows at a time, with their slice."""
     for whole, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
         for part in cached_parts(logits[""]):
-            yield slice(whole.start + part.start, whole.start + part.stop), logits[""][part].float()
+            yield slice(whole.start + part.start, whole.start + part.stop), logits[""][part]
 
 
 def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
@@ -119,10 +119,11 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     target = batch.input_ids.roll(-1, dims=1)[mask]
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
+    scratch = metrics.Scratch()
     for part, logits in chunks_of_logits(read_out, rows, vocab_size):
-        of = metrics.distribution(logits)
-        gold = logits.gather(1, target[part, None]).squeeze(1)
-        correct[part] = metrics.top_k(logits, of.maxima, 1)[:, 0] == target[part]
+        of = metrics.distribution(logits, scratch)
+        gold = of.logits.gather(1, target[part, None]).squeeze(1)
+        correct[part] = metrics.top_k(of.logits, of.maxima, 1)[:, 0] == target[part]
         loss[part] = (of.log_norm - gold).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 

@@ -28,6 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from midblock import metrics
 from midblock.capture.forward import run_blocks
 from midblock.capture.scoring import chunks_of_logits
 from midblock.data import Batch, TokenRow, make_batches, pad_token_id
@@ -226,12 +227,14 @@ class MemoryLM(HFLM):
             target = torch.tensor(targets, device=self.device)
             score = torch.empty(len(targets), dtype=torch.float32, device=self.device)
             greedy = torch.empty(len(targets), dtype=torch.bool, device=self.device)
+            scratch = metrics.Scratch()
             for part, logits in chunks_of_logits(anatomy.read_out, hidden[unique[0], unique[1]],
                                                  anatomy.vocab_size):
                 here = ((of >= part.start) & (of < part.stop)).nonzero()[:, 0]
                 lines = of[here] - part.start
-                score[here] = (logits[lines, target[here]] - logits.logsumexp(dim=1)[lines])
-                greedy[here] = logits.argmax(dim=1)[lines] == target[here]
+                found = metrics.distribution(logits, scratch)
+                score[here] = (found.logits[lines, target[here]] - found.log_norm[lines])
+                greedy[here] = metrics.top_k(found.logits, found.maxima, 1)[lines, 0] == target[here]
         total = torch.zeros(len(wanted), dtype=torch.float64)
         total.index_add_(0, torch.tensor(owner), score.double().cpu())
         wrong = torch.zeros(len(wanted), dtype=torch.int64)

@@ -8,11 +8,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "TokenStatistics", "count_above", "distribution", "kl_divergence", "token_statistics",
-           "top_k", "top_k_overlap"]
+__all__ = ["Distribution", "Scratch", "TokenStatistics", "count_above", "distribution", "kl_divergence",
+           "token_statistics", "top_k", "top_k_overlap"]
 
 _LOG2_E = math.log2(math.e)
 _GROUP = 64
+
+
+class Scratch:
+    """Float32 memory (n, V) that passes over logits use again and again.
+
+    New memory of this size comes from the system page by page, which takes a CPU longer than the
+    passes themselves. What is given out under a name is overwritten when the name is asked for again.
+
+    Example:
+        >>> scratch = Scratch()
+        >>> scratch.like("logits", torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def like(self, name: str, values: Tensor) -> Tensor:
+        """Memory of the shape and place of ``values``."""
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < values.numel() or kept.device != values.device:
+            kept = self._kept[name] = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
+        return kept[:values.numel()].view(values.shape)
 
 
 class TokenStatistics(NamedTuple):
@@ -43,20 +66,25 @@ class Distribution(NamedTuple):
     """log sum exp logits, (n)."""
 
 
-def distribution(logits: Tensor) -> Distribution:
+def distribution(logits: Tensor, scratch: Scratch | None = None, name: str = "") -> Distribution:
     """The one pass of maxima and the one pass of exponentials that everything else shares.
 
     Args:
-        logits: (n, V) float32.
+        logits: (n, V), of any floating-point format; worked on in float32.
+        scratch: Where to put logits and weights; without it, in new memory.
+        name: Of what is kept there: distributions of different names can be used side by side.
 
     Example:
         >>> distribution(torch.zeros(1, 4)).log_norm.exp().round().item()
         4.0
     """
+    if logits.dtype != torch.float32:
+        logits = logits.float() if scratch is None else scratch.like(f"{name} logits", logits).copy_(logits)
     maxima = _group_maxima(logits)
     top = maxima.amax(dim=1, keepdim=True)
     # exp(x) = 2^(x log2 e), the product within the subtraction's pass: on a CPU exp2 is several times faster than exp
-    weights = torch.add(top * -_LOG2_E, logits, alpha=_LOG2_E).exp2_()
+    kept = None if scratch is None else scratch.like(f"{name} weights", logits)
+    weights = torch.add(top * -_LOG2_E, logits, alpha=_LOG2_E, out=kept).exp2_()
     total = weights.sum(dim=1)
     return Distribution(logits, maxima, weights, total, total.log() + top.squeeze(1))
 
@@ -70,7 +98,7 @@ def _group_maxima(logits: Tensor) -> Tensor:
     return torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1) if whole < vocab else maxima
 
 
-def token_statistics(of: Distribution, target: Tensor) -> TokenStatistics:
+def token_statistics(of: Distribution, target: Tensor, scratch: Scratch | None = None) -> TokenStatistics:
     """Loss, entropy, probability and rank of the target under each row.
 
     entropy = log Z - sum p l, with p = softmax(l): no logarithm of a probability is taken.
@@ -78,6 +106,7 @@ def token_statistics(of: Distribution, target: Tensor) -> TokenStatistics:
     Args:
         of: Distribution of each row.
         target: (n) int64.
+        scratch: Memory for what is passed over.
 
     Example:
         >>> s = token_statistics(distribution(torch.zeros(1, 4)), torch.tensor([2]))
@@ -85,23 +114,28 @@ def token_statistics(of: Distribution, target: Tensor) -> TokenStatistics:
         (1.3863, 1.3863, 0)
     """
     gold = of.logits.gather(1, target.unsqueeze(1))
-    expected = torch.linalg.vecdot(of.weights, of.logits) / of.total
+    expected = _dot(of.weights, of.logits, scratch) / of.total
     loss = of.log_norm - gold.squeeze(1)
     # rounding alone can take a certain prediction below zero
     return TokenStatistics(loss.clamp_min(0), (of.log_norm - expected).clamp_min(0), (-loss).exp().clamp_max(1),
-                           count_above(of.logits, gold))
+                           count_above(of.logits, gold, scratch))
 
 
-def count_above(logits: Tensor, threshold: Tensor) -> Tensor:
+def _dot(a: Tensor, b: Tensor, scratch: Scratch | None) -> Tensor:
+    return torch.mul(a, b, out=None if scratch is None else scratch.like("product", a)).sum(dim=1)
+
+
+def count_above(logits: Tensor, threshold: Tensor, scratch: Scratch | None = None) -> Tensor:
     """How many entries of each row (n, V) exceed the row's threshold (n, 1): (n) int64."""
     if logits.shape[1] >= 1 << 24 or logits.dtype != torch.float32:
         return (logits > threshold).sum(dim=1)
     # summing 0 and 1 as float32 is exact below 2**24 and several times faster than counting booleans
-    above = torch.gt(logits.detach(), threshold.detach(), out=torch.empty_like(logits, requires_grad=False))
+    out = torch.empty_like(logits, requires_grad=False) if scratch is None else scratch.like("product", logits)
+    above = torch.gt(logits.detach(), threshold.detach(), out=out)
     return above.sum(dim=1).long()
 
 
-def kl_divergence(p: Distribution, q: Distribution) -> Tensor:
+def kl_divergence(p: Distribution, q: Distribution, scratch: Scratch | None = None) -> Tensor:
     """KL(p || q) in nats of each row: sum p (l_p - l_q) - log Z_p + log Z_q.
 
     Example:
@@ -109,7 +143,8 @@ def kl_divergence(p: Distribution, q: Distribution) -> Tensor:
         >>> kl_divergence(uniform, uniform).item()
         0.0
     """
-    expected: Tensor = torch.linalg.vecdot(p.weights, p.logits - q.logits) / p.total
+    apart = torch.sub(p.logits, q.logits, out=None if scratch is None else scratch.like("difference", p.logits))
+    expected: Tensor = _dot(p.weights, apart, scratch) / p.total
     return (expected - p.log_norm + q.log_norm).clamp_min(0)
 
 

@@ -35,12 +35,12 @@ class _HeadLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         grad = torch.empty_like(rows) if wants else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        wide = head_rows(weight.shape[0], rows.device)
+        wide, scratch = head_rows(weight.shape[0], rows.device), metrics.Scratch()
         for lo in range(0, rows.shape[0], wide):
             logits = F.linear(rows[lo:lo + wide], weight, bias)
             for place in cached_parts(logits):
                 part, index = logits[place], targets[lo:lo + wide][place, None]
-                of = metrics.distribution(part.float())
+                of = metrics.distribution(part, scratch)
                 gold = of.logits.gather(1, index)
                 total += (of.log_norm - gold[:, 0]).sum()
                 if grad is not None:  # d loss / d logits = softmax - one-hot, written over the logits
