@@ -16,7 +16,7 @@ from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch
 from midblock.errors import OutputError
 from midblock.models import LoadedModel
-from midblock.models.inference import laid_out_heads
+from midblock.models.inference import laid_out
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path
 
@@ -100,7 +100,7 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
     total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
     tokens = 0
     try:
-        with torch.inference_mode(), laid_out_heads([m.anatomy for m in stages.values()] if heads else []):
+        with torch.inference_mode(), laid_out([m.anatomy for m in stages.values()] if heads else []):
             for batch in batches:
                 if not done.issuperset(batch.indices):
                     runs = {name: (m.model, m.anatomy, batch.to(m.device)) for name, m in stages.items()}

@@ -22,7 +22,7 @@ __all__ = ["TokenScores", "cached_parts", "chunk_rows", "chunks_of_all_logits", 
 # over logits is bound by memory: a CPU works on so few rows that their float32 logits stay in its cache.
 _HEAD_NUMBERS = 3 << 22
 _HEAD_ROWS = 128
-_CACHED_NUMBERS = 3 << 18
+_CACHED_NUMBERS = 3 << 17
 _ACCELERATOR_NUMBERS = 1 << 24
 
 
@@ -120,11 +120,12 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     scratch = metrics.Scratch()
-    for part, logits in chunks_of_logits(read_out, rows, vocab_size):
-        of = metrics.distribution(logits, scratch)
-        gold = of.logits.gather(1, target[part, None]).squeeze(1)
-        correct[part] = metrics.top_k(of.logits, of.maxima, 1)[:, 0] == target[part]
-        loss[part] = (of.log_norm - gold).clamp_min_(0)
+    for whole, found in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
+        logits, gold = found[""], target[whole, None]
+        parts = [metrics.distribution(logits[part], scratch) for part in cached_parts(logits)]
+        log_norm, maxima = (torch.cat(x) for x in ([p.log_norm for p in parts], [p.maxima for p in parts]))
+        correct[whole] = metrics.top_k(logits, maxima, 1)[:, 0] == gold[:, 0]
+        loss[whole] = (log_norm - logits.gather(1, gold)[:, 0].float()).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 
 

@@ -1,15 +1,13 @@
-"""The head's product at the processor's rate, for passes that read out much.
+"""Products of forwards without gradients at the processor's rate.
 
-On a CPU in bfloat16 the head is most of what reading out a small model costs, and oneDNN lays its
-weight out anew for every product. `laid_out_heads` keeps that layout; logits stay bit-equal. (Midblock's
-attention is not used in such passes: it rounds otherwise than the model's own, and the KL divergence of two
-near models shows that.)
+On CPUs oneDNN lays a bfloat16 weight out anew for every product. `laid_out` keeps that layout, which takes
+memory for a second copy of the weights and gives bit-equal results.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,64 +15,69 @@ from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["laid_out_head", "laid_out_heads"]
+__all__ = ["laid_out"]
 
-# rows that the layout is chosen for
-_ROWS = 256
-
-
-@contextlib.contextmanager
-def laid_out_heads(anatomies: Iterable[Anatomy]) -> Iterator[None]:
-    """`laid_out_head` of several models."""
-    with contextlib.ExitStack() as stack:
-        for anatomy in anatomies:
-            stack.enter_context(laid_out_head(anatomy))
-        yield
+# most bytes of blocks that are copied; rows of a product that the layout is chosen for
+_LIMIT_BYTES = 2 << 30
+_ROWS = {"head": 256, "block": 1024}
 
 
 @contextlib.contextmanager
-def laid_out_head(anatomy: Anatomy) -> Iterator[bool]:
-    """Within the context the head's products without gradients use a copy of its weight in oneDNN's layout.
+def laid_out(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[int]:
+    """Within the context products without gradients use copies of weights in oneDNN's layout.
 
-    Only for a plain bfloat16 head on a CPU, and where a trial is bit-equal to the usual product. The
-    weight must not change within the context.
+    Only for plain bfloat16 linear layers on a CPU, and only where a trial is bit-equal to the usual
+    product. Weights must not change within the context.
+
+    Args:
+        anatomies: Of the models whose heads are read out.
+        blocks: Also for the layers of their blocks, as long as these take no more than 2 GiB.
 
     Yields:
-        Whether it applies.
+        Number of layers that use it.
     """
-    head = anatomy.head
-    product = _product(head)
-    if product is None:
-        yield False
-        return
-    usual = head.forward
-
-    def forward(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
-            return usual(x)  # type: ignore[no-any-return]
-        return product(x)  # type: ignore[no-any-return]
-
-    head.forward = forward  # type: ignore[method-assign]
+    layers: list[tuple[nn.Module, int]] = []
+    size = 0
+    for anatomy in anatomies:
+        layers.append((anatomy.head, _ROWS["head"]))
+        for module in (m for block in anatomy.blocks for m in block.modules()) if blocks else ():
+            if type(module) is nn.Linear:
+                size += module.weight.numel() * module.weight.element_size()
+                layers += [(module, _ROWS["block"])] if size <= _LIMIT_BYTES else []
+    changed = []
     try:
-        yield True
+        for layer, rows in layers:
+            if (product := _product(layer, rows)) is not None:
+                layer.forward = _forward(layer.forward, product)  # type: ignore[method-assign]
+                changed.append(layer)
+        yield len(changed)
     finally:
-        head.__dict__.pop("forward", None)
+        for layer in changed:
+            layer.__dict__.pop("forward", None)
 
 
-def _product(head: nn.Module) -> Any:
-    weight = getattr(head, "weight", None)
-    if (type(head) is not nn.Linear or not isinstance(weight, Tensor) or weight.device.type != "cpu"
-            or weight.dtype != torch.bfloat16 or "forward" in head.__dict__
+def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    def forward(x: Tensor) -> Any:
+        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+            return usual(x)
+        return product(x)
+    return forward
+
+
+def _product(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor] | None:
+    weight = getattr(layer, "weight", None)
+    if (type(layer) is not nn.Linear or not isinstance(weight, Tensor) or weight.device.type != "cpu"
+            or weight.dtype != torch.bfloat16 or "forward" in layer.__dict__
             or not torch.backends.mkldnn.is_available()):
         return None
-    bias = head.bias
+    bias = layer.bias
     try:  # what torch.compile uses on CPUs; not every build of PyTorch has it
         with torch.inference_mode():
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             multiply = torch.ops.mkldnn._linear_pointwise
 
             def product(x: Tensor) -> Tensor:
-                return multiply(x, laid_out, bias, "none", [], "")  # type: ignore[no-any-return]
+                return multiply(x, kept, bias, "none", [], "")  # type: ignore[no-any-return]
 
             trial = torch.randn(19, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
             equal = torch.equal(product(trial), torch.nn.functional.linear(trial, weight, bias))
