@@ -219,7 +219,7 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
                     array = scores.setdefault((recipient, donor, mask, head, metric), np.full(len(place), np.nan))
                     array[rows] = means
 
-    with torch.inference_mode(), laid_out([m.anatomy for m in models], blocks=True):
+    with torch.inference_mode(), laid_out([m.anatomy for m in models]):
         for batch in batches:
             states: dict[tuple[int, int], Tensor] = {}  # (run, hidden) -> what a later run resumes from
             for number, run in enumerate(runs):

@@ -1,7 +1,7 @@
-"""Products of forwards without gradients at the processor's rate.
+"""The head's product at the processor's rate, for passes that read much out.
 
 On CPUs oneDNN lays a bfloat16 weight out anew for every product. `laid_out` keeps that layout, which takes
-memory for a second copy of the weights and gives bit-equal results.
+memory for a second copy of the head and gives bit-equal logits.
 """
 
 from __future__ import annotations
@@ -17,43 +17,30 @@ from midblock.models.anatomy import Anatomy
 
 __all__ = ["laid_out"]
 
-# most bytes of blocks that are copied; rows of a product that the layout is chosen for
-_LIMIT_BYTES = 2 << 30
-_ROWS = {"head": 256, "block": 1024}
+# rows of a product that the layout is chosen for
+_ROWS = 256
 
 
 @contextlib.contextmanager
-def laid_out(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[int]:
-    """Within the context products without gradients use copies of weights in oneDNN's layout.
+def laid_out(anatomies: Iterable[Anatomy]) -> Iterator[int]:
+    """Within the context heads' products without gradients use copies of their weights in oneDNN's layout.
 
-    Only for plain bfloat16 linear layers on a CPU, and only where a trial is bit-equal to the usual
-    product. Weights must not change within the context.
-
-    Args:
-        anatomies: Of the models whose heads are read out.
-        blocks: Also for the layers of their blocks, as long as these take no more than 2 GiB.
+    Only for plain bfloat16 heads on a CPU, and only where a trial is bit-equal to the usual product.
+    Weights must not change within the context. (For the smaller matrices of blocks nothing is gained.)
 
     Yields:
-        Number of layers that use it.
+        Number of heads that use it.
     """
-    layers: list[tuple[nn.Module, int]] = []
-    size = 0
-    for anatomy in anatomies:
-        layers.append((anatomy.head, _ROWS["head"]))
-        for module in (m for block in anatomy.blocks for m in block.modules()) if blocks else ():
-            if type(module) is nn.Linear:
-                size += module.weight.numel() * module.weight.element_size()
-                layers += [(module, _ROWS["block"])] if size <= _LIMIT_BYTES else []
     changed = []
     try:
-        for layer, rows in layers:
-            if (product := _product(layer, rows)) is not None:
-                layer.forward = _forward(layer.forward, product)  # type: ignore[method-assign]
-                changed.append(layer)
+        for anatomy in anatomies:
+            if (product := _product(anatomy.head)) is not None:
+                anatomy.head.forward = _forward(anatomy.head.forward, product)  # type: ignore[method-assign]
+                changed.append(anatomy.head)
         yield len(changed)
     finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)
+        for head in changed:
+            head.__dict__.pop("forward", None)
 
 
 def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -64,7 +51,7 @@ def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> 
     return forward
 
 
-def _product(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor] | None:
+def _product(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     weight = getattr(layer, "weight", None)
     if (type(layer) is not nn.Linear or not isinstance(weight, Tensor) or weight.device.type != "cpu"
             or weight.dtype != torch.bfloat16 or "forward" in layer.__dict__
@@ -73,7 +60,7 @@ def _product(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor] | None:
     bias = layer.bias
     try:  # what torch.compile uses on CPUs; not every build of PyTorch has it
         with torch.inference_mode():
-            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
             multiply = torch.ops.mkldnn._linear_pointwise
 
             def product(x: Tensor) -> Tensor:
