@@ -1,14 +1,15 @@
 """A sweep of five single segments and the all-layer baseline, against the same arms one by one in TRL.
 
 Yardstick: for each arm the base is loaded, PEFT's adapter put on it and TRL's SFTTrainer trains it, as a script per
-arm does; then the arm is scored. Both sides have the same rows in the same batches and order, steps, learning
-rate, initial adapter values, number format and evaluation items, no gradient checkpointing and no evaluation
-during training. Times are given with the evaluation and without it (training and loading alone).
+arm does; then the arm is scored. Both sides have the same rows in the same batches (drawn at random, as TRL draws
+them; what each side does about their padding is its own affair) and order, steps, learning rate, initial
+adapter values, number format and evaluation items, no gradient checkpointing and no evaluation during
+training. Times are given with the evaluation and without it (training and loading alone).
 
 Arms are scored by the loss of reference answers, so that the two sides' scores can be compared to more
 digits than right and wrong have.
 
-    python benchmarks/sweep.py                     # 64 rows x 2 epochs, 32 items; some minutes
+    python benchmarks/sweep.py --data gsm8k        # 32 rows x 2 epochs, 16 items; some minutes
     python benchmarks/sweep.py --rows 16 --items 8 # a try
 """
 
@@ -124,10 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="arithmetic")
-    parser.add_argument("--rows", type=int, default=64, help="training rows; a multiple of the batch size")
+    parser.add_argument("--rows", type=int, default=32, help="training rows; a multiple of the batch size")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--items", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", default="bfloat16")

@@ -71,6 +71,24 @@ def test_of_equal_logits_the_lower_index_comes_first(vocab, scale):
     assert torch.equal(metrics.top_k(logits, of.maxima, 1), sorted_stably[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_used_again_changes_nothing(dtype):
+    generator = torch.Generator().manual_seed(5)
+    scratch = metrics.Scratch()
+    for n in (7, 3, 9):  # shorter and longer than what is kept
+        a, b = (torch.randn(n, 300, generator=generator).mul(4).to(dtype) for _ in range(2))
+        target = torch.randint(300, (n,), generator=generator)
+        p, q = metrics.distribution(a, scratch, "a"), metrics.distribution(b, scratch, "b")
+        plain_p, plain_q = metrics.distribution(a), metrics.distribution(b)
+        assert torch.equal(metrics.kl_divergence(p, q, scratch), metrics.kl_divergence(plain_p, plain_q))
+        for got, want in ((p, plain_p), (q, plain_q)):
+            for mine, theirs in zip(metrics.token_statistics(got, target, scratch),
+                                    metrics.token_statistics(want, target), strict=True):
+                assert torch.equal(mine, theirs)
+            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert p.weights.data_ptr() == metrics.distribution(a, scratch, "a").weights.data_ptr()
+
+
 def test_top_k_sees_the_short_last_group_and_not_behind_it():
     logits = torch.full((1, 64 * 50 + 3), -math.inf)
     logits[0, -1], logits[0, 5] = 2.0, 1.0

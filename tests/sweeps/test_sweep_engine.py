@@ -125,6 +125,20 @@ def test_the_prefix_is_computed_once_for_arms_that_share_it(tmp_path):
     assert computed == [12, 0, 0, 0]  # twelve rows, once for two arms and two seeds
 
 
+def test_a_deeper_arm_goes_on_from_the_prefix_of_the_one_before(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] = {"baseline": "11111", "singles": 5}
+    values["training"]["order"] = "random"
+    result = sweep(parse_config(values), out=tmp_path / "out")
+    prefix = {(r.arm, r.seed): r.training["prefix"] for r in result.records[1:]}
+    first_seed = {arm: p for (arm, seed), p in prefix.items() if seed == 0}
+    assert [first_seed[a]["rows_extended"] for a in ("01000", "00100", "00010", "00001")] == [0, 12, 12, 12]
+    assert all(p["rows_computed"] == 0 for (arm, seed), p in prefix.items() if seed == 1)
+    alone = sweep(parse_config(values | {"cache": "none"}), out=tmp_path / "alone")
+    for got, want in zip(result.records[1:], alone.records[1:], strict=True):
+        assert got.training["losses"] == pytest.approx(want.training["losses"], rel=1e-5)
+
+
 def test_a_failed_arm_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     values = tiny_values(tmp_path)
     values["arms"]["explicit"] = [{"name": "burns", "mask": "00001", "learning_rate": 0.02}]

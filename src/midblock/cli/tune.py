@@ -113,6 +113,8 @@ def tune(
         "--batch-size", metavar="N", min=1, help="Rows in one forward.")] = 8,
     accumulate: Annotated[int, typer.Option(
         "--accumulate", metavar="N", min=1, help="Forwards in one optimizer step.")] = 1,
+    order: Annotated[str, typer.Option(
+        "--order", metavar="length|random", help="Rows of a batch: of like length, or drawn at random.")] = "length",
     gradient_checkpointing: Annotated[bool, typer.Option(
         "--gradient-checkpointing", help="Less memory, a second forward of the blocks that run.")] = False,
     cache: Annotated[str, typer.Option(
@@ -161,9 +163,11 @@ def tune(
 
     if schedule not in ("linear", "cosine", "constant"):
         raise SettingsError(f"--schedule {schedule!r} is not one of linear, cosine, constant.")
+    if order not in ("length", "random"):
+        raise SettingsError(f"--order {order!r} is not length or random.")
     wanted = TrainSettings(
         epochs=epochs, steps=steps, learning_rate=learning_rate, batch_size=batch_size, accumulate=accumulate,
-        warmup=warmup, schedule=schedule,  # type: ignore[arg-type]
+        warmup=warmup, schedule=schedule, order=order,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, seed=seed)
     plan_options: dict[str, Any] = {
         "mask": mask, "blocks": blocks, "random_blocks": None if random_blocks is None else (random_blocks, seed),

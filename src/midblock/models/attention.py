@@ -106,7 +106,7 @@ def _rows_stay_apart(anatomy: Anatomy) -> bool:
     if longest < 2:
         return False
     generator = torch.Generator().manual_seed(0)
-    device = anatomy.embeddings.weight.device
+    device = next(anatomy.embeddings.parameters()).device
     ids = torch.randint(anatomy.vocab_size, (2, longest), generator=generator).to(device)
     mask = torch.ones_like(ids)
     split = longest // 2

@@ -35,7 +35,7 @@ def laid_out(anatomies: Iterable[Anatomy]) -> Iterator[int]:
     try:
         for anatomy in anatomies:
             if (product := _product(anatomy.head)) is not None:
-                anatomy.head.forward = _forward(anatomy.head.forward, product)  # type: ignore[method-assign]
+                anatomy.head.forward = _forward(anatomy.head.forward, product)
                 changed.append(anatomy.head)
         yield len(changed)
     finally:
