@@ -145,19 +145,28 @@ class _Readouts:
     def _chunk(self, logits: Mapping[str, Tensor], twins: Mapping[str, str], target: Tensor,
                got: dict[str, list[Tensor]], tops: dict[str, list[Tensor]]) -> None:
         maxima: dict[str, list[Tensor]] = {side: [] for side in logits}
+        parts: dict[str, list[metrics.RowSums]] = {side: [] for side in logits}
+        apart: dict[tuple[str, str], list[Tensor]] = {(twins[a], twins[b]): [] for b, a in self._pairs}
+        gold = {side: values.gather(1, target[:, None]).float() for side, values in logits.items()}
+        # few rows at a time, and for them only what passes over all logits
         for rows in cached_parts(next(iter(logits.values()))):
             each = {side: metrics.distribution(values[rows], self._scratch, side) for side, values in logits.items()}
-            scored = {side: metrics.token_statistics(of, target[rows], self._scratch) for side, of in each.items()}
             for side, of in each.items():
                 maxima[side].append(of.maxima)
-            for side, twin in twins.items():
-                own = scored[twin]
-                for metric, value in (("loss", own.loss), ("entropy", own.entropy),
-                                      ("gold_probability", own.probability), ("gold_rank", own.rank.float())):
-                    got.setdefault(f"{metric}|{side}", []).append(value)
-            for later, earlier in self._pairs:
-                kl = metrics.kl_divergence(each[twins[earlier]], each[twins[later]], self._scratch)
-                got.setdefault(f"kl|{side_of((later, earlier))}", []).append(kl)
+                parts[side].append(metrics.row_sums(of, gold[side][rows], self._scratch))
+            for (p, q), sums in apart.items():
+                sums.append(metrics.weighted_difference(each[p], each[q], self._scratch))
+        whole = {side: metrics.RowSums(*map(torch.cat, zip(*some, strict=True))) for side, some in parts.items()}
+        scored = {side: metrics.statistics_of(sums, gold[side][:, 0]) for side, sums in whole.items()}
+        for side, twin in twins.items():
+            own = scored[twin]
+            for metric, value in (("loss", own.loss), ("entropy", own.entropy),
+                                  ("gold_probability", own.probability), ("gold_rank", own.rank.float())):
+                got.setdefault(f"{metric}|{side}", []).append(value)
+        for later, earlier in self._pairs:
+            p, q = twins[earlier], twins[later]
+            got.setdefault(f"kl|{side_of((later, earlier))}", []).append(
+                metrics.kl_of(torch.cat(apart[p, q]), whole[p], whole[q]))
         # alone, a model needs its most likely token only
         size = self._settings.top_k if self._pairs else 1
         found = {side: metrics.top_k(values, torch.cat(maxima[side]), size if side in self._stages else 1)

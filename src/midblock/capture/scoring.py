@@ -123,9 +123,9 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     for whole, found in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
         logits, gold = found[""], target[whole, None]
         parts = [metrics.distribution(logits[part], scratch) for part in cached_parts(logits)]
-        log_norm, maxima = (torch.cat(x) for x in ([p.log_norm for p in parts], [p.maxima for p in parts]))
+        top, total, maxima = (torch.cat([getattr(p, x) for p in parts]) for x in ("top", "total", "maxima"))
         correct[whole] = metrics.top_k(logits, maxima, 1)[:, 0] == gold[:, 0]
-        loss[whole] = (log_norm - logits.gather(1, gold)[:, 0].float()).clamp_min_(0)
+        loss[whole] = (total.log() + top - logits.gather(1, gold)[:, 0].float()).clamp_min_(0)
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 
 

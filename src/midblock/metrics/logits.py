@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "Scratch", "TokenStatistics", "count_above", "distribution", "kl_divergence",
-           "token_statistics", "top_k", "top_k_overlap"]
+__all__ = ["Distribution", "RowSums", "Scratch", "TokenStatistics", "count_above", "distribution", "kl_divergence",
+           "kl_of", "row_sums", "statistics_of", "token_statistics", "top_k", "top_k_overlap", "weighted_difference"]
 
 _LOG2_E = math.log2(math.e)
 _GROUP = 64
@@ -60,10 +60,31 @@ class Distribution(NamedTuple):
     """Maximum of each group of 64 logits, (n, V // 64); rows of a small vocabulary have the one group V."""
     weights: Tensor
     """exp(logits - top), (n, V)."""
+    top: Tensor
+    """Largest logit, (n)."""
     total: Tensor
     """Sum of the weights, (n)."""
-    log_norm: Tensor
-    """log sum exp logits, (n)."""
+
+    @property
+    def log_norm(self) -> Tensor:
+        """log sum exp logits, (n)."""
+        return self.total.log() + self.top
+
+
+class RowSums(NamedTuple):
+    """What is left of rows of logits after the passes over them: one float32 value per row each.
+
+    Rows that were passed over in small parts can be put together before the cheap rest.
+    """
+
+    top: Tensor
+    """Largest logit."""
+    total: Tensor
+    """Sum of exp(logit - top)."""
+    weighted: Tensor
+    """Sum of logit exp(logit - top)."""
+    above: Tensor
+    """Number of tokens more likely than the target."""
 
 
 def distribution(logits: Tensor, scratch: Scratch | None = None, name: str = "") -> Distribution:
@@ -85,8 +106,7 @@ def distribution(logits: Tensor, scratch: Scratch | None = None, name: str = "")
     # exp(x) = 2^(x log2 e), the product within the subtraction's pass: on a CPU exp2 is several times faster than exp
     kept = None if scratch is None else scratch.like(f"{name} weights", logits)
     weights = torch.add(top * -_LOG2_E, logits, alpha=_LOG2_E, out=kept).exp2_()
-    total = weights.sum(dim=1)
-    return Distribution(logits, maxima, weights, total, total.log() + top.squeeze(1))
+    return Distribution(logits, maxima, weights, top.squeeze(1), weights.sum(dim=1))
 
 
 def _group_maxima(logits: Tensor) -> Tensor:
@@ -114,11 +134,33 @@ def token_statistics(of: Distribution, target: Tensor, scratch: Scratch | None =
         (1.3863, 1.3863, 0)
     """
     gold = of.logits.gather(1, target.unsqueeze(1))
-    expected = _dot(of.weights, of.logits, scratch) / of.total
-    loss = of.log_norm - gold.squeeze(1)
+    return statistics_of(row_sums(of, gold, scratch), gold.squeeze(1))
+
+
+def row_sums(of: Distribution, gold: Tensor, scratch: Scratch | None = None) -> RowSums:
+    """The passes of `token_statistics`, without the cheap rest.
+
+    Args:
+        of: Distribution of each row.
+        gold: Logit of the target, (n, 1) float32.
+        scratch: Memory for what is passed over.
+    """
+    return RowSums(of.top, of.total, _dot(of.weights, of.logits, scratch),
+                   count_above(of.logits, gold, scratch).float())
+
+
+def statistics_of(sums: RowSums, gold: Tensor) -> TokenStatistics:
+    """`token_statistics` from what the passes left.
+
+    Args:
+        sums: From `row_sums`.
+        gold: Logit of the target, (n).
+    """
+    log_norm = sums.total.log() + sums.top
+    loss = log_norm - gold
     # rounding alone can take a certain prediction below zero
-    return TokenStatistics(loss.clamp_min(0), (of.log_norm - expected).clamp_min(0), (-loss).exp().clamp_max(1),
-                           count_above(of.logits, gold, scratch))
+    return TokenStatistics(loss.clamp_min(0), (log_norm - sums.weighted / sums.total).clamp_min(0),
+                           (-loss).exp().clamp_max(1), sums.above.long())
 
 
 def _dot(a: Tensor, b: Tensor, scratch: Scratch | None) -> Tensor:
@@ -143,9 +185,19 @@ def kl_divergence(p: Distribution, q: Distribution, scratch: Scratch | None = No
         >>> kl_divergence(uniform, uniform).item()
         0.0
     """
+    return kl_of(weighted_difference(p, q, scratch), p, q)
+
+
+def weighted_difference(p: Distribution, q: Distribution, scratch: Scratch | None = None) -> Tensor:
+    """The pass of `kl_divergence`: sum exp(l_p - top_p) (l_p - l_q), (n)."""
     apart = torch.sub(p.logits, q.logits, out=None if scratch is None else scratch.like("difference", p.logits))
-    expected: Tensor = _dot(p.weights, apart, scratch) / p.total
-    return (expected - p.log_norm + q.log_norm).clamp_min(0)
+    return _dot(p.weights, apart, scratch)
+
+
+def kl_of(weighted: Tensor, p: Distribution | RowSums, q: Distribution | RowSums) -> Tensor:
+    """`kl_divergence` from what the passes left: `weighted_difference`, and top and total of both sides."""
+    log_norms = (side.total.log() + side.top for side in (p, q))
+    return (weighted / p.total - next(log_norms) + next(log_norms)).clamp_min(0)
 
 
 def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
