@@ -308,74 +308,54 @@ def test_noise_that_no_attribute_tells_of_is_found() -> None:
     handle.remove()
 
 
+def supervised(family: str, cache: str | PrefixCache, order: list[tuple[dict[str, Tensor], bool]], mask: str = "0010"
+               ) -> tuple[Any, FrozenPrefix]:
+    """Losses and gradients of batches, each packed or padded, in midblock's own loss."""
+    model = adapted(family, mask)
+    model.train()
+    anatomy = find_anatomy(model)
+    losses, grads = [], []
+    with dense_attention(model), FrozenPrefix(model, cache=cache) as prefix:
+        for inputs, packed in order:
+            model.zero_grad(set_to_none=True)
+            loss = supervised_loss(anatomy, inputs, plain=True, packed=packed)
+            loss.backward()
+            losses.append(loss.item())
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    return (losses, grads), prefix
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_packed_rows_are_cached_row_by_row(family: str) -> None:
     """Rows cached in one company, padded or packed, serve in another."""
     first, second = batch((4, 2, 3), "right"), batch((4, 3, 2, 4), "right", seed=1)
     mixed = {k: torch.cat([second[k][:2], F.pad(first[k][:1], (0, second[k].shape[1] - first[k].shape[1])),
                            second[k][2:]]) for k in first}
-
-    def run(cache: str, order: list[tuple[dict[str, Tensor], bool]]) -> tuple[Any, FrozenPrefix]:
-        model = adapted(family)
-        model.train()
-        anatomy = find_anatomy(model)
-        losses, grads = [], []
-        with dense_attention(model), FrozenPrefix(model, cache=cache) as prefix:
-            for inputs, packed in order:
-                model.zero_grad(set_to_none=True)
-                loss = supervised_loss(anatomy, inputs, plain=True, packed=packed)
-                loss.backward()
-                losses.append(loss.item())
-                grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        return (losses, grads), prefix
-
-    want, _ = run("none", [(x, False) for x in (first, second, mixed)])
-    got, prefix = run("memory", [(first, True), (second, False), (mixed, True)])
+    want, _ = supervised(family, "none", [(x, False) for x in (first, second, mixed)])
+    got, prefix = supervised(family, "memory", [(first, True), (second, False), (mixed, True)])
     assert_same(got, want)
     assert (prefix.rows_computed, prefix.rows_cached, prefix.rows_bypassed) == (7, 5, 0)
-    got, prefix = run("memory", [(first, True), (mixed, True), (second, True)])
-    assert_same((got[0], got[1]), ([want[0][i] for i in (0, 2, 1)], [want[1][i] for i in (0, 2, 1)]))
+    got, prefix = supervised(family, "memory", [(first, True), (mixed, True), (second, True)])
+    assert_same(got, ([want[0][i] for i in (0, 2, 1)], [want[1][i] for i in (0, 2, 1)]))
     assert (prefix.rows_computed, prefix.rows_cached) == (7, 5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
 def test_a_later_prefix_goes_on_from_an_earlier_one(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, extra = batch((4, 2, 3), "right"), batch((3, 4), "right", seed=1)
+    inputs, extra = (batch((4, 2, 3), "right"), packed), (batch((3, 4), "right", seed=1), packed)
+    want, _ = supervised(family, "none", [inputs, extra], "0001")
     cache = PrefixCache()
-    base = FAMILIES[family]()
-    ran: list[int] = []
-
-    def run(mask: str, cache: PrefixCache | None, batches: list[dict[str, Tensor]]) -> tuple[Any, FrozenPrefix]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2)
-            model = get_peft_model(base, lora_config(base, mask=mask, rank=4))
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.1)
-        model.train()
-        anatomy = find_anatomy(model)
-        losses, grads = [], []
-        with dense_attention(model), FrozenPrefix(model, cache=cache) as prefix:
-            for given in batches:
-                model.zero_grad(set_to_none=True)
-                loss = supervised_loss(anatomy, given, plain=True, packed=packed)
-                loss.backward()
-                losses.append(loss.item())
-                grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        model.unload()
-        return (losses, grads), prefix
-
-    want, _ = run("0001", None, [inputs, extra])
-    run("0100", cache, [inputs])
+    supervised(family, cache, [inputs], "0100")
     original = FrozenPrefix._compute
+    ran: list[int] = []
 
     def watched(self: FrozenPrefix, forward: Any, call: Any, start: int, origin: int = 0, *rest: Any) -> Tensor:
         ran.append(start - origin)
         return original(self, forward, call, start, origin, *rest)
 
     monkeypatch.setattr(FrozenPrefix, "_compute", watched)
-    got, prefix = run("0001", cache, [inputs, extra])
+    got, prefix = supervised(family, cache, [inputs, extra], "0001")
     assert_same(got, want)
     assert (prefix.rows_extended, prefix.rows_computed) == (3, 5)
     assert ran == [3, 3, 2, 3]  # one row twice to look for noise; then blocks 1 and 2 of the known rows; all three

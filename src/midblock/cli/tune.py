@@ -163,8 +163,6 @@ def tune(
 
     if schedule not in ("linear", "cosine", "constant"):
         raise SettingsError(f"--schedule {schedule!r} is not one of linear, cosine, constant.")
-    if order not in ("length", "random"):
-        raise SettingsError(f"--order {order!r} is not length or random.")
     wanted = TrainSettings(
         epochs=epochs, steps=steps, learning_rate=learning_rate, batch_size=batch_size, accumulate=accumulate,
         warmup=warmup, schedule=schedule, order=order,  # type: ignore[arg-type]
