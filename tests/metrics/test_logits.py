@@ -1,14 +1,29 @@
-"""Next-token quantities against loops in NumPy."""
+"""Next-token quantities against loops in NumPy, in each of their ways: compiled (CPU) and in PyTorch."""
 
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from midblock import metrics
+from midblock.metrics import _kernels
+from midblock.metrics import logits as of_logits
+
+WAYS = ["compiled", "torch"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(of_logits, "_compiled", lambda *logits: False)
+    return request.param
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -16,84 +31,231 @@ def softmax(row: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-@pytest.fixture
-def logits() -> torch.Tensor:
-    return torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 4
+def random(n: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed)) * 4).to(dtype)
 
 
-def test_token_statistics_equal_a_loop(logits):
-    target = torch.arange(7)
-    found = metrics.token_statistics(metrics.distribution(logits), target)
-    for i, row in enumerate(logits.double().numpy()):
+def test_both_ways_are_tested(way):
+    assert of_logits._compiled(torch.zeros(1, 2)) == (way == "compiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 2, 50, 64, 65, 1000, 1600])
+def test_token_statistics_equal_a_loop(way, vocab, dtype):
+    logits = random(7, vocab, dtype=dtype)
+    target = torch.arange(7) % vocab
+    found = metrics.token_statistics(logits, target)
+    for i, (row, t) in enumerate(zip(logits.double().numpy(), target.tolist(), strict=True)):
         p = softmax(row)
-        assert found.loss[i].item() == pytest.approx(-math.log(p[i]), rel=1e-5)
-        assert found.probability[i].item() == pytest.approx(p[i], rel=1e-5)
-        assert found.entropy[i].item() == pytest.approx(-sum(q * math.log(q) for q in p), rel=1e-5)
-        assert found.rank[i].item() == sum(row > row[i])
+        assert found.loss[i].item() == pytest.approx(-math.log(p[t]), rel=1e-5, abs=1e-6)
+        assert found.probability[i].item() == pytest.approx(p[t], rel=1e-5)
+        assert found.entropy[i].item() == pytest.approx(-sum(q * math.log(q) for q in p), rel=1e-5, abs=1e-6)
+        assert found.rank[i].item() == sum(row > row[t])
 
 
-def test_certain_prediction_has_no_loss_and_no_entropy():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_what_they_say(way, dtype):
+    rows = {name: random(9, 777, seed, dtype) for seed, name in enumerate("pqr")}
+    target = torch.randint(777, (9,), generator=torch.Generator().manual_seed(1))
+    found = metrics.row_sums(rows["p"], target, [rows["q"], rows["r"]])
+    p, q, r = (x.double().numpy() for x in rows.values())
+    for i, t in enumerate(target.tolist()):
+        weight = np.exp(p[i] - p[i].max())
+        assert found.gold[i].item() == p[i, t]
+        assert found.top[i].item() == p[i].max()
+        assert found.total[i].item() == pytest.approx(weight.sum(), rel=1e-6)
+        assert found.weighted[i].item() == pytest.approx((weight * (p[i] - p[i].max())).sum(), rel=1e-5)
+        assert found.above[i].item() == (p[i] > p[i, t]).sum()
+        assert found.maxima[i].tolist() == [p[i, lo:lo + 64].max() for lo in range(0, 777, 64)]
+        for number, other in enumerate((q, r)):
+            assert found.apart[number, i].item() == pytest.approx((weight * (p[i] - other[i])).sum(), rel=1e-4)
+    assert metrics.row_sums(rows["p"], target).apart.shape == (0, 9)
+
+
+def test_exponentials_are_as_good_as_float32():
+    """Two logits apart by x: total = 1 + e^-x."""
+    apart = torch.linspace(0, 20, 20001)
+    found = metrics.row_sums(torch.stack([torch.zeros_like(apart), -apart], dim=1), torch.zeros(20001).long()).total
+    assert ((found.double() - 1 - (-apart.double()).exp()).abs()).max().item() < 3e-7
+    assert metrics.row_sums(torch.zeros(3, 1), torch.zeros(3).long()).total.tolist() == [1, 1, 1]
+
+
+def test_certain_prediction_has_no_loss_and_no_entropy(way):
     logits = torch.full((1, 9), -1e4)
     logits[0, 3] = 50.0
-    found = metrics.token_statistics(metrics.distribution(logits), torch.tensor([3]))
+    found = metrics.token_statistics(logits, torch.tensor([3]))
     assert found.loss.item() == 0
     assert found.entropy.item() == pytest.approx(0, abs=1e-6)
     assert found.rank.item() == 0
 
 
-def test_kl_equals_a_loop_and_is_zero_on_itself(logits):
+def test_minus_infinity_counts_for_nothing(way):
+    """Some models forbid tokens that way."""
+    logits = random(2, 100)
+    without = metrics.token_statistics(logits[:, :90], torch.tensor([0, 1]))
+    logits[:, 90:] = -math.inf
+    for found, expected in zip(metrics.token_statistics(logits, torch.tensor([0, 1])), without, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_stay_broken(way, bad, dtype):
+    logits = random(3, 200, dtype=dtype)
+    logits[1, 130] = bad
+    loss = metrics.token_statistics(logits, torch.tensor([0, 1, 2])).loss
+    assert loss.isfinite().tolist() == [True, False, True]
+
+
+def test_zeros_of_either_sign_are_equal(way):
+    logits = torch.tensor([[-0.0, 0.0, -1.0, 0.0], [0.0, -0.0, -1.0, -0.0]])
+    found = metrics.row_sums(logits, torch.tensor([0, 0]))
+    assert found.above.tolist() == [0, 0]
+    assert metrics.top_k(logits, found.maxima, 3).tolist() == [[0, 1, 3], [0, 1, 3]]
+
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    for target in (-100, 9):
+        with pytest.raises(IndexError, match=str(target)):
+            metrics.row_sums(torch.zeros(2, 9), torch.tensor([0, target]))
+
+
+def test_logits_with_gaps_between_rows(way):
+    wide = random(8, 200)
+    for part in (wide[:, :150], wide.T[:8], wide[::2, :150]):
+        target = torch.arange(len(part)) % part.shape[1]
+        together = part.clone(memory_format=torch.contiguous_format)
+        for a, b in zip(metrics.row_sums(part, target), metrics.row_sums(together, target), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_no_rows(way):
+    found = metrics.token_statistics(torch.zeros(0, 70), torch.zeros(0, dtype=torch.int64))
+    assert [len(x) for x in found] == [0, 0, 0, 0]
+    assert metrics.top_k(torch.zeros(0, 70), torch.zeros(0, 2), 3).shape == (0, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 9), vocab=st.integers(1, 700), seed=st.integers(0, 99),
+       scale=st.sampled_from([0.01, 1.0, 30.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_both_ways_agree(n, vocab, seed, scale, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    logits, other = ((torch.randn(n, vocab, generator=generator) * scale).to(dtype) for _ in range(2))
+    target = torch.randint(vocab, (n,), generator=generator)
+    compiled, gradient = metrics.row_sums(logits, target, [other]), logits.clone()
+    losses = metrics.cross_entropy_(gradient, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_logits, "_compiled", lambda *logits: False)
+        plain, expected = metrics.row_sums(logits, target, [other]), logits.clone()
+        torch.testing.assert_close(losses, metrics.cross_entropy_(expected, target), rtol=1e-5, atol=2e-6)
+    for name in compiled._fields:
+        torch.testing.assert_close(getattr(compiled, name), getattr(plain, name), rtol=2e-5, atol=2e-5 * scale)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_leaves_its_gradient(way, dtype):
+    logits = random(6, 300, dtype=dtype)
+    target = torch.tensor([0, 5, 299, 7, 64, 63])
+    own = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(own, target, reduction="none")
+    expected.sum().backward()
+    found = metrics.cross_entropy_(logits, target)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    near = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    torch.testing.assert_close(logits.double(), own.grad, rtol=near, atol=1e-6)
+
+
+def test_gradient_is_rounded_to_the_nearest():
+    """As PyTorch rounds: the mean error of many numbers is near zero, not half a step."""
+    logits = random(4, 5000, dtype=torch.bfloat16)
+    exact = logits.double().softmax(dim=1)
+    exact[torch.arange(4), 0] -= 1
+    metrics.cross_entropy_(logits, torch.zeros(4, dtype=torch.int64))
+    error = (logits.double() - exact) / exact.abs()
+    assert error.abs().max().item() < 2.0**-8
+    assert abs(error.mean().item()) < 2.0**-8 / 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 50])
+def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
+    logits, target = random(37, 500), torch.arange(37)
+    expected = metrics.row_sums(logits, target)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for a, b in zip(metrics.row_sums(logits, target), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_part_that_fails_is_not_lost():
+    def work(lo: int, hi: int) -> None:
+        if hi == 20:
+            raise ValueError("the last part")
+    with pytest.raises(ValueError, match="the last part"):
+        _kernels.in_threads(work, 20, 2)
+
+
+def test_several_callers_at_once():
+    rows = [random(16, 400, seed) for seed in range(6)]
+    expected = [metrics.row_sums(r, torch.arange(16)).total for r in rows]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda r: metrics.row_sums(r, torch.arange(16)).total, rows))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_its_own_threads():
+    logits = random(16, 400)
+    metrics.row_sums(logits, torch.arange(16))
+    child = os.fork()
+    if child == 0:
+        ok = False
+        try:  # two parts: with the parent's pool, whose threads are not here, this would wait for ever
+            seen: list[int] = []
+            _kernels.in_threads(lambda lo, hi: seen.append(hi - lo), 16, 2)
+            ok = sorted(seen) == [8, 8]
+        finally:
+            os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_kl_equals_a_loop_and_is_zero_on_itself(way):
+    logits = random(7, 50)
     other = logits.flip(0) * 0.5
-    found = metrics.kl_divergence(metrics.distribution(logits), metrics.distribution(other))
+    found = metrics.kl_divergence(logits, other)
     for i in range(7):
         p, q = softmax(logits[i].double().numpy()), softmax(other[i].double().numpy())
         assert found[i].item() == pytest.approx(sum(p * np.log(p / q)), rel=1e-4)
-    own = metrics.distribution(logits)
-    assert metrics.kl_divergence(own, own).abs().max().item() < 1e-5
+    assert metrics.kl_divergence(logits, logits).abs().max().item() < 1e-5
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(50, 5), (50, 1), (5000, 10), (4999, 1), (4999, 3), (64 * 40, 10)])
-def test_top_k_is_exact(vocab, k):
-    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
-    assert torch.equal(metrics.top_k(logits, metrics.distribution(logits).maxima, k), logits.topk(k, dim=1).indices)
+@pytest.mark.parametrize(("vocab", "k"), [(50, 5), (50, 1), (50, 50), (3, 3), (5000, 10), (4999, 1), (4999, 3),
+                                          (64 * 40, 10), (5000, 64), (5000, 70)])
+def test_top_k_is_exact(way, vocab, k):
+    logits = random(6, vocab, vocab)
+    maxima = metrics.row_sums(logits, torch.zeros(6).long()).maxima
+    assert torch.equal(metrics.top_k(logits, maxima, k), logits.topk(k, dim=1).indices)
 
 
 @pytest.mark.parametrize("vocab", [70, 5000, 64 * 40])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
-def test_of_equal_logits_the_lower_index_comes_first(vocab, scale):
+def test_of_equal_logits_the_lower_index_comes_first(way, vocab, scale):
     """Half-precision logits are full of ties; the order must not depend on how a kernel walks the row."""
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(50, vocab, generator=generator) * scale).bfloat16().float()
     sorted_stably = logits.sort(dim=1, descending=True, stable=True).indices
-    of = metrics.distribution(logits)
+    maxima = metrics.row_sums(logits, torch.zeros(50).long()).maxima
     assert any(len(set(row.tolist())) < 10 for row in logits.gather(1, sorted_stably[:, :10]))
-    assert torch.equal(metrics.top_k(logits, of.maxima, 10), sorted_stably[:, :10])
-    assert torch.equal(metrics.top_k(logits.bfloat16(), of.maxima, 10), sorted_stably[:, :10])
-    assert torch.equal(metrics.top_k(logits, of.maxima, 1), sorted_stably[:, :1])
+    assert torch.equal(metrics.top_k(logits, maxima, 10), sorted_stably[:, :10])
+    assert torch.equal(metrics.top_k(logits.bfloat16(), maxima, 10), sorted_stably[:, :10])
+    assert torch.equal(metrics.top_k(logits, maxima, 1), sorted_stably[:, :1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_that_is_used_again_changes_nothing(dtype):
-    generator = torch.Generator().manual_seed(5)
-    scratch = metrics.Scratch()
-    for n in (7, 3, 9):  # shorter and longer than what is kept
-        a, b = (torch.randn(n, 300, generator=generator).mul(4).to(dtype) for _ in range(2))
-        target = torch.randint(300, (n,), generator=generator)
-        p, q = metrics.distribution(a, scratch, "a"), metrics.distribution(b, scratch, "b")
-        plain_p, plain_q = metrics.distribution(a), metrics.distribution(b)
-        assert torch.equal(metrics.kl_divergence(p, q, scratch), metrics.kl_divergence(plain_p, plain_q))
-        for got, want in ((p, plain_p), (q, plain_q)):
-            for mine, theirs in zip(metrics.token_statistics(got, target, scratch),
-                                    metrics.token_statistics(want, target), strict=True):
-                assert torch.equal(mine, theirs)
-            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    assert p.weights.data_ptr() == metrics.distribution(a, scratch, "a").weights.data_ptr()
-
-
-def test_top_k_sees_the_short_last_group_and_not_behind_it():
+def test_top_k_sees_the_short_last_group_and_not_behind_it(way):
     logits = torch.full((1, 64 * 50 + 3), -math.inf)
     logits[0, -1], logits[0, 5] = 2.0, 1.0
-    assert metrics.top_k(logits, metrics.distribution(logits).maxima, 2).tolist() == [[64 * 50 + 2, 5]]
-    assert metrics.top_k(logits, metrics.distribution(logits).maxima, 1).tolist() == [[64 * 50 + 2]]
+    maxima = metrics.row_sums(logits, torch.tensor([0])).maxima
+    assert metrics.top_k(logits, maxima, 2).tolist() == [[64 * 50 + 2, 5]]
+    assert metrics.top_k(logits, maxima, 1).tolist() == [[64 * 50 + 2]]
 
 
 def test_top_k_overlap_counts_common_tokens():

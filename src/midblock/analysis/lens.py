@@ -23,7 +23,7 @@ from midblock import metrics, stats
 from midblock.analysis.passes import PassState, feed_batches
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.capture import counted_positions, sample_means
-from midblock.capture.scoring import cached_parts, chunks_of_all_logits
+from midblock.capture.scoring import chunks_of_all_logits
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import LoadedModel, shared_read_outs
@@ -95,7 +95,6 @@ class _Readouts:
         self.values |= {f"{m}|{side_of(p)}": empty() for m in _SHARED for p in self._pairs}
         self.tokens = torch.zeros(len(samples), dtype=torch.float64)
         self.traced = list(samples)[:settings.trace]
-        self._scratch = metrics.Scratch()
         self.traces: dict[str, Tensor] = {}
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
@@ -144,20 +143,12 @@ class _Readouts:
 
     def _chunk(self, logits: Mapping[str, Tensor], twins: Mapping[str, str], target: Tensor,
                got: dict[str, list[Tensor]], tops: dict[str, list[Tensor]]) -> None:
-        maxima: dict[str, list[Tensor]] = {side: [] for side in logits}
-        parts: dict[str, list[metrics.RowSums]] = {side: [] for side in logits}
-        apart: dict[tuple[str, str], list[Tensor]] = {(twins[a], twins[b]): [] for b, a in self._pairs}
-        gold = {side: values.gather(1, target[:, None]).float() for side, values in logits.items()}
-        # few rows at a time, and for them only what passes over all logits
-        for rows in cached_parts(next(iter(logits.values()))):
-            each = {side: metrics.distribution(values[rows], self._scratch, side) for side, values in logits.items()}
-            for side, of in each.items():
-                maxima[side].append(of.maxima)
-                parts[side].append(metrics.row_sums(of, gold[side][rows], self._scratch))
-            for (p, q), sums in apart.items():
-                sums.append(metrics.weighted_difference(each[p], each[q], self._scratch))
-        whole = {side: metrics.RowSums(*map(torch.cat, zip(*some, strict=True))) for side, some in parts.items()}
-        scored = {side: metrics.statistics_of(sums, gold[side][:, 0]) for side, sums in whole.items()}
+        # the models that each is compared with, as a tuned one with its base: KL(earlier || later)
+        against = {side: list(dict.fromkeys(twins[later] for later, earlier in self._pairs if twins[earlier] == side))
+                   for side in logits}
+        sums = {side: metrics.row_sums(values, target, [logits[q] for q in against[side]])
+                for side, values in logits.items()}
+        scored = {side: metrics.statistics_of(of) for side, of in sums.items()}
         for side, twin in twins.items():
             own = scored[twin]
             for metric, value in (("loss", own.loss), ("entropy", own.entropy),
@@ -166,10 +157,10 @@ class _Readouts:
         for later, earlier in self._pairs:
             p, q = twins[earlier], twins[later]
             got.setdefault(f"kl|{side_of((later, earlier))}", []).append(
-                metrics.kl_of(torch.cat(apart[p, q]), whole[p], whole[q]))
+                metrics.kl_of(sums[p], sums[q], against[p].index(q)))
         # alone, a model needs its most likely token only
         size = self._settings.top_k if self._pairs else 1
-        found = {side: metrics.top_k(values, torch.cat(maxima[side]), size if side in self._stages else 1)
+        found = {side: metrics.top_k(values, sums[side].maxima, size if side in self._stages else 1)
                  for side, values in logits.items()}
         best = {side: found[own] for side, own in twins.items()}
         for side in twins:

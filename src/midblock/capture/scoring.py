@@ -15,14 +15,12 @@ from torch import Tensor
 from midblock import metrics
 from midblock.data import Batch
 
-__all__ = ["TokenScores", "cached_parts", "chunk_rows", "chunks_of_all_logits", "chunks_of_logits",
-           "counted_positions", "head_rows", "next_token_scores", "sample_means"]
+__all__ = ["TokenScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows",
+           "next_token_scores", "sample_means"]
 
-# The head is read out for many positions at once (its weights are streamed from memory each time), but a pass
-# over logits is bound by memory: a CPU works on so few rows that their float32 logits stay in its cache.
+# The head is read out for many positions at once, because its weights are streamed from memory each time.
 _HEAD_NUMBERS = 3 << 22
 _HEAD_ROWS = 128
-_CACHED_NUMBERS = 3 << 17
 _ACCELERATOR_NUMBERS = 1 << 24
 
 
@@ -46,26 +44,16 @@ def head_rows(vocab_size: int, device: torch.device) -> int:
     return max(_HEAD_ROWS, _HEAD_NUMBERS // vocab_size)
 
 
-def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """How many rows of logits are worked on at once."""
-    if device.type != "cpu":
-        return head_rows(vocab_size, device)
-    return max(8, _CACHED_NUMBERS // vocab_size)
-
-
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits (n, V) of hidden rows (N, d) in the model's number format, few rows at a time, with their slice."""
-    for whole, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
-        for part in cached_parts(logits[""]):
-            yield slice(whole.start + part.start, whole.start + part.stop), logits[""][part]
+    """Logits (n, V) of hidden rows (N, d) in the model's own number format, some rows at a time, with their slice."""
+    for part, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
+        yield part, logits.pop("")
 
 
 def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
                          vocab_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """Logits (n, V) of hidden rows in the models' own number format, for several models at once.
-
-    A pass over them is for `cached_parts`.
 
     Args:
         read_outs: Model -> final norm and head, (n, d) -> (n, V).
@@ -80,13 +68,6 @@ def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], ro
     for lo in range(0, first.shape[0], wide):
         whole = slice(lo, min(lo + wide, first.shape[0]))
         yield whole, {name: read_outs[name](part[whole]) for name, part in rows.items()}
-
-
-def cached_parts(logits: Tensor) -> Iterator[slice]:
-    """Slices of few rows (n, V): so few that passes over their float32 values stay in a CPU's cache."""
-    step = chunk_rows(logits.shape[1], logits.device)
-    for lo in range(0, logits.shape[0], step):
-        yield slice(lo, min(lo + step, logits.shape[0]))
 
 
 @dataclass
@@ -119,13 +100,11 @@ def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batc
     target = batch.input_ids.roll(-1, dims=1)[mask]
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
-    scratch = metrics.Scratch()
-    for whole, found in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
-        logits, gold = found[""], target[whole, None]
-        parts = [metrics.distribution(logits[part], scratch) for part in cached_parts(logits)]
-        top, total, maxima = (torch.cat([getattr(p, x) for p in parts]) for x in ("top", "total", "maxima"))
-        correct[whole] = metrics.top_k(logits, maxima, 1)[:, 0] == gold[:, 0]
-        loss[whole] = (total.log() + top - logits.gather(1, gold)[:, 0].float()).clamp_min_(0)
+    for part, logits in chunks_of_logits(read_out, rows, vocab_size):
+        sums = metrics.row_sums(logits, target[part])
+        correct[part] = metrics.top_k(logits, sums.maxima, 1)[:, 0] == target[part]
+        loss[part] = sums.loss
+        del logits  # before the next ones are made
     return TokenScores(mask.nonzero()[:, 0], loss, correct)
 
 

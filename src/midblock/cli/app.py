@@ -82,6 +82,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("MIDBLOCK_DEBUG", "") not in ("", "0")
+    # OpenMP's threads (libgomp's, which PyTorch brings) otherwise keep their cores for milliseconds after each product,
+    # so that no other thread can use them; read when torch is imported, which only commands do
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not debug:
         _quiet_third_parties()
     console.reset()

@@ -227,14 +227,13 @@ class MemoryLM(HFLM):
             target = torch.tensor(targets, device=self.device)
             score = torch.empty(len(targets), dtype=torch.float32, device=self.device)
             greedy = torch.empty(len(targets), dtype=torch.bool, device=self.device)
-            scratch = metrics.Scratch()
             for part, logits in chunks_of_logits(anatomy.read_out, hidden[unique[0], unique[1]],
                                                  anatomy.vocab_size):
                 here = ((of >= part.start) & (of < part.stop)).nonzero()[:, 0]
                 lines = of[here] - part.start
-                found = metrics.distribution(logits, scratch)
-                score[here] = (found.logits[lines, target[here]] - found.log_norm[lines])
-                greedy[here] = metrics.top_k(found.logits, found.maxima, 1)[lines, 0] == target[here]
+                found = metrics.row_sums(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
+                score[here] = logits[lines, target[here]].float() - found.log_norm[lines]
+                greedy[here] = metrics.top_k(logits, found.maxima, 1)[lines, 0] == target[here]
         total = torch.zeros(len(wanted), dtype=torch.float64)
         total.index_add_(0, torch.tensor(owner), score.double().cpu())
         wrong = torch.zeros(len(wanted), dtype=torch.int64)

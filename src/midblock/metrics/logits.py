@@ -1,41 +1,27 @@
-"""Quantities of next-token distributions, from logits: loss, entropy, rank, agreement."""
+"""Quantities of next-token distributions, from logits: loss, entropy, rank, agreement.
+
+Whatever passes over all logits is in `row_sums` and `cross_entropy_`; on CPUs these are compiled kernels
+(`midblock.metrics._kernels`) that read each row once, elsewhere the same sums in PyTorch.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "RowSums", "Scratch", "TokenStatistics", "count_above", "distribution", "kl_divergence",
-           "kl_of", "row_sums", "statistics_of", "token_statistics", "top_k", "top_k_overlap", "weighted_difference"]
+__all__ = ["RowSums", "TokenStatistics", "cross_entropy_", "kl_divergence", "kl_of", "row_sums", "statistics_of",
+           "token_statistics", "top_k", "top_k_overlap"]
 
 _LOG2_E = math.log2(math.e)
-_GROUP = 64
-
-
-class Scratch:
-    """Float32 memory (n, V) that passes over logits use again and again.
-
-    New memory of this size comes from the system page by page, which takes a CPU longer than the
-    passes themselves. What is given out under a name is overwritten when the name is asked for again.
-
-    Example:
-        >>> scratch = Scratch()
-        >>> scratch.like("logits", torch.zeros(2, 3)).shape
-        torch.Size([2, 3])
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def like(self, name: str, values: Tensor) -> Tensor:
-        """Memory of the shape and place of ``values``."""
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < values.numel() or kept.device != values.device:
-            kept = self._kept[name] = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
-        return kept[:values.numel()].view(values.shape)
+# a logit so far below the largest counts for nothing, also where it is minus infinity
+_LOWEST = -87.0
+GROUP = 64
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class TokenStatistics(NamedTuple):
@@ -51,153 +37,183 @@ class TokenStatistics(NamedTuple):
     """Number of tokens more likely than the target; 0 means that the target is the most likely."""
 
 
-class Distribution(NamedTuple):
-    """Softmax of rows of logits, kept unnormalised: what all quantities of one chunk share."""
+class RowSums(NamedTuple):
+    """What the passes over rows of logits (n, V) leave: a few float32 values per row."""
 
-    logits: Tensor
-    """(n, V) float32."""
-    maxima: Tensor
-    """Maximum of each group of 64 logits, (n, V // 64); rows of a small vocabulary have the one group V."""
-    weights: Tensor
-    """exp(logits - top), (n, V)."""
+    gold: Tensor
+    """Logit of the target, (n)."""
     top: Tensor
     """Largest logit, (n)."""
     total: Tensor
-    """Sum of the weights, (n)."""
+    """Sum of exp(logit - top), (n)."""
+    weighted: Tensor
+    """Sum of (logit - top) exp(logit - top), (n)."""
+    above: Tensor
+    """Number of tokens more likely than the target, (n) int64."""
+    maxima: Tensor
+    """Maximum of each group of 64 logits, (n, V / 64 rounded up)."""
+    apart: Tensor
+    """For each model compared with, sum of exp(logit - top) (logit - its logit), (k, n)."""
 
     @property
     def log_norm(self) -> Tensor:
         """log sum exp logits, (n)."""
         return self.total.log() + self.top
 
-
-class RowSums(NamedTuple):
-    """What is left of rows of logits after the passes over them: one float32 value per row each.
-
-    Rows that were passed over in small parts can be put together before the cheap rest.
-    """
-
-    top: Tensor
-    """Largest logit."""
-    total: Tensor
-    """Sum of exp(logit - top)."""
-    weighted: Tensor
-    """Sum of logit exp(logit - top)."""
-    above: Tensor
-    """Number of tokens more likely than the target."""
+    @property
+    def loss(self) -> Tensor:
+        """Negative log-likelihood of the target in nats, (n)."""
+        # rounding alone can take a certain prediction below zero
+        return (self.log_norm - self.gold).clamp_min(0)
 
 
-def distribution(logits: Tensor, scratch: Scratch | None = None, name: str = "") -> Distribution:
-    """The one pass of maxima and the one pass of exponentials that everything else shares.
+def row_sums(logits: Tensor, target: Tensor, against: Sequence[Tensor] = ()) -> RowSums:
+    """All that the quantities of a next-token distribution need of its logits, in one reading of them.
+
+    No gradient flows through.
 
     Args:
-        logits: (n, V), of any floating-point format; worked on in float32.
-        scratch: Where to put logits and weights; without it, in new memory.
-        name: Of what is kept there: distributions of different names can be used side by side.
+        logits: (n, V), of any floating-point format; summed in float32.
+        target: (n) int64, 0..V-1.
+        against: Logits (n, V) of other models, to be compared with.
 
     Example:
-        >>> distribution(torch.zeros(1, 4)).log_norm.exp().round().item()
+        >>> row_sums(torch.zeros(1, 4), torch.tensor([1])).log_norm.exp().round().item()
         4.0
     """
-    if logits.dtype != torch.float32:
-        logits = logits.float() if scratch is None else scratch.like(f"{name} logits", logits).copy_(logits)
-    maxima = _group_maxima(logits)
+    logits, against = logits.detach(), [other.detach() for other in against]
+    if _compiled(logits, *against):
+        return _row_sums_compiled(logits, target, against)
+    values = logits.float()
+    maxima = _group_maxima(values)
     top = maxima.amax(dim=1, keepdim=True)
-    # exp(x) = 2^(x log2 e), the product within the subtraction's pass: on a CPU exp2 is several times faster than exp
-    kept = None if scratch is None else scratch.like(f"{name} weights", logits)
-    weights = torch.add(top * -_LOG2_E, logits, alpha=_LOG2_E, out=kept).exp2_()
-    return Distribution(logits, maxima, weights, top.squeeze(1), weights.sum(dim=1))
+    below = (values - top).clamp_min_(_LOWEST)
+    weights = (below * _LOG2_E).exp2_()
+    gold = values.gather(1, target.unsqueeze(1))
+    apart = [(weights * (values - other.float())).sum(dim=1) for other in against]
+    return RowSums(gold.squeeze(1), top.squeeze(1), weights.sum(dim=1), (weights * below).sum(dim=1),
+                   (values > gold).sum(dim=1), maxima,
+                   torch.stack(apart) if apart else values.new_empty(0, values.shape[0]))
+
+
+def _compiled(*logits: Tensor) -> bool:
+    first = logits[0]
+    return first.device.type == "cpu" and first.dtype in _BITS and first.numel() > 0 and all(
+        x.device == first.device and x.dtype == first.dtype and x.shape == first.shape for x in logits)
+
+
+def _bits(values: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers as integers of their bits, in the same memory where it has no gaps."""
+    found: np.ndarray[Any, Any] = values.contiguous().view(_BITS[values.dtype]).numpy()
+    return found
+
+
+def _checked(target: Tensor, vocab: int) -> np.ndarray[Any, Any]:
+    # compiled code would read beyond its memory
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocab:
+        raise IndexError(f"targets {int(target.min())} to {int(target.max())} are not all among {vocab} logits.")
+    found: np.ndarray[Any, Any] = target.contiguous().numpy()
+    return found
+
+
+def _row_sums_compiled(logits: Tensor, target: Tensor, against: Sequence[Tensor]) -> RowSums:
+    from midblock.metrics import _kernels
+
+    (n, vocab), threads = logits.shape, torch.get_num_threads()
+    own, targets, others = _bits(logits), _checked(target, vocab), [_bits(other) for other in against]
+    maxima = np.empty((n, -(-vocab // GROUP)), np.float32)
+    sums, above = np.empty((5, n), np.float32), np.empty(n, np.int64)
+    apart = np.empty((len(others), n), np.float32)
+    first = others[0] if others else own
+    _kernels.in_threads(lambda lo, hi: _kernels.passes(
+        own, first, bool(others), targets, lo, hi, maxima, sums, above), n, threads)
+    for row, other in enumerate(others):
+        if row == 0:
+            apart[0] = sums[4]
+            continue
+        _kernels.in_threads(lambda lo, hi, of=other, to=apart[row]: _kernels.differences(  # type: ignore[misc]
+            own, of, sums[1], lo, hi, to), n, threads)
+    gold, top, total, weighted = (torch.from_numpy(row) for row in sums[:4])
+    return RowSums(gold, top, total, weighted, torch.from_numpy(above), torch.from_numpy(maxima),
+                   torch.from_numpy(apart))
 
 
 def _group_maxima(logits: Tensor) -> Tensor:
     n, vocab = logits.shape
-    if vocab < _GROUP:
+    if vocab < GROUP:
         return logits.amax(dim=1, keepdim=True)
-    whole = vocab // _GROUP * _GROUP
-    maxima = logits[:, :whole].view(n, -1, _GROUP).amax(dim=2)
+    whole = vocab // GROUP * GROUP
+    maxima = logits[:, :whole].reshape(n, whole // GROUP, GROUP).amax(dim=2)
     return torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1) if whole < vocab else maxima
 
 
-def token_statistics(of: Distribution, target: Tensor, scratch: Scratch | None = None) -> TokenStatistics:
+def token_statistics(logits: Tensor, target: Tensor) -> TokenStatistics:
     """Loss, entropy, probability and rank of the target under each row.
 
-    entropy = log Z - sum p l, with p = softmax(l): no logarithm of a probability is taken.
+    entropy = log sum w - sum w (l - top) / sum w, with w = exp(l - top): no logarithm of a probability is taken.
 
     Args:
-        of: Distribution of each row.
+        logits: (n, V).
         target: (n) int64.
-        scratch: Memory for what is passed over.
 
     Example:
-        >>> s = token_statistics(distribution(torch.zeros(1, 4)), torch.tensor([2]))
+        >>> s = token_statistics(torch.zeros(1, 4), torch.tensor([2]))
         >>> round(s.loss.item(), 4), round(s.entropy.item(), 4), s.rank.item()
         (1.3863, 1.3863, 0)
     """
-    gold = of.logits.gather(1, target.unsqueeze(1))
-    return statistics_of(row_sums(of, gold, scratch), gold.squeeze(1))
+    return statistics_of(row_sums(logits, target))
 
 
-def row_sums(of: Distribution, gold: Tensor, scratch: Scratch | None = None) -> RowSums:
-    """The passes of `token_statistics`, without the cheap rest.
-
-    Args:
-        of: Distribution of each row.
-        gold: Logit of the target, (n, 1) float32.
-        scratch: Memory for what is passed over.
-    """
-    return RowSums(of.top, of.total, _dot(of.weights, of.logits, scratch),
-                   count_above(of.logits, gold, scratch).float())
+def statistics_of(sums: RowSums) -> TokenStatistics:
+    """`token_statistics` from what the passes left."""
+    loss = sums.loss
+    entropy = (sums.total.log() - sums.weighted / sums.total).clamp_min(0)
+    return TokenStatistics(loss, entropy, (-loss).exp(), sums.above)
 
 
-def statistics_of(sums: RowSums, gold: Tensor) -> TokenStatistics:
-    """`token_statistics` from what the passes left.
-
-    Args:
-        sums: From `row_sums`.
-        gold: Logit of the target, (n).
-    """
-    log_norm = sums.total.log() + sums.top
-    loss = log_norm - gold
-    # rounding alone can take a certain prediction below zero
-    return TokenStatistics(loss.clamp_min(0), (log_norm - sums.weighted / sums.total).clamp_min(0),
-                           (-loss).exp().clamp_max(1), sums.above.long())
-
-
-def _dot(a: Tensor, b: Tensor, scratch: Scratch | None) -> Tensor:
-    return torch.mul(a, b, out=None if scratch is None else scratch.like("product", a)).sum(dim=1)
-
-
-def count_above(logits: Tensor, threshold: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """How many entries of each row (n, V) exceed the row's threshold (n, 1): (n) int64."""
-    if logits.shape[1] >= 1 << 24 or logits.dtype != torch.float32:
-        return (logits > threshold).sum(dim=1)
-    # summing 0 and 1 as float32 is exact below 2**24 and several times faster than counting booleans
-    out = torch.empty_like(logits, requires_grad=False) if scratch is None else scratch.like("product", logits)
-    above = torch.gt(logits.detach(), threshold.detach(), out=out)
-    return above.sum(dim=1).long()
-
-
-def kl_divergence(p: Distribution, q: Distribution, scratch: Scratch | None = None) -> Tensor:
-    """KL(p || q) in nats of each row: sum p (l_p - l_q) - log Z_p + log Z_q.
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of each row of logits (n, V): sum p (l_p - l_q) - log Z_p + log Z_q.
 
     Example:
-        >>> uniform = distribution(torch.zeros(1, 4))
+        >>> uniform = torch.zeros(1, 4)
         >>> kl_divergence(uniform, uniform).item()
         0.0
     """
-    return kl_of(weighted_difference(p, q, scratch), p, q)
+    anything = torch.zeros(p.shape[0], dtype=torch.int64, device=p.device)
+    return kl_of(row_sums(p, anything, [q]), row_sums(q, anything))
 
 
-def weighted_difference(p: Distribution, q: Distribution, scratch: Scratch | None = None) -> Tensor:
-    """The pass of `kl_divergence`: sum exp(l_p - top_p) (l_p - l_q), (n)."""
-    apart = torch.sub(p.logits, q.logits, out=None if scratch is None else scratch.like("difference", p.logits))
-    return _dot(p.weights, apart, scratch)
+def kl_of(p: RowSums, q: RowSums, number: int = 0) -> Tensor:
+    """`kl_divergence` from what the passes left, where q is number ``number`` of those that p was compared with."""
+    return (p.apart[number] / p.total - p.log_norm + q.log_norm).clamp_min(0)
 
 
-def kl_of(weighted: Tensor, p: Distribution | RowSums, q: Distribution | RowSums) -> Tensor:
-    """`kl_divergence` from what the passes left: `weighted_difference`, and top and total of both sides."""
-    log_norms = (side.total.log() + side.top for side in (p, q))
-    return (weighted / p.total - next(log_norms) + next(log_norms)).clamp_min(0)
+def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of each row, (n) float32; the logits become its gradient, softmax - one-hot, in their own format.
+
+    Args:
+        logits: (n, V), without gaps between rows; written over.
+        target: (n) int64, 0..V-1.
+
+    Example:
+        >>> logits = torch.zeros(1, 4)
+        >>> round(cross_entropy_(logits, torch.tensor([2])).item(), 4), logits.tolist()
+        (1.3863, [[0.25, 0.25, -0.75, 0.25]])
+    """
+    if _compiled(logits) and logits.is_contiguous():
+        from midblock.metrics import _kernels
+
+        bits, targets = _bits(logits.detach()), _checked(target, logits.shape[1])
+        losses = np.empty(logits.shape[0], np.float32)
+        _kernels.in_threads(lambda lo, hi: _kernels.softmax_minus_one_hot(
+            bits, targets, np.empty(logits.shape[1], np.float32), lo, hi, bits, losses),
+            logits.shape[0], torch.get_num_threads())
+        return torch.from_numpy(losses)
+    index = target.unsqueeze(1)
+    log_p = logits.float().log_softmax(dim=1)
+    loss = -log_p.gather(1, index).squeeze(1)
+    logits.copy_(log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0)))
+    return loss
 
 
 def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
@@ -209,25 +225,32 @@ def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
 
     Args:
         logits: (n, V), of any number format.
-        maxima: Of their groups, from `distribution` of the same rows.
+        maxima: Of their groups, from `row_sums` of the same rows.
         k: 1..V.
 
     Example:
         >>> logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
-        >>> top_k(logits, distribution(logits).maxima, 3).tolist()
+        >>> top_k(logits, row_sums(logits, torch.tensor([0])).maxima, 3).tolist()
         [[1, 2, 3]]
     """
     n, vocab = logits.shape
+    if _compiled(logits) and maxima.dtype == torch.float32 and k <= GROUP:
+        from midblock.metrics import _kernels
+
+        found, bits, largest = torch.empty(n, k, dtype=torch.int64), _bits(logits.detach()), maxima.numpy()
+        _kernels.in_threads(lambda lo, hi: _kernels.largest(bits, largest, k, lo, hi, found.numpy()), n,
+                            torch.get_num_threads())
+        return found
     if k == 1:  # argmax takes the first of equals, among groups and within one
         first = maxima.argmax(dim=1, keepdim=True)
-        columns = first * _GROUP + torch.arange(min(_GROUP, vocab), device=logits.device)
+        columns = first * GROUP + torch.arange(min(GROUP, vocab), device=logits.device)
         values = logits.gather(1, columns.clamp_max(vocab - 1))  # a short last group repeats its last one
-        return first * _GROUP + values.argmax(dim=1, keepdim=True)
-    if vocab < 4 * _GROUP * k:
+        return first * GROUP + values.argmax(dim=1, keepdim=True)
+    if vocab < 4 * GROUP * k:
         return logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
     groups = maxima.shape[1]
     chosen = _first_of_equals(maxima, torch.arange(groups, device=logits.device)).topk(k, dim=1).indices
-    columns = (chosen.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=logits.device)).view(n, -1)
+    columns = (chosen.unsqueeze(2) * GROUP + torch.arange(GROUP, device=logits.device)).view(n, -1)
     inside = columns < vocab  # the last group may be a short one
     values = logits.gather(1, columns.clamp_max(vocab - 1)).masked_fill_(~inside, -math.inf)
     return columns.gather(1, _first_of_equals(values, columns).topk(k, dim=1).indices)

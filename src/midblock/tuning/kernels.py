@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midblock import metrics
-from midblock.capture.scoring import cached_parts, head_rows
+from midblock.capture.scoring import head_rows
 from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
 
@@ -35,18 +35,13 @@ class _HeadLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         grad = torch.empty_like(rows) if wants else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        wide, scratch = head_rows(weight.shape[0], rows.device), metrics.Scratch()
+        wide = head_rows(weight.shape[0], rows.device)
         for lo in range(0, rows.shape[0], wide):
-            logits = F.linear(rows[lo:lo + wide], weight, bias)
-            for place in cached_parts(logits):
-                part, index = logits[place], targets[lo:lo + wide][place, None]
-                of = metrics.distribution(part, scratch)
-                gold = of.logits.gather(1, index)
-                total += (of.log_norm - gold[:, 0]).sum()
-                if grad is not None:  # d loss / d logits = softmax - one-hot, written over the logits
-                    softmax = of.weights.div_(of.total[:, None])
-                    part.copy_(softmax.scatter_add_(1, index, torch.full_like(gold, -1.0)))
-            if grad is not None:
+            logits, index = F.linear(rows[lo:lo + wide], weight, bias), targets[lo:lo + wide]
+            if grad is None:
+                total += metrics.row_sums(logits, index).loss.sum()
+            else:
+                total += metrics.cross_entropy_(logits, index).sum()
                 torch.mm(logits, weight, out=grad[lo:lo + wide])
         if grad is not None:
             ctx.save_for_backward(grad)
