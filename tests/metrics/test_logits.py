@@ -96,6 +96,10 @@ def test_minus_infinity_counts_for_nothing(way):
     logits[:, 90:] = -math.inf
     for found, expected in zip(metrics.token_statistics(logits, torch.tensor([0, 1])), without, strict=True):
         torch.testing.assert_close(found, expected)
+    other = random(2, 100, 1)
+    other[:, 90:] = -math.inf
+    expected = metrics.kl_divergence(logits[:, :90], other[:, :90])
+    torch.testing.assert_close(metrics.kl_divergence(logits, other), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,10 +20,9 @@ import numba.extending
 import numpy as np
 from numba import types
 
-__all__ = ["GROUP", "differences", "in_threads", "largest", "passes", "softmax_minus_one_hot"]
+from midblock.metrics.logits import GROUP, LOG2_E, LOWEST
 
-GROUP = 64
-"""Logits that share a maximum, from which the most likely tokens are found."""
+__all__ = ["differences", "in_threads", "largest", "passes", "softmax_minus_one_hot"]
 
 _BLOCK = 512
 _LEAST_ROWS = 4
@@ -31,8 +30,7 @@ _LEAST_ROWS = 4
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 _f4, _i4 = np.float32, np.int32
-_LOG2_E = _f4(1.4426950408889634)
-_HALF, _LOWEST = _f4(0.5), _f4(-87.0)
+_LOG2_E, _LOWEST, _HALF = _f4(LOG2_E), _f4(LOWEST), _f4(0.5)
 _BIAS, _MANTISSA = _i4(127), _i4(23)
 # 2^f for |f| <= 1/2: the polynomial of degree 5 with 2^0 = 1 and least relative error, 9e-8; 1.9e-7 with float32's own
 _ONE, _C1, _C2, _C3, _C4, _C5 = (_f4(c) for c in (
@@ -107,29 +105,30 @@ def _exp2(x):
 
 @_inline
 def _below(logit, top):
-    """Logit less the largest, where it is so low that it cannot count the lowest that 2^x takes."""
+    """Logit less the largest; where it is too low to count, the lowest that 2^x takes."""
     x = logit - top
     return _LOWEST if x < _LOWEST else x
 
 
+@_inline
+def _group(part, size, gold):
+    """The largest of at most 64, as an ordered integer, and the number above ``gold``."""
+    largest, above = _in_order(part[0]), np.int16(0)
+    for j in range(size):
+        key = _in_order(part[j])
+        largest = max(largest, key)
+        above += np.int16(key > gold)
+    return largest, above
+
+
 @_kernel
 def _maxima(row, gold, maxima):
-    """Group maxima; the largest of all, as an ordered integer; number of logits above ``gold``."""
-    best, above = _in_order(row[0]), 0
-    size = row.shape[0]
+    """Maxima of the groups; the largest of all, as an ordered integer; number of logits above ``gold``."""
+    best, above, size = _in_order(row[0]), 0, row.shape[0]
     for g in range(maxima.shape[0]):
         part = row[g * GROUP:min(g * GROUP + GROUP, size)]
-        largest, more = _in_order(part[0]), np.int16(0)
-        if part.shape[0] == GROUP:
-            for j in range(GROUP):
-                key = _in_order(part[j])
-                largest = max(largest, key)
-                more += np.int16(key > gold)
-        else:
-            for j in range(part.shape[0]):
-                key = _in_order(part[j])
-                largest = max(largest, key)
-                more += np.int16(key > gold)
+        # a loop of known length becomes a few vector instructions
+        largest, more = _group(part, GROUP, gold) if part.shape[0] == GROUP else _group(part, part.shape[0], gold)
         maxima[g] = _as_float(_in_order(largest))
         best = max(best, largest)
         above += more
@@ -156,7 +155,8 @@ def _sums_apart(row, other, size, top):
         e = _exp2(x * _LOG2_E)
         total += e
         weighted += e * x
-        apart += e * (logit - _as_float(other[j]))
+        # minus infinity in both models is no difference
+        apart += e * (logit - _as_float(other[j])) if x > _LOWEST else _f4(0)
     return total, weighted, apart
 
 

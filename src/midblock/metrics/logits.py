@@ -17,10 +17,9 @@ from torch import Tensor
 __all__ = ["RowSums", "TokenStatistics", "cross_entropy_", "kl_divergence", "kl_of", "row_sums", "statistics_of",
            "token_statistics", "top_k", "top_k_overlap"]
 
-_LOG2_E = math.log2(math.e)
-# a logit so far below the largest counts for nothing, also where it is minus infinity
-_LOWEST = -87.0
-GROUP = 64
+LOG2_E = math.log2(math.e)
+LOWEST = -87.0  # so far below the largest a logit counts for nothing, also where it is minus infinity
+GROUP = 64  # logits that share a maximum, from which the most likely tokens are found
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
@@ -87,10 +86,11 @@ def row_sums(logits: Tensor, target: Tensor, against: Sequence[Tensor] = ()) -> 
     values = logits.float()
     maxima = _group_maxima(values)
     top = maxima.amax(dim=1, keepdim=True)
-    below = (values - top).clamp_min_(_LOWEST)
-    weights = (below * _LOG2_E).exp2_()
+    below = (values - top).clamp_min_(LOWEST)
+    weights = (below * LOG2_E).exp2_()
     gold = values.gather(1, target.unsqueeze(1))
-    apart = [(weights * (values - other.float())).sum(dim=1) for other in against]
+    # minus infinity in both models is no difference
+    apart = [(weights * (values - other.float())).where(below > LOWEST, 0).sum(dim=1) for other in against]
     return RowSums(gold.squeeze(1), top.squeeze(1), weights.sum(dim=1), (weights * below).sum(dim=1),
                    (values > gold).sum(dim=1), maxima,
                    torch.stack(apart) if apart else values.new_empty(0, values.shape[0]))
