@@ -1,13 +1,17 @@
-"""Heads in oneDNN's layout give the same logits and are put back."""
+"""Heads in oneDNN's layout give the same logits and are put back; freed memory is kept for a while."""
 
 from __future__ import annotations
+
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from families import FAMILIES, token_ids
 from midblock.models import find_anatomy
-from midblock.models.inference import laid_out
+from midblock.models.inference import freed_memory_kept, laid_out
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "gpt_neox"])
@@ -41,3 +45,47 @@ def test_only_forwards_without_gradients_of_bfloat16_heads_use_it() -> None:
     assert x.grad is not None
     assert bool(x.grad.any())
     assert "forward" not in anatomy.head.__dict__
+
+
+FAULTS = """
+import contextlib, resource, sys
+import torch
+from midblock.models.inference import freed_memory_kept
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with freed_memory_kept() if sys.argv[1] == "kept" else contextlib.nullcontext():
+    for _ in range(3):
+        several = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+        del several
+    before = faults()
+    for _ in range(5):
+        several = [torch.ones(4 << 20) for _ in range(8)]
+        del several
+    print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_memory_that_is_used_again_costs_no_page_faults() -> None:
+    with freed_memory_kept() as works:
+        if not works:
+            pytest.skip("another allocator, or settings of its own")
+    pages = 5 * 8 * (16 << 20) // resource.getpagesize()
+    counted = {way: int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True,
+                                       text=True).stdout) for way in ("kept", "given back")}
+    assert counted["kept"] < pages / 20
+    assert counted["kept"] < counted["given back"] / 5
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_settings_of_the_environment_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    with freed_memory_kept() as works:
+        assert not works
+
+
+def test_an_error_inside_is_passed_on() -> None:
+    with pytest.raises(KeyError), freed_memory_kept():
+        raise KeyError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch
 from midblock.errors import OutputError
 from midblock.models import LoadedModel
-from midblock.models.inference import laid_out
+from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path
 
@@ -100,7 +101,8 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
     total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
     tokens = 0
     try:
-        with torch.inference_mode(), laid_out([m.anatomy for m in stages.values()] if heads else []):
+        with torch.inference_mode(), (many_read_outs(m.anatomy for m in stages.values()) if heads
+                                     else contextlib.nullcontext()):
             for batch in batches:
                 if not done.issuperset(batch.indices):
                     runs = {name: (m.model, m.anatomy, batch.to(m.device)) for name, m in stages.items()}

@@ -26,7 +26,7 @@ from midblock.capture import forwards_replaced, next_token_scores, run_blocks, s
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import Anatomy, LoadedModel, SharedParts, shared_parts
-from midblock.models.inference import laid_out
+from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import all_masks_single, segment_blocks
@@ -219,7 +219,7 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
                     array = scores.setdefault((recipient, donor, mask, head, metric), np.full(len(place), np.nan))
                     array[rows] = means
 
-    with torch.inference_mode(), laid_out([m.anatomy for m in models]):
+    with torch.inference_mode(), many_read_outs(m.anatomy for m in models):
         for batch in batches:
             states: dict[tuple[int, int], Tensor] = {}  # (run, hidden) -> what a later run resumes from
             for number, run in enumerate(runs):

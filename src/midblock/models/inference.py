@@ -1,12 +1,15 @@
-"""The head's product at the processor's rate, for passes that read much out.
+"""The head's product at the processor's rate, for passes that read much out on a CPU.
 
-On CPUs oneDNN lays a bfloat16 weight out anew for every product. `laid_out` keeps that layout, which takes
-memory for a second copy of the head and gives bit-equal logits.
+oneDNN lays a bfloat16 weight out anew for every product. `laid_out` keeps that layout, which takes
+memory for a second copy of the head and gives bit-equal logits. glibc gives freed memory back to the system, which
+hands it out again page by page for the next logits; within `freed_memory_kept` it stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,10 +18,22 @@ from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["laid_out"]
+__all__ = ["freed_memory_kept", "laid_out", "many_read_outs"]
 
 # rows of a product that the layout is chosen for
 _ROWS = 256
+
+# parameters of glibc's mallopt, and the largest values that it reaches by itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP, _LARGEST_TRIM = 32 << 20, 64 << 20
+_OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+@contextlib.contextmanager
+def many_read_outs(anatomies: Iterable[Anatomy]) -> Iterator[None]:
+    """Both of `laid_out` and `freed_memory_kept`, for the time of a pass."""
+    with freed_memory_kept(), laid_out(anatomies):
+        yield
 
 
 @contextlib.contextmanager
@@ -71,3 +86,40 @@ def _product(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     except (AttributeError, RuntimeError):
         return None
     return product if equal else None
+
+
+@contextlib.contextmanager
+def freed_memory_kept(largest: int = 64 << 20, kept: int = 512 << 20) -> Iterator[bool]:
+    """Within the context freed memory stays with the process; afterwards what is free goes back to the system.
+
+    On Linux with glibc only, and not where the environment chooses an allocator or sets its thresholds.
+
+    Args:
+        largest: Bytes of the largest single piece that is kept.
+        kept: Bytes kept in all.
+
+    Yields:
+        Whether it has an effect.
+    """
+    library = None if any(name in os.environ for name in _OWN_SETTINGS) else _glibc()
+    if library is None:
+        yield False
+        return
+    library.mallopt(_MMAP_THRESHOLD, largest)
+    library.mallopt(_TRIM_THRESHOLD, kept)
+    try:
+        yield True
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)
+        library.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM)
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library, where it is glibc."""
+    try:
+        library = ctypes.CDLL(None)
+        # musl and others have no such function, or no effect of it
+        return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
+    except (OSError, TypeError):  # no such thing on Windows
+        return None
