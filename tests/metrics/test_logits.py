@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -220,6 +222,32 @@ def test_a_forked_process_has_its_own_threads():
         finally:
             os._exit(0 if ok else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+BITS = """
+import hashlib
+import torch
+from midblock import metrics
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    for vocab in (112, 3000):
+        logits = (torch.randn(8, vocab) * 3).to(dtype)
+        found = metrics.row_sums(logits, torch.arange(8), [logits.flip(0), logits.flip(1)])
+        loss = metrics.cross_entropy_(logits, torch.arange(8))
+        for x in (*found, loss, logits):
+            print(hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_compiling_and_loading_give_the_same_bits(tmp_path):
+    """The first process compiles, the second loads from disk: a run that is resumed must not see a difference."""
+    def run() -> str:
+        return subprocess.run([sys.executable, "-c", BITS], env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+                              check=True, capture_output=True, text=True).stdout
+    first = run()
+    assert list(tmp_path.rglob("*.nbc"))
+    assert len(set(first.split())) > 20
+    assert run() == first
 
 
 def test_kl_equals_a_loop_and_is_zero_on_itself(way):

@@ -46,7 +46,9 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 # what these make is called from compiled code, with types of its own
 _kernel: Any = functools.partial(_compiled, nogil=True, fastmath=_MATH, error_model="numpy")
-_inline: Any = functools.partial(numba.njit, inline="always", fastmath=_MATH)
+# parts of kernels, always made into them: a call would go to other code in the process that compiles it than in those
+# that load it from disk, and sums be rounded otherwise
+_part: Any = functools.partial(numba.njit, forceinline=True, fastmath=_MATH, error_model="numpy")
 _intrinsic: Any = numba.extending.intrinsic
 
 
@@ -94,7 +96,7 @@ def _as_bits(context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-@_inline
+@_part
 def _exp2(x):
     """2^x for -126 <= x <= 0, and NaN for NaN."""
     whole = np.int32(x - _HALF)
@@ -103,14 +105,14 @@ def _exp2(x):
     return power * _as_float(_i4(_i4(whole + _BIAS) << _MANTISSA))
 
 
-@_inline
+@_part
 def _below(logit, top):
     """Logit less the largest; where it is too low to count, the lowest that 2^x takes."""
     x = logit - top
     return _LOWEST if x < _LOWEST else x
 
 
-@_inline
+@_part
 def _group(part, size, gold):
     """The largest of at most 64, as an ordered integer, and the number above ``gold``."""
     largest, above = _in_order(part[0]), np.int16(0)
@@ -121,7 +123,7 @@ def _group(part, size, gold):
     return largest, above
 
 
-@_kernel
+@_part
 def _maxima(row, gold, maxima):
     """Maxima of the groups; the largest of all, as an ordered integer; number of logits above ``gold``."""
     best, above, size = _in_order(row[0]), 0, row.shape[0]
@@ -135,7 +137,7 @@ def _maxima(row, gold, maxima):
     return best, above
 
 
-@_kernel
+@_part
 def _sums(row, size, top):
     total, weighted = _f4(0), _f4(0)
     for j in range(size):
@@ -146,7 +148,7 @@ def _sums(row, size, top):
     return total, weighted
 
 
-@_kernel
+@_part
 def _sums_apart(row, other, size, top):
     total, weighted, apart = _f4(0), _f4(0), _f4(0)
     for j in range(size):
@@ -243,7 +245,7 @@ def largest(logits, maxima, count, lo, hi, found):
                     found[r, at] = j
 
 
-@_kernel
+@_part
 def _put(kept, have, key):
     """Put a key behind those that are not less, where it is among the first: (number kept, its place)."""
     count = kept.shape[0]
@@ -290,7 +292,7 @@ def softmax_minus_one_hot(logits, targets, weights, lo, hi, gradient, loss):
         loss[r] = np.log(total) + top - gold
 
 
-@_kernel
+@_part
 def _weights(row, size, top, kept):
     total = _f4(0)
     for j in range(size):
