@@ -290,6 +290,12 @@ def test_top_k_sees_the_short_last_group_and_not_behind_it(way):
     assert metrics.top_k(logits, maxima, 1).tolist() == [[64 * 50 + 2]]
 
 
+def test_a_list_is_no_longer_than_the_vocabulary(way):
+    logits = random(4, 5)
+    maxima = metrics.row_sums(logits, torch.zeros(4).long()).maxima
+    assert torch.equal(metrics.top_k(logits, maxima, 10), logits.sort(dim=1, descending=True).indices)
+
+
 def test_top_k_overlap_counts_common_tokens():
     a = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     b = torch.tensor([[4, 3, 9, 9], [8, 7, 6, 5]])

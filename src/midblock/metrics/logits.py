@@ -234,7 +234,7 @@ def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
         [[1, 2, 3]]
     """
     n, vocab = logits.shape
-    if _compiled(logits) and maxima.dtype == torch.float32 and k <= GROUP:
+    if _compiled(logits) and maxima.dtype == torch.float32 and k <= min(GROUP, vocab):
         from midblock.metrics import _kernels
 
         found, bits, largest = torch.empty(n, k, dtype=torch.int64), _bits(logits.detach()), maxima.numpy()
