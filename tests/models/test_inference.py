@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
@@ -48,22 +47,27 @@ def test_only_forwards_without_gradients_of_bfloat16_heads_use_it() -> None:
 
 
 FAULTS = """
-import contextlib, resource, sys
+import mmap, resource
 import torch
 from midblock.models.inference import freed_memory_kept
 
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-with freed_memory_kept() if sys.argv[1] == "kept" else contextlib.nullcontext():
-    for _ in range(3):
-        several = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
-        del several
-    before = faults()
+def faults_of(use):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        several = [torch.ones(4 << 20) for _ in range(8)]
-        del several
-    print(faults() - before)
+        use()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def fresh():
+    with mmap.mmap(-1, 8 << 24) as memory:
+        memory.write(bytes(len(memory)))
+
+def again():
+    several = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+    del several
+
+with freed_memory_kept():
+    again()
+    print(faults_of(fresh), faults_of(again))
 """
 
 
@@ -72,11 +76,11 @@ def test_memory_that_is_used_again_costs_no_page_faults() -> None:
     with freed_memory_kept() as works:
         if not works:
             pytest.skip("another allocator, or settings of its own")
-    pages = 5 * 8 * (16 << 20) // resource.getpagesize()
-    counted = {way: int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True,
-                                       text=True).stdout) for way in ("kept", "given back")}
-    assert counted["kept"] < pages / 20
-    assert counted["kept"] < counted["given back"] / 5
+    run = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True)
+    of_fresh_memory, of_used_memory = map(int, run.stdout.split())
+    if of_fresh_memory == 0:
+        pytest.skip("this system does not count page faults")
+    assert of_used_memory < of_fresh_memory / 5
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
