@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,8 @@ from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError
 from midblock.models import SharedParts, find_anatomy
 from midblock.segments import segment_blocks
+
+swap_module = sys.modules["midblock.analysis.swap"]  # the package has a function of this name
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +185,63 @@ def test_the_plan_of_runs_gives_the_same_scores_as_runs_from_the_start(pair, mon
 def test_a_mask_that_does_not_fit_is_refused(pair):
     with pytest.raises(BlockRangeError, match="4 blocks"):
         swap(*pair, data=tiny_data(3), masks=("100000",), samples=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_threads_change_no_score(family, monkeypatch):
+    base, sft = loaded(family, 0), loaded(family, 1)
+    chosen = {"data": tiny_data(7), "segments": 2, "samples": 7, "batch_size": 3, "max_length": 64}
+    frames, told = [], {1: [], 2: []}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            frames.append(swap(base, sft, **chosen, progress=lambda what, done, total, note="", to=told[threads]:
+                               to.append((done, total))).frame)
+    finally:
+        torch.set_num_threads(before)
+    one, two = frames
+    assert one.drop(columns=["value", "low", "high"]).equals(two.drop(columns=["value", "low", "high"]))
+    assert two["value"].to_numpy() == pytest.approx(one["value"].to_numpy(), rel=1e-5, abs=1e-6)
+    assert [d for d, _ in told[2]] == sorted(d for d, _ in told[2])
+    assert told[2][-1] == told[1][-1]
+    assert told[2][-1][0] == told[2][-1][1]
+
+
+def test_an_error_in_one_thread_ends_all(pair, monkeypatch):
+    base, sft = pair
+    calls = []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return next_token_scores(*args)
+
+    monkeypatch.setattr(swap_module, "next_token_scores", fails)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            swap(base, sft, data=tiny_data(8), segments=2, samples=8, batch_size=2, max_length=64)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert not any("forward" in m.__dict__ for model in pair for m in model.model.modules())
+
+
+def test_a_failed_run_fails_those_that_wait_for_it(pair, monkeypatch):
+    base, sft = pair
+
+    def fails(*args, **kwargs):
+        time.sleep(0.2)  # so that the other thread waits
+        raise MemoryError
+
+    monkeypatch.setattr(swap_module, "run_blocks", fails)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError):
+            swap(base, sft, data=tiny_data(8), masks=("01",), samples=8, batch_size=2, max_length=64)
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,8 @@ the tuning left blocks, embeddings or head alone (`midblock.models.shared_parts`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from midblock.capture import forwards_replaced, next_token_scores, run_blocks, s
 from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import Anatomy, LoadedModel, SharedParts, shared_parts
+from midblock.models.cores import Cores
 from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.results import Table
@@ -180,7 +182,6 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     chosen = replace(settings or SwapSettings(), **overrides)
     models = resolve_stages(stages, sft, names)
     keys = stage_names(len(models), names)
-    by_name = dict(zip(keys, models, strict=True))
     num_blocks = models[0].anatomy.num_blocks
     masks = {m: segment_blocks(m, num_blocks) for m in chosen.all_masks()}
     if len({len(m) for m in masks}) != 1:
@@ -199,51 +200,49 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     place = {row.index: i for i, row in enumerate(encoded.rows)}
     parts = shared_parts([m.anatomy for m in models])
     runs = _plan(parts, keys, directions, {nothing: [], **masks})
+    total = sum(num_blocks - run.start for run in runs) * len(batches)
+    tasks = [(b, number) for b in range(len(batches)) for number in range(len(runs))]
+    # hidden states that later runs of a batch resume from; they may be run by another thread
+    states: dict[tuple[int, int], Future[dict[int, Tensor]]] = {task: Future() for task in tasks}
     scores: dict[tuple[str, str, str, str, str], np.ndarray[Any, Any]] = {}
-    per_batch = sum(num_blocks - run.start for run in runs)
     done = 0
 
-    def keep(run: _Run, batch: Batch, last: Tensor) -> None:
-        rows = [place[i] for i in batch.indices]
-        found: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
-        for recipient, donor, mask in run.serves:
-            for head in (recipient, donor):
-                owner = parts.read_outs[keys.index(head)]
-                if owner not in found:
-                    anatomy = by_name[head].anatomy
-                    read = next_token_scores(anatomy.read_out, last.to(by_name[head].device),
-                                             batch.to(by_name[head].device), anatomy.vocab_size)
-                    found[owner] = {metric: sample_means(read.row, value, len(batch.indices))[0].cpu().numpy()
-                                    for metric, value in (("loss", read.loss), ("accuracy", read.correct.float()))}
-                for metric, means in found[owner].items():
-                    array = scores.setdefault((recipient, donor, mask, head, metric), np.full(len(place), np.nan))
-                    array[rows] = means
+    def perform(own: list[LoadedModel], task: tuple[int, int]) -> _Scored:
+        b, number = task
+        by_name = dict(zip(keys, own, strict=True))
+        try:
+            with torch.inference_mode():
+                last, kept = _performed(by_name, runs, number, batches[b], lambda source: states[b, source].result())
+                states[task].set_result(kept)
+                found = _scored(runs[number], batches[b], last, by_name, keys, parts)
+        except BaseException as error:
+            if not states[task].done():
+                states[task].set_exception(error)  # nobody waits forever
+            raise
+        cores.tell(lambda: advance(runs[number]))
+        return found
 
-    with torch.inference_mode(), many_read_outs(m.anatomy for m in models):
-        for batch in batches:
-            states: dict[tuple[int, int], Tensor] = {}  # (run, hidden) -> what a later run resumes from
-            for number, run in enumerate(runs):
-                own = by_name[run.recipient]
-                here = batch.to(own.device)
-                wanted = {later.start for later in runs if later.source == number}
+    def advance(run: _Run) -> None:
+        nonlocal done
+        done += num_blocks - run.start
+        progress("swap", done, total, note=f"{run.donor} in {run.recipient}")
 
-                def remember(h: int, z: Tensor, number: int = number, wanted: set[int] = wanted,
-                             states: dict[tuple[int, int], Tensor] = states) -> None:
-                    if h in wanted:
-                        states[number, h] = z
-
-                before = states[run.source, run.start].to(own.device) if run.source is not None else None
-                with swap_blocks(own.anatomy, by_name[run.donor].anatomy, run.blocks):
-                    last = run_blocks(own.model, own.anatomy, here, start=run.start, hidden=before, listener=remember)
-                keep(run, batch, last)
-                states = {(i, h): z for (i, h), z in states.items()
-                          if any(later.source == i and later.start == h for later in runs[number + 1:])}
-                done += num_blocks - run.start
-                progress("swap", done, per_batch * len(batches), note=f"{run.donor} in {run.recipient}")
+    with many_read_outs((m.anatomy for m in models), blocks=True), Cores(models, len(tasks)) as cores:
+        for (b, number), found in zip(tasks, cores.each(perform, tasks), strict=True):
+            rows = [place[i] for i in batches[b].indices]
+            for key, means in found:
+                scores.setdefault(key, np.full(len(place), np.nan))[rows] = means
+            for earlier in range(number + 1):  # what no later run needs
+                if not any(later.source == earlier for later in runs[number + 1:]):
+                    states.pop((b, earlier), None)
     table = _table(scores, [nothing, *masks], nothing, chosen)
     for row in table.rows:
         row["data"] = dataset.name
     return SwapResult(table, keys, chosen, {"samples": len(place), **encoded.describe()})
+
+
+# (recipient, donor, mask, head, metric) and the mean of each row of the batch
+_Scored = list[tuple[tuple[str, str, str, str, str], np.ndarray[Any, Any]]]
 
 
 @dataclass
@@ -285,6 +284,42 @@ def _plan(parts: SharedParts, keys: Sequence[str], directions: Sequence[tuple[st
             if common - 1 > run.start:  # the first part is the input: hidden h stands behind h + 1 parts
                 run.source, run.start = i, common - 1
     return made
+
+
+def _performed(by_name: Mapping[str, LoadedModel], runs: Sequence[_Run], number: int, batch: Batch,
+               states_of: Callable[[int], Mapping[int, Tensor]]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The last hidden state of a run, and those that later runs resume from."""
+    run = runs[number]
+    own = by_name[run.recipient]
+    wanted = {later.start for later in runs if later.source == number}
+    kept: dict[int, Tensor] = {}
+
+    def remember(h: int, z: Tensor) -> None:
+        if h in wanted:
+            kept[h] = z
+
+    before = states_of(run.source)[run.start].to(own.device) if run.source is not None else None
+    with swap_blocks(own.anatomy, by_name[run.donor].anatomy, run.blocks):
+        last = run_blocks(own.model, own.anatomy, batch.to(own.device), start=run.start, hidden=before,
+                          listener=remember)
+    return last, kept
+
+
+def _scored(run: _Run, batch: Batch, last: Tensor, by_name: Mapping[str, LoadedModel], keys: Sequence[str],
+            parts: SharedParts) -> _Scored:
+    """Every swap that a run answers, with both heads; heads that are equal read out once."""
+    found: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
+    scored: _Scored = []
+    for recipient, donor, mask in run.serves:
+        for head in (recipient, donor):
+            owner = parts.read_outs[keys.index(head)]
+            if owner not in found:
+                anatomy, device = by_name[head].anatomy, by_name[head].device
+                read = next_token_scores(anatomy.read_out, last.to(device), batch.to(device), anatomy.vocab_size)
+                found[owner] = {metric: sample_means(read.row, value, len(batch.indices))[0].cpu().numpy()
+                                for metric, value in (("loss", read.loss), ("accuracy", read.correct.float()))}
+            scored += [((recipient, donor, mask, head, metric), means) for metric, means in found[owner].items()]
+    return scored
 
 
 def _table(scores: Mapping[tuple[str, str, str, str, str], np.ndarray[Any, Any]], masks: Sequence[str], nothing: str,

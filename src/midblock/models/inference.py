@@ -1,7 +1,7 @@
-"""The head's product at the processor's rate, for passes that read much out on a CPU.
+"""Products at the processor's rate, for passes that read much out on a CPU.
 
 oneDNN lays a bfloat16 weight out anew for every product. `laid_out` keeps that layout, which takes
-memory for a second copy of the head and gives bit-equal logits. glibc gives freed memory back to the system, which
+memory for a second copy of the weight and gives bit-equal results. glibc gives freed memory back to the system, which
 hands it out again page by page for the next logits; within `freed_memory_kept` it stays.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from midblock.models.anatomy import Anatomy
 
 __all__ = ["freed_memory_kept", "laid_out", "many_read_outs"]
 
-# rows of a product that the layout is chosen for
-_ROWS = 256
+# rows of a product that the layout is chosen for: of a head and of a block
+_ROWS, _BLOCK_ROWS = 256, 1024
+# bytes of the blocks' weights up to which they are laid out too
+_BLOCKS_LIMIT = 1 << 30
 
 # parameters of glibc's mallopt, and the largest values that it reaches by itself
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -30,32 +32,45 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 
 
 @contextlib.contextmanager
-def many_read_outs(anatomies: Iterable[Anatomy]) -> Iterator[None]:
+def many_read_outs(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[None]:
     """Both of `laid_out` and `freed_memory_kept`, for the time of a pass."""
-    with freed_memory_kept(), laid_out(anatomies):
+    with freed_memory_kept(), laid_out(anatomies, blocks=blocks):
         yield
 
 
 @contextlib.contextmanager
-def laid_out(anatomies: Iterable[Anatomy]) -> Iterator[int]:
-    """Within the context heads' products without gradients use copies of their weights in oneDNN's layout.
+def laid_out(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[int]:
+    """Within the context products without gradients use copies of weights in oneDNN's layout.
 
-    Only for plain bfloat16 heads on a CPU, and only where a trial is bit-equal to the usual product.
-    Weights must not change within the context. (For the smaller matrices of blocks nothing is gained.)
+    Only plain bfloat16 layers on a CPU, and only where a trial is bit-equal to the usual product.
+    Weights must not change within the context.
+
+    Args:
+        anatomies: Of the models whose heads are laid out.
+        blocks: Their blocks too, unless these weigh more than 1 GiB in all. Something is gained where products are
+            not divided among threads (`midblock.models.cores`): 3 to 5% of a body pass of SmolLM2.
 
     Yields:
-        Number of heads that use it.
+        Number of layers that use it.
     """
+    several = list(anatomies)
+    layers = [(anatomy.head, _ROWS) for anatomy in several]
+    if blocks:
+        inner = {id(layer): layer for anatomy in several for block in anatomy.blocks for layer in block.modules()
+                 if _plain(layer)}.values()
+        if sum(layer.weight.nbytes for layer in inner) <= _BLOCKS_LIMIT:
+            layers += [(layer, _BLOCK_ROWS) for layer in inner]
     changed = []
+    equal: dict[tuple[Any, ...], bool] = {}
     try:
-        for anatomy in anatomies:
-            if (product := _product(anatomy.head)) is not None:
-                anatomy.head.forward = _forward(anatomy.head.forward, product)
-                changed.append(anatomy.head)
+        for layer, rows in layers:
+            if _plain(layer) and (product := _product(layer, rows, equal)) is not None:
+                layer.forward = _forward(layer.forward, product)  # type: ignore[assignment, method-assign]
+                changed.append(layer)
         yield len(changed)
     finally:
-        for head in changed:
-            head.__dict__.pop("forward", None)
+        for layer in changed:
+            layer.__dict__.pop("forward", None)
 
 
 def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -66,26 +81,31 @@ def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> 
     return forward
 
 
-def _product(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    weight = getattr(layer, "weight", None)
-    if (type(layer) is not nn.Linear or not isinstance(weight, Tensor) or weight.device.type != "cpu"
-            or weight.dtype != torch.bfloat16 or "forward" in layer.__dict__
-            or not torch.backends.mkldnn.is_available()):
+def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return (type(layer) is nn.Linear and isinstance(layer.weight, Tensor) and layer.weight.device.type == "cpu"
+            and layer.weight.dtype == torch.bfloat16 and "forward" not in layer.__dict__)
+
+
+def _product(layer: nn.Linear, rows: int, equal: dict[tuple[Any, ...], bool]) -> Callable[[Tensor], Tensor] | None:
+    """The layer's product with its laid-out weight; what trials of each shape found is kept in ``equal``."""
+    if not torch.backends.mkldnn.is_available():
         return None
-    bias = layer.bias
+    weight, bias = layer.weight, layer.bias
+    shape = (*weight.shape, bias is None)
     try:  # what torch.compile uses on CPUs; not every build of PyTorch has it
         with torch.inference_mode():
-            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             multiply = torch.ops.mkldnn._linear_pointwise
 
             def product(x: Tensor) -> Tensor:
                 return multiply(x, kept, bias, "none", [], "")  # type: ignore[no-any-return]
 
-            trial = torch.randn(19, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-            equal = torch.equal(product(trial), torch.nn.functional.linear(trial, weight, bias))
+            if shape not in equal:
+                trial = torch.randn(19, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+                equal[shape] = torch.equal(product(trial), torch.nn.functional.linear(trial, weight, bias))
     except (AttributeError, RuntimeError):
         return None
-    return product if equal else None
+    return product if equal[shape] else None
 
 
 @contextlib.contextmanager
