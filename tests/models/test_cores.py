@@ -168,15 +168,17 @@ def test_a_task_may_wait_for_an_earlier_one() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("why", ["one task", "one thread", "weights that are moved", "cannot be copied"])
+@pytest.mark.parametrize("why", ["one task", "one thread", "weights that are moved", "a lock", "a result"])
 def test_one_worker_is_the_caller_with_the_models_themselves(why: str) -> None:
     model = fresh()
     if why == "one thread":
         torch.set_num_threads(1)
     if why == "weights that are moved":
         add_hook_to_module(model.anatomy.blocks[0], ModelHook())
-    if why == "cannot be copied":
+    if why == "a lock":  # neither can be copied
         model.model.lock = threading.Lock()
+    if why == "a result":
+        model.model.kept = next(model.model.parameters()) * 2
 
     def work(models: list[LoadedModel], task: int) -> tuple[int, LoadedModel]:
         return threading.get_ident(), models[0]

@@ -33,7 +33,7 @@ def twin(model: LoadedModel) -> LoadedModel:
     """The model with modules of its own and the same weights: hooks on one do not reach the other.
 
     Raises:
-        TypeError: a module keeps something that cannot be copied.
+        TypeError, RuntimeError: a module keeps something that cannot be copied.
     """
     tensors = (*model.model.parameters(), *model.model.buffers())
     modules = copy.deepcopy(model.model, {id(t): t for t in tensors})
@@ -62,7 +62,7 @@ class Cores:
             for _ in range(wanted - 1):
                 twins = {key: twin(m) for key, m in {id(m): m for m in models}.items()}  # one may be given twice
                 self._sets.append([twins[id(m)] for m in models])
-        except TypeError:
+        except (TypeError, RuntimeError):
             pass  # modules that cannot be copied are used by one worker
         self.count = len(self._sets)
         self._stopping = threading.Event()
