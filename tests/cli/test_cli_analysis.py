@@ -162,6 +162,29 @@ def test_profile_has_every_metric_at_every_hidden_and_none_changes_against_itsel
 
 
 @pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("command", SMALL)
+@pytest.mark.usefixtures("no_drawing")
+def test_a_pair_stored_in_different_formats_is_compared_in_one(command: str) -> None:
+    FAMILIES["llama"](seed=1).bfloat16().save_pretrained("half")
+    build_tiny_tokenizer().save_pretrained("half")
+    assert run(words(command, models=["base", "half"])) == 0
+    models = read_run(Path("out"))["models"]
+    assert [m["dtype"] for m in models.values()] == ["float32", "float32"]
+    assert [m["notes"] for m in models.values()] == [[], ["stored in bfloat16"]]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_the_bases_tokenizer_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    other = build_tiny_tokenizer()
+    other.add_tokens(["<extra>"], special_tokens=True)
+    FAMILIES["llama"](seed=1).save_pretrained("added")
+    other.save_pretrained("added")
+    call = words("swap", models=["base", "added"])
+    refused(capsys, call, "--tokenizer base")
+    assert run([*call, "--tokenizer", "base"]) == 0
+    assert read_run(Path("out"))["settings"]["tokenizer"] == "base"
+
+
 def test_a_chain_of_three_compares_each_with_the_first_and_the_one_before() -> None:
     for command in ("profile", "lens", "swap", "steer"):
         assert run(words(command, "--quiet", models=["base", "sft", "third"], out=command)) == 0

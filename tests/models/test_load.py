@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build_tiny_tokenizer
 from families import FAMILIES, VOCAB, token_ids
+from midblock.analysis.stages import resolve_stages
 from midblock.errors import (
     AdapterError,
     ArchitectureError,
@@ -23,7 +24,7 @@ from midblock.errors import (
     SettingsError,
     UnsafeCheckpointError,
 )
-from midblock.models import load_chain, load_model, load_pair, resolve_device, resolve_dtype, save_checkpoint
+from midblock.models import check_fit, load_chain, load_model, load_pair, resolve_device, resolve_dtype, save_checkpoint
 from midblock.models.load import check_finite_weights
 
 
@@ -82,6 +83,33 @@ def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, ge
     loaded = load_model(saved(tmp_path / "m", dtype=stored), dtype=asked, device="cpu")
     assert loaded.dtype == gets
     assert {p.dtype for p in loaded.model.parameters()} == {gets}
+
+
+@pytest.mark.parametrize(("stored", "asked", "gets"), [
+    (("float32", "bfloat16"), "auto", torch.float32), (("bfloat16", "float32"), "auto", torch.float32),
+    (("bfloat16", "float16"), "auto", torch.float32), (("bfloat16", "bfloat16"), "auto", torch.bfloat16),
+    (("float16", "float16"), "auto", torch.bfloat16), (("bfloat16", "float16", "bfloat16"), "auto", torch.float32),
+    (("float32", "bfloat16"), "bfloat16", torch.bfloat16)])
+def test_stages_stored_in_different_formats_are_loaded_in_one_that_holds_all(
+        tmp_path: Path, stored: tuple[str, ...], asked: str, gets: torch.dtype) -> None:
+    specs = [str(saved(tmp_path / f"m{i}", dtype=getattr(torch, name))) for i, name in enumerate(stored)]
+    chain = load_chain(specs, dtype=asked, device="cpu")
+    assert {m.dtype for m in chain} == {gets}
+    assert {p.dtype for m in chain for p in m.model.parameters()} == {gets}
+    if gets is torch.float32:  # exactly what is stored
+        for loaded, spec in zip(chain, specs, strict=True):
+            want = load_file(Path(spec) / "model.safetensors")
+            own = dict(loaded.model.named_parameters())
+            assert all(torch.equal(own[name], value.float()) for name, value in want.items())
+
+
+def test_loaded_stages_of_different_formats_are_refused(tmp_path: Path) -> None:
+    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", dtype=torch.bfloat16)
+    loaded = [load_model(folder, device="cpu") for folder in (base, sft)]
+    with pytest.raises(PairMismatchError, match=r"number formats, float32 and bfloat16.*load_chain"):
+        check_fit(loaded)
+    # a folder beside a loaded model takes that one's
+    assert [m.dtype for m in resolve_stages(loaded[1], str(base), None)] == [torch.bfloat16] * 2
 
 
 def test_auto_dtype_on_an_accelerator_is_the_checkpoints_own() -> None:

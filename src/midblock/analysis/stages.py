@@ -66,6 +66,7 @@ def resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft:
         raise SettingsError("at least two checkpoints are compared: give a base and a tuned one.")
     if all(isinstance(m, str) for m in chain):
         return load_chain(chain, names=names)
-    loaded = [load_model(m) if isinstance(m, str) else m for m in chain]
+    dtype = next(m.dtype for m in chain if not isinstance(m, str))
+    loaded = [load_model(m, dtype=dtype) if isinstance(m, str) else m for m in chain]
     check_fit(loaded)
     return loaded

@@ -38,6 +38,7 @@ def run_analysis(
     command: str, models: Sequence[str], *, names: str | None, data: str, seed: int, out: Path, resume: bool,
     dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool, settings: Mapping[str, Any],
     measure: Callable[[list[LoadedModel], list[str], Dataset, RunFolder, Progress], Result], least: int = 2,
+    tokenizer: str = "own",
 ) -> tuple[RunFolder, Any]:
     """Load the chain and the data, measure, and save the result in its run folder.
 
@@ -58,6 +59,7 @@ def run_analysis(
         settings: The measurement's own settings, for ``run.json``.
         measure: Called with models, their names, the data, the run folder and the progress bar.
         least: Fewest checkpoints that make sense.
+        tokenizer: ``own`` or ``base``.
 
     Returns:
         The finished run folder and the result.
@@ -83,8 +85,9 @@ def run_analysis(
     if not resume:
         RunFolder.check_free(out)
     chain = load_chain(models, names=keys, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-                       allow_pickle=allow_pickle)
-    recorded = {"models": list(models), "names": keys, "data": data, "dtype": dtype, "device": device, **settings}
+                       allow_pickle=allow_pickle, tokenizer=tokenizer)
+    recorded = {"models": list(models), "names": keys, "data": data, "dtype": dtype, "device": device,
+                "tokenizer": tokenizer, **settings}
     with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
             console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},

@@ -20,6 +20,8 @@ from midblock.cli.options import (
     MaxLength,
     Quiet,
     Seed,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -57,6 +59,7 @@ def gradients(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -87,7 +90,7 @@ def gradients(
 
     run, result = run_analysis(
         "gradients", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value,
-        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
         settings={"profile": profile, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}, measure=work,
         least=1)
     frame = result.frame

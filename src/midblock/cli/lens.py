@@ -21,6 +21,8 @@ from midblock.cli.options import (
     Quiet,
     Resume,
     Seed,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -58,6 +60,7 @@ def lens(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     resume: Resume = False,
@@ -86,7 +89,7 @@ def lens(
 
     run, result = run_analysis(
         "lens", models, names=names, data=data, seed=seed, out=out, resume=resume, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
         settings={f: getattr(wanted, f) for f in wanted.__dataclass_fields__}, measure=work, least=1)
     frame = result.frame
     wide = frame[frame["metric"].isin(["accuracy", "kl"]) & ~frame["side"].isin(["difference"])].pivot_table(

@@ -19,6 +19,8 @@ from midblock.cli.options import (
     MaxLength,
     Quiet,
     Seed,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -62,6 +64,7 @@ def merge(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -97,9 +100,10 @@ def merge(
             console.warn(note)
     RunFolder.check_free(out)
     chain = load_chain(models, names=keys, dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
-                       allow_pickle=allow_pickle)
+                       allow_pickle=allow_pickle, tokenizer=tokenizer.value)
     settings: dict[str, Any] = {"models": models, "names": keys, "data": data, "alphas": wanted, "dtype": dtype.value,
-                                "device": device, "save": None if save is None else str(save),
+                                "device": device, "tokenizer": tokenizer.value,
+                                "save": None if save is None else str(save),
                                 **{f: getattr(chosen, f) for f in chosen.__dataclass_fields__}}
     with RunFolder(out, command="merge", settings=settings) as run, console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},

@@ -34,6 +34,8 @@ __all__ = [
     "Samples",
     "Seed",
     "Segments",
+    "Tokenizer",
+    "TokenizerOf",
     "TrustRemoteCode",
     "examples",
 ]
@@ -57,6 +59,13 @@ class DtypeName(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class TokenizerOf(StrEnum):
+    """Whose tokenizer the stages of a chain use."""
+
+    own = "own"
+    base = "base"
 
 
 def _remember_json(value: bool) -> bool:
@@ -99,7 +108,11 @@ BatchSize = Annotated[int, typer.Option(
 
 Dtype = Annotated[DtypeName, typer.Option(
     "--dtype", help="Number format of the weights. auto: the checkpoint's own on a GPU; on a CPU "
-                    "bfloat16 for 16-bit checkpoints, else float32.")]
+                    "bfloat16 for 16-bit checkpoints, else float32. Checkpoints of different formats are "
+                    "compared in one that holds both.")]
+
+Tokenizer = Annotated[TokenizerOf, typer.Option(
+    "--tokenizer", help="own: checkpoints whose tokenizers differ are refused; base: the first one's is used for all.")]
 
 Device = Annotated[str, typer.Option(
     "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]

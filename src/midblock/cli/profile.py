@@ -21,6 +21,8 @@ from midblock.cli.options import (
     Quiet,
     Resume,
     Seed,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -70,6 +72,7 @@ def profile(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     resume: Resume = False,
@@ -107,7 +110,7 @@ def profile(
 
     run, result = run_analysis(
         "profile", models, names=names, data=data, seed=seed, out=out, resume=resume, dtype=dtype.value,
-        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
         settings={"seeds": seeds, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}, measure=work)
     if result.counts["pooled_samples"] < samples:
         console.warn(f"only {result.counts['pooled_samples']} of the {samples} samples asked for were usable.")

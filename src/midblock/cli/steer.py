@@ -20,6 +20,8 @@ from midblock.cli.options import (
     MaxLength,
     Quiet,
     Seed,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -74,6 +76,7 @@ def steer(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -123,7 +126,7 @@ def steer(
     recorded = {f: getattr(wanted, f) for f in wanted.__dataclass_fields__}
     run, result = run_analysis(
         "steer", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
         settings={**recorded, "blocks": blocks, "patch": patch, "generate": generate or [],
                   "max_new_tokens": max_new_tokens, "chat": chat}, measure=work)
     frame = result.frame

@@ -21,6 +21,8 @@ from midblock.cli.options import (
     Quiet,
     Seed,
     Segments,
+    Tokenizer,
+    TokenizerOf,
     TrustRemoteCode,
     examples,
 )
@@ -57,6 +59,7 @@ def swap(
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
+    tokenizer: Tokenizer = TokenizerOf.own,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -78,7 +81,7 @@ def swap(
 
     run, result = run_analysis(
         "swap", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
         settings={f: getattr(wanted, f) for f in wanted.__dataclass_fields__}, measure=work)
     frame = result.frame
     changes = frame[(frame["side"] == "difference")].assign(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import warnings
@@ -210,10 +211,8 @@ def load_model(
         if not (adapter_folder / "adapter_config.json").is_file():
             raise AdapterError(f"adapter {str(adapter)!r} holds no adapter_config.json.")
     config = _read_config(folder, text, trust_remote_code)
-    checkpoint = None if _pickled(folder) else Checkpoint(folder)  # checks every header
-    stored = checkpoint.main_dtype() if checkpoint is not None else _config_dtype(config)
-    load_dtype = resolve_dtype(dtype, stored, place)
-    model, notes = _build(folder, config, text, load_dtype, trust_remote_code, checkpoint is None,
+    load_dtype = resolve_dtype(dtype, _stored_dtype(folder, config), place)
+    model, notes = _build(folder, config, text, load_dtype, trust_remote_code, _pickled(folder),
                           attn_implementation)
     model.to(place)
     model.eval()
@@ -253,7 +252,10 @@ def _pickled(folder: Path) -> bool:
     return not any((folder / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
 
 
-def _config_dtype(config: Any) -> torch.dtype:
+def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
+    """Number format of most weights; every header is checked on the way."""
+    if not _pickled(folder):
+        return Checkpoint(folder).main_dtype()
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -505,7 +507,8 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
                **options: Any) -> list[LoadedModel]:
     """Load the stages of one model (base, sft, dpo ...) and check that they fit together.
 
-    Configs are compared before any weight is read.
+    Configs are compared before any weight is read. With dtype ``auto``, stages that are stored in different number
+    formats are all loaded in one that holds each exactly, so that no difference is the rounding of one side.
 
     Args:
         specs: MODEL specs, the base first.
@@ -526,9 +529,17 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
     if len(stage_names) != len(specs) or len(set(stage_names)) != len(specs):
         raise SettingsError(f"{len(specs)} models need {len(specs)} different names, got {stage_names}.")
     options.pop("name", None)
-    _compare_configs(list(specs), stage_names, options)
+    number_formats = _compare_configs(list(specs), stage_names, options)
+    if options.get("dtype", "auto") == "auto":
+        plain = (f if f in DTYPES.values() else torch.float32 for f in number_formats)  # float8, int8
+        options["dtype"] = resolve_dtype("auto", functools.reduce(torch.promote_types, plain),
+                                         resolve_device(options.get("device", "auto")))
     loaded = [load_model(spec, name=name, **options)
               for spec, name in zip(specs, stage_names, strict=True)]
+    if len(set(number_formats)) > 1:
+        for stage, stored in zip(loaded, number_formats, strict=True):
+            if stored != stage.dtype:
+                stage.notes += (f"stored in {str(stored).removeprefix('torch.')}",)
     check_fit(loaded, compare_tokenizers=tokenizer == "own")
     if tokenizer == "base":
         for stage in loaded[1:]:
@@ -554,17 +565,20 @@ _SIZES = {
 }
 
 
-def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]) -> None:
-    """Compare what configs alone tell, so that a mismatch costs no loading."""
+def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]) -> list[torch.dtype]:
+    """Compare what configs alone tell, so that a mismatch costs no loading; the number formats that are stored."""
     keep = {k: options[k] for k in ("revision", "allow_pickle", "trust_remote_code") if k in options}
     trust = bool(options.get("trust_remote_code"))
     reference: Any = None
+    number_formats = []
     for spec, name in zip(specs, names, strict=True):
         folder = resolve_checkpoint(spec, **keep)
         if is_adapter_folder(folder):
             keep_base = {k: keep.get(k, False) for k in ("allow_pickle", "trust_remote_code")}
             folder = _base_of_adapter(folder, **keep_base)
-        config = _read_config(folder, spec, trust).get_text_config(decoder=True)
+        whole = _read_config(folder, spec, trust)
+        config = whole.get_text_config(decoder=True)
+        number_formats.append(_stored_dtype(folder, whole))
         if reference is None:
             reference = config
             continue
@@ -574,6 +588,7 @@ def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]
             raise PairMismatchError(
                 f"{names[0]} ({specs[0]}) and {name} ({spec}) are not of one architecture and size: "
                 f"{'; '.join(differing)}.{_hint(differing)}")
+    return number_formats
 
 
 def _hint(differing: list[str]) -> str:
@@ -584,7 +599,7 @@ def _hint(differing: list[str]) -> str:
 
 
 def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True) -> None:
-    """Check that loaded stages have equal parts, weights of equal shape, and equal tokenizers.
+    """Check that loaded stages have equal parts, number formats, weights of equal shape, and equal tokenizers.
 
     Raises:
         PairMismatchError: says which stage differs from the first, and in what.
@@ -601,6 +616,11 @@ def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True)
             if ours != theirs:
                 raise PairMismatchError(f"{pair} differ in {what}: {ours} against {theirs}. Name two "
                                         "checkpoints of one model.")
+        if base.dtype != other.dtype:
+            ours, theirs = (str(m.dtype).removeprefix("torch.") for m in (base, other))
+            raise PairMismatchError(f"{pair} were loaded in different number formats, {ours} and {theirs}, and their "
+                                    "difference would be one of rounding too. Load both with one dtype, or by "
+                                    "load_chain.")
         # A tied head is a name less, not another architecture: compare what both have, then blocks.
         theirs_shapes = {n: tuple(p.shape) for n, p in other.model.named_parameters()}
         for parameter in sorted({*shapes, *theirs_shapes}):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from midblock.models.anatomy import Anatomy, find_anatomy, kind_of, text_config
-from midblock.models.checkpoints import Checkpoint, is_adapter_folder, quiet, resolve_checkpoint
-from midblock.models.load import _base_of_adapter, _config_dtype, _model_class, _pickled, _read_config
+from midblock.models.checkpoints import is_adapter_folder, quiet, resolve_checkpoint
+from midblock.models.load import _base_of_adapter, _model_class, _read_config, _stored_dtype
 from midblock.segments import all_masks_single, depth, segment_bounds
 
 __all__ = ["ModelSummary", "SegmentSummary", "summarize", "summarize_model"]
@@ -147,7 +147,7 @@ def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_p
     if is_adapter_folder(folder):
         folder = _base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = _read_config(folder, name, trust_remote_code)
-    stored = _config_dtype(config) if _pickled(folder) else Checkpoint(folder).main_dtype()
+    stored = _stored_dtype(folder, config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     with quiet(), torch.device("meta"):
         model = _model_class(config, name, trust_remote_code).from_config(config, **remote)

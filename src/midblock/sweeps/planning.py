@@ -53,25 +53,12 @@ class Outline:
 
 def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
     """Anatomy and tokenizer of the sweep's model without reading its weights."""
-    from midblock.models.checkpoints import Checkpoint, quiet, resolve_checkpoint
-    from midblock.models.load import (
-        _config_dtype,
-        _model_class,
-        _pickled,
-        _read_config,
-        load_tokenizer,
-        resolve_device,
-        resolve_dtype,
-    )
+    from midblock.models.load import load_tokenizer, resolve_device, resolve_dtype
+    from midblock.models.summary import model_skeleton
 
-    folder = resolve_checkpoint(config.model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    model_config = _read_config(folder, config.model, trust_remote_code)
-    remote = {"trust_remote_code": True} if trust_remote_code else {}
-    with quiet(), torch.device("meta"):
-        model = _model_class(model_config, config.model, trust_remote_code).from_config(model_config, **remote)
+    model, stored, folder = model_skeleton(config.model, trust_remote_code=trust_remote_code,
+                                           allow_pickle=allow_pickle)
     device = resolve_device(config.device)
-    # as load_model decides: pickled weights have no header to read
-    stored = (_config_dtype(model_config) if _pickled(folder) else Checkpoint(folder).main_dtype())
     return Outline(find_anatomy(model), load_tokenizer(folder, spec=config.model),
                    resolve_dtype(config.dtype, stored, device), device,
                    sum(p.numel() for p in model.parameters()))
