@@ -1,4 +1,4 @@
-"""Depth segments, masks and block ranges: pure index arithmetic (DESIGN section 2).
+"""Depth segments, zones, masks and block ranges: pure index arithmetic.
 
 Blocks are 0..L-1 from the input side to the output side; ranges are half-open. A mask has
 one digit per segment, the first digit being the segment nearest the embeddings.
@@ -6,11 +6,17 @@ one digit per segment, the first digit being the segment nearest the embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from midblock.errors import BlockRangeError
 
 __all__ = [
+    "MIDDLE",
+    "ZONES",
+    "ZONES_TITLE",
+    "Zone",
     "all_masks_single",
     "blocks_from_spec",
     "contiguous_ranges",
@@ -20,7 +26,16 @@ __all__ = [
     "segment_blocks",
     "segment_bounds",
     "validate_mask",
+    "zone",
+    "zone_means",
 ]
+
+Zone = Literal["early", "middle", "late"]
+ZONES: tuple[Zone, ...] = ("early", "middle", "late")
+MIDDLE = (0.2, 0.8)
+"""Relative depths at which the middle begins and ends; both belong to it."""
+ZONES_TITLE = f"early < {MIDDLE[0]}, late > {MIDDLE[1]}"
+"""The rule of `zone` for the title of a table."""
 
 
 def segment_bounds(num_segments: int, num_blocks: int) -> list[tuple[int, int]]:
@@ -180,3 +195,48 @@ def format_blocks(blocks: Iterable[int]) -> str:
 def depth(block: int, num_blocks: int) -> float:
     """Relative depth of a block, b/(L-1), in 0..1 (0 for a model of one block)."""
     return block / (num_blocks - 1) if num_blocks > 1 else 0.0
+
+
+def zone(depth: float) -> Zone:
+    """Zone of a relative depth: early below 0.2, late above 0.8, middle from 0.2 to 0.8.
+
+    The only rule for zones: every summary, table and figure that says early, middle or late uses it.
+
+    Args:
+        depth: 0..1; of block b it is b/(L-1), of hidden state h it is h/L.
+
+    Raises:
+        BlockRangeError: a depth outside 0..1.
+
+    Example:
+        >>> [zone(d) for d in (0.0, 0.19, 0.2, 0.8, 0.81)]
+        ['early', 'early', 'middle', 'middle', 'late']
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise BlockRangeError(f"a relative depth lies between 0 and 1, not at {depth}.")
+    return "early" if depth < MIDDLE[0] else "late" if depth > MIDDLE[1] else "middle"
+
+
+def zone_means(layers: Iterable[int], values: Iterable[float], last: int) -> dict[str, float]:
+    """Mean of per-layer values in each zone; undefined values (NaN) are left out.
+
+    Args:
+        layers: Blocks or hidden states.
+        values: One for each of ``layers``.
+        last: Number of the deepest one, L-1 for blocks and L for hidden states.
+
+    Returns:
+        All three zones, early first; NaN for a zone without a defined value.
+
+    Raises:
+        BlockRangeError: a layer outside 0..``last``.
+
+    Example:
+        >>> zone_means(range(6), [5.0, 1.0, 2.0, 3.0, 2.0, 9.0], last=5)
+        {'early': 5.0, 'middle': 2.0, 'late': 9.0}
+    """
+    found: dict[str, list[float]] = {name: [] for name in ZONES}
+    for layer, value in zip(layers, values, strict=True):
+        if not math.isnan(value):
+            found[zone(depth(layer, last + 1))].append(float(value))
+    return {name: math.fsum(part) / len(part) if part else math.nan for name, part in found.items()}

@@ -12,10 +12,17 @@ import torch
 from scipy.stats import pearsonr
 
 from analysis_helpers import loaded, tiny_data
-from midblock.analysis.gradients import backward_batches, gradients, supervised_batches
+from midblock.analysis.gradients import (
+    GradientSettings,
+    GradientsResult,
+    backward_batches,
+    gradients,
+    supervised_batches,
+)
 from midblock.data import Dataset, Example
 from midblock.errors import SettingsError, TrainingError
 from midblock.models import LoadedModel, find_anatomy
+from midblock.results import Table
 
 
 def fresh(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -216,3 +223,15 @@ def test_settings_out_of_range_are_refused_together():
         gradients(loaded("llama"), data=tiny_data(2), samples=0, steps=-1, learning_rate=0.0)
 
 
+
+
+def test_the_summary_names_zones_and_the_largest_block_of_its_table():
+    table = Table()
+    planted = [8.0, 6.0, 1.0, 2.0, 3.0, 9.5, 2.0, 1.0, 2.0, 0.25, 0.75]  # blocks 2 and 8 lie at 0.2 and 0.8
+    for block, value in enumerate(planted):
+        table.add("block", block, "gradient_norm", "sft", value, n=1, matrix="all")
+        table.add("block", block, "gradient_norm", "sft", 100.0, n=1, matrix="q")
+    summary = GradientsResult(table, ["sft"], len(planted), GradientSettings()).summary()
+    middle = sum(planted[2:9]) / 7
+    assert summary == (f"sft: gradient_norm is largest at block 5 (depth 0.50: 9.5); early 7, middle {middle:.4g}, "
+                       "late 0.5.")

@@ -27,6 +27,7 @@ from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMe
 from midblock.models import LoadedModel, kind_of
 from midblock.progress import Progress, silent
 from midblock.results import Table
+from midblock.segments import zone_means
 from midblock.stats.correlation import Method
 
 if TYPE_CHECKING:
@@ -178,12 +179,11 @@ class GradientsResult:
                 part = whole[whole["metric"] == metric].set_index("layer")["value"]
                 if part.empty:
                     continue
-                depth = part.index.to_numpy() / max(1, self.num_blocks - 1)
-                zones = [part[(depth >= lo) & (depth <= hi)].mean() for lo, hi in ((0, 0.2), (0.2, 0.8), (0.8, 1))]
+                zones = zone_means(part.index, part, self.num_blocks - 1)
                 top = int(part.idxmax())
                 where = f"block {top} (depth {top / max(1, self.num_blocks - 1):.2f}: {part[top]:.4g})"
-                lines.append(f"{stage}: {metric} is largest at {where}; early {zones[0]:.4g}, "
-                             f"middle {zones[1]:.4g}, late {zones[2]:.4g}.")
+                lines.append(f"{stage}: {metric} is largest at {where}; "
+                             + ", ".join(f"{name} {value:.4g}" for name, value in zones.items()) + ".")
         return "\n".join(lines)
 
     def correlations(self, profile: pd.DataFrame, method: Method = "pearson") -> pd.DataFrame:

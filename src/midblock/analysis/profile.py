@@ -22,6 +22,7 @@ from midblock.errors import DataError, SettingsError, UndefinedMetricError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
+from midblock.segments import zone_means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,23 +119,20 @@ class ProfileResult:
         return self.table.frame()
 
     def regions(self) -> pd.DataFrame:
-        """Means over early (depth < 0.2), middle and late (> 0.8) hidden states, and the largest.
+        """Means over early, middle and late hidden states (`segments.zone`), and the largest.
 
         One row per metric: of the pair score, or of the difference between the stages.
         """
         frame = self.frame
         frame = frame[frame["side"].isin(["difference", "pair"])]
-        depth = frame["layer"] / max(1, self.num_hidden - 1)
-        zone = np.where(depth < 0.2, "early", np.where(depth > 0.8, "late", "middle"))
         rows = []
-        for (stage, metric), part in frame.assign(zone=zone).groupby(["stage", "metric"], sort=False):
-            means = part.groupby("zone")["value"].mean()
+        for (stage, metric), part in frame.groupby(["stage", "metric"], sort=False):
             # the largest change: farthest from "no change", which is 1 for similarities
             unchanged = 1.0 if metric in ("cka", "cka_debiased", "cosine", "token_cosine") else 0.0
             away = (part["value"] - unchanged).abs()
             peak = part.loc[away.idxmax()] if away.notna().any() and away.max() > 0 else None
             rows.append({"stage": stage, "metric": metric, "side": part["side"].iloc[0],
-                         **{z: means.get(z, math.nan) for z in ("early", "middle", "late")},
+                         **zone_means(part["layer"], part["value"], self.num_hidden - 1),
                          "largest at hidden": None if peak is None else int(peak["layer"]),
                          "there": None if peak is None else peak["value"]})
         return pd.DataFrame(rows)

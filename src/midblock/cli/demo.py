@@ -13,6 +13,7 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.options import Device, Dtype, DtypeName, Json, Quiet, Seed, examples
+from midblock.segments import ZONES_TITLE
 
 if TYPE_CHECKING:
     from midblock.data import Dataset
@@ -160,7 +161,7 @@ def _analyse(work: _Demo, sft: LoadedModel, data: Dataset) -> None:
             result = call()
             save_result(run, result, progress=progress)
         if name == "profile":
-            console.print_table(result.regions(), title="\nChange by depth (early < 0.2, late > 0.8)")
+            console.print_table(result.regions(), title=f"\nChange by depth ({ZONES_TITLE})")
         console.say(f"\n{name}: {result.summary()}")
         work.result[name] = {"summary": result.summary()}
 

@@ -26,6 +26,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.segments import ZONES_TITLE
 
 __all__ = ["register"]
 
@@ -114,5 +115,5 @@ def profile(
         settings={"seeds": seeds, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}, measure=work)
     if result.counts["pooled_samples"] < samples:
         console.warn(f"only {result.counts['pooled_samples']} of the {samples} samples asked for were usable.")
-    console.print_table(result.regions(), title="Change by depth (early < 0.2, late > 0.8)")
+    console.print_table(result.regions(), title=f"Change by depth ({ZONES_TITLE})")
     show(run, result, regions=result.regions())

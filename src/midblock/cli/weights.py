@@ -10,6 +10,7 @@ import typer
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, show, split_names
 from midblock.cli.options import Json, Quiet, examples
+from midblock.segments import ZONES_TITLE
 
 __all__ = ["register"]
 
@@ -78,5 +79,5 @@ def weights(
     for pair in comparisons(keys):
         stage = side_of(pair)
         console.print_table(result.by_block(stage), title=f"{stage}: Frobenius norm of the difference")
-    console.print_table(result.regions(), title="Change by depth (early < 0.2, late > 0.8)")
+    console.print_table(result.regions(), title=f"Change by depth ({ZONES_TITLE})")
     show(run, result, regions=result.regions())
