@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from midblock import stats
-from midblock.analysis.stages import resolve_stages, stage_names
+from midblock.analysis.passes import draw, load_stages
 from midblock.capture import model_inputs
-from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
+from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMetricError
 from midblock.models import LoadedModel, kind_of
 from midblock.progress import Progress, silent
@@ -231,14 +231,12 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         TrainingError: the loss became non-finite (the weights are put back).
     """
     chosen = replace(settings or GradientSettings(), **overrides)
-    models = resolve_stages(stages, None, names, least=1)
-    keys = stage_names(len(models), names)
-    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
-    dataset = dataset.sample(chosen.samples, chosen.seed)
+    by_name = load_stages(stages, None, names, least=1)
+    dataset = draw(data, chosen)
     table = Table()
     counts: dict[str, Any] = {}
     losses: dict[str, list[float]] = {}
-    for key, loaded in zip(keys, models, strict=True):
+    for key, loaded in by_name.items():
         batches, counts = supervised_batches(loaded, dataset, max_length=chosen.max_length,
                                              batch_size=chosen.batch_size)
         if chosen.steps:
@@ -247,7 +245,7 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         losses[key] = _measure(table, key, loaded, batches, chosen, progress)
     for row in table.rows:
         row["data"] = dataset.name
-    return GradientsResult(table, keys, models[0].anatomy.num_blocks, chosen, counts, losses)
+    return GradientsResult(table, list(by_name), loaded.anatomy.num_blocks, chosen, counts, losses)
 
 
 def correlate_with_profile(gradient_frame: pd.DataFrame, profile: pd.DataFrame, method: Method = "pearson",

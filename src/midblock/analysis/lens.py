@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from midblock import metrics, stats
-from midblock.analysis.passes import PassState, feed_batches
-from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
+from midblock.analysis.passes import PassState, feed_batches, prepare
+from midblock.analysis.stages import comparisons, side_of
 from midblock.capture import counted_positions, sample_means
 from midblock.capture.scoring import chunks_of_all_logits
-from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, SettingsError
+from midblock.data import Batch, Dataset
+from midblock.errors import SettingsError
 from midblock.models import LoadedModel, shared_read_outs
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
@@ -302,30 +302,19 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         DataError: no usable sample.
     """
     chosen = replace(settings or LensSettings(), **overrides)
-    models = resolve_stages(stages, sft, names, least=1)
-    keys = stage_names(len(models), names)
-    by_name = dict(zip(keys, models, strict=True))
-    pairs = comparisons(keys)
-    last = models[0].anatomy.num_blocks
-    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
-    dataset = dataset.sample(chosen.samples, chosen.seed)
-    tokenizer = models[0].tokenizer
-    encoded = tokenize(dataset, tokenizer, max_length=chosen.max_length, min_tokens=2, supervised=chosen.supervised)
-    if not encoded.rows:
-        raise DataError(f"{dataset.source}: no sample has the 2 tokens that a next-token score needs.")
-    samples = [r.index for r in encoded.rows]
+    inputs = prepare(stages, sft, data=data, settings=chosen, names=names, least=1)
+    last = inputs.first.anatomy.num_blocks
     hidden = sorted({*range(0, last + 1, chosen.every), last})
-    readouts = _Readouts(by_name, pairs, hidden, samples, chosen)
-    batches = make_batches(encoded.rows, batch_size=chosen.batch_size, pad_id=pad_token_id(tokenizer))
+    readouts = _Readouts(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
     state = PassState(state_folder) if state_folder else None
-    feed_batches(by_name, batches, {"lens": readouts}, state=state, progress=progress, what="read-out", heads=True)
-    table = _table(readouts, keys, pairs, hidden, chosen)
+    feed_batches(inputs.stages, inputs.batches(), {"lens": readouts}, state=state, progress=progress, what="logit lens",
+                 heads=True)
+    table = inputs.named(_table(readouts, inputs.names, inputs.pairs, hidden, chosen))
     if state:
         state.discard()
-    for row in table.rows:
-        row["data"] = dataset.name
-    counts = {"samples": len(samples), "counted_tokens": int(readouts.tokens.sum()), **encoded.describe()}
-    return LensResult(table, keys, last + 1, chosen, counts, _trace_rows(readouts, encoded.rows, tokenizer))
+    return LensResult(table, inputs.names, last + 1, chosen,
+                      inputs.counts(counted_tokens=int(readouts.tokens.sum())),
+                      _trace_rows(readouts, inputs.rows, inputs.first.tokenizer))
 
 
 def _table(readouts: _Readouts, keys: Sequence[str], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],

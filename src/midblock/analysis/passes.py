@@ -1,4 +1,7 @@
-"""One pass of a data set over all stages, feeding accumulators; it can be interrupted and resumed."""
+"""What every analysis begins with (models, samples, token rows), and one pass of them that feeds accumulators.
+
+A pass can be interrupted and resumed.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,150 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from midblock.analysis.stages import comparisons, resolve_stages, stage_names
 from midblock.capture import Lockstep
 from midblock.capture.accumulators import Accumulator
-from midblock.data import Batch
-from midblock.errors import OutputError
+from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_batches, pad_token_id, tokenize
+from midblock.errors import DataError, OutputError
 from midblock.models import LoadedModel
 from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path
+from midblock.results import Table
 
-__all__ = ["PassState", "feed_batches"]
+__all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare"]
+
+Stages = Sequence[LoadedModel | str] | LoadedModel | str
+
+
+class Sampling(Protocol):
+    """How samples are drawn, cut and batched: what the settings of all analyses have in common."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models of a chain, and the samples that all of them are run on.
+
+    Attributes:
+        stages: Stage name -> model, in the order of the chain.
+        dataset: The samples drawn.
+        encoded: Their token rows (the first stage's tokenizer).
+        batch_size: Rows in a batch.
+    """
+
+    stages: dict[str, LoadedModel]
+    dataset: Dataset
+    encoded: TokenRows
+    batch_size: int
+
+    @property
+    def names(self) -> list[str]:
+        """Stage names."""
+        return list(self.stages)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(later, earlier) stages that are compared."""
+        return comparisons(self.names)
+
+    @property
+    def first(self) -> LoadedModel:
+        """The first stage."""
+        return next(iter(self.stages.values()))
+
+    @property
+    def rows(self) -> list[TokenRow]:
+        """Token rows, in the order of the samples."""
+        return self.encoded.rows
+
+    def batches(self, rows: Sequence[TokenRow] | None = None) -> list[Batch]:
+        """Batches of the rows, or of some of them, on the CPU."""
+        return make_batches(self.rows if rows is None else rows, batch_size=self.batch_size,
+                            pad_id=pad_token_id(self.first.tokenizer))
+
+    def named(self, table: Table) -> Table:
+        """The table with the data set's name in every row (column ``data``)."""
+        for row in table.rows:
+            row["data"] = self.dataset.name
+        return table
+
+    def counts(self, **more: Any) -> dict[str, Any]:
+        """What ``run.json`` stores of the samples."""
+        return {"samples": len(self.rows), **more, **self.encoded.describe()}
+
+
+def load_stages(stages: Stages, sft: LoadedModel | str | None = None, names: Sequence[str] | None = None, *,
+                least: int = 2) -> dict[str, LoadedModel]:
+    """Stage name -> model of a chain given as models, MODEL specs, or a base and a tuned one.
+
+    Raises:
+        SettingsError: fewer than ``least``, or names that do not fit.
+        PairMismatchError: the checkpoints do not fit together.
+    """
+    models = resolve_stages(stages, sft, names, least=least)
+    return dict(zip(stage_names(len(models), names), models, strict=True))
+
+
+def draw(data: Dataset | str, settings: Sampling, samples: int | None = None) -> Dataset:
+    """The samples of a data set or D spec that the settings ask for (or ``samples`` of them)."""
+    dataset = load_data(data, seed=settings.seed) if isinstance(data, str) else data
+    return dataset.sample(settings.samples if samples is None else samples, settings.seed)
+
+
+def prepare(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dataset | str, settings: Sampling,
+            names: Sequence[str] | None = None, samples: int | None = None, least: int = 2, min_tokens: int = 2,
+            min_rows: int = 1, need: str = "a next-token score") -> Inputs:
+    """Models, samples and token rows of an analysis.
+
+    Args:
+        stages: The base (then give ``sft``), or a chain; loaded models or MODEL specs.
+        sft: The tuned checkpoint, where ``stages`` is a single base.
+        data: A data set or a D spec.
+        settings: How to draw; ``supervised``, where they have it, counts completions only.
+        names: Stage names; default base, sft, dpo, rlvr.
+        samples: How many, where the settings' own number does not say it.
+        least: Fewest stages.
+        min_tokens: Shorter samples are left out.
+        min_rows: Fewest samples that must be left.
+        need: What needs them, for the error.
+
+    Raises:
+        SettingsError: too few stages, or names that do not fit.
+        PairMismatchError: the checkpoints do not fit together.
+        DataError: fewer than ``min_rows`` usable samples.
+    """
+    by_name = load_stages(stages, sft, names, least=least)
+    return encode(by_name, draw(data, settings, samples), settings, min_tokens=min_tokens, min_rows=min_rows,
+                  need=need)
+
+
+def encode(stages: dict[str, LoadedModel], dataset: Dataset, settings: Sampling, *, min_tokens: int = 2,
+           min_rows: int = 1, need: str = "a next-token score") -> Inputs:
+    """Token rows of samples already drawn; see `prepare`."""
+    tokenizer = next(iter(stages.values())).tokenizer
+    encoded = tokenize(dataset, tokenizer, max_length=settings.max_length, min_tokens=min_tokens,
+                       supervised=getattr(settings, "supervised", False))
+    if len(encoded.rows) < min_rows:
+        raise DataError(f"{dataset.source}: {len(encoded.rows)} usable samples (at least {min_tokens} tokens each) out "
+                        f"of {len(dataset.examples)}; {need} needs at least {min_rows}.")
+    return Inputs(stages, dataset, encoded, settings.batch_size)
 
 
 class PassState:

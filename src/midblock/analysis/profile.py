@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from midblock import metrics, stats
-from midblock.analysis.passes import PassState, feed_batches
-from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
+from midblock.analysis.passes import PassState, feed_batches, prepare
+from midblock.analysis.stages import comparisons, side_of
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
-from midblock.data import Dataset, augment_dataset, load_data, make_batches, pad_token_id, tokenize
+from midblock.data import Dataset, augment_dataset, tokenize
 from midblock.errors import DataError, SettingsError, UndefinedMetricError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
@@ -214,27 +214,18 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     except TypeError as error:
         raise SettingsError(f"profile: {error}; the settings are "
                             f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
-    models = resolve_stages(stages, sft, names)
-    keys = stage_names(len(models), names)
-    by_name = dict(zip(keys, models, strict=True))
-    pairs = comparisons(keys)
-    anatomy = models[0].anatomy
-    num_hidden = anatomy.num_blocks + 1
     wanted = max(chosen.samples, chosen.token_samples)
-    dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
-    dataset = dataset.sample(wanted, chosen.seed)
-    tokenizer = models[0].tokenizer
-    encoded = tokenize(dataset, tokenizer, max_length=chosen.max_length, min_tokens=3)
-    if len(encoded.rows) < 2:
-        raise DataError(f"{dataset.source}: {len(encoded.rows)} usable samples (at least 3 tokens each) out of "
-                        f"{len(dataset.examples)}; the pooled level needs at least 2.")
+    inputs = prepare(stages, sft, data=data, settings=chosen, names=names, samples=wanted, min_tokens=3, min_rows=2,
+                     need="the pooled level")
+    keys, pairs, dataset, encoded = inputs.names, inputs.pairs, inputs.dataset, inputs.encoded
+    anatomy, tokenizer = inputs.first.anatomy, inputs.first.tokenizer
+    num_hidden = anatomy.num_blocks + 1
     token_ids = [r.index for r in encoded.rows[:chosen.token_samples]]
     pooled_ids = [r.index for r in encoded.rows[:chosen.samples]]
     split = len(token_ids)
-    pad = pad_token_id(tokenizer)
     # token-level samples batch among themselves: their metrics then run on whole batches
     batches = [b for part in (encoded.rows[:split], encoded.rows[split:wanted]) if part
-               for b in make_batches(part, batch_size=chosen.batch_size, pad_id=pad)]
+               for b in inputs.batches(part)]
     accumulators: dict[str, Accumulator] = {}
     pooled = accumulators["pooled"] = PooledStates(keys, num_hidden, pooled_ids, anatomy.hidden_size)
     tokens = accumulators["tokens"] = TokenMetrics(
@@ -244,9 +235,9 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
                               anatomy.hidden_size)
     if views is not None:
         accumulators["views"] = views
-        batches += make_batches(view_rows, batch_size=chosen.batch_size, pad_id=pad)
+        batches += inputs.batches(view_rows)
     state = PassState(state_folder) if state_folder else None
-    feed_batches(by_name, batches, accumulators, state=state, progress=progress)
+    feed_batches(inputs.stages, batches, accumulators, state=state, progress=progress)
 
     table = Table()
     # with multinomial weights an exact replicate has only 63% distinct rows, and so less rank than the
@@ -261,8 +252,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
         progress("metrics", h + 1, num_hidden)
     if state:
         state.discard()
-    for row in table.rows:
-        row["data"] = dataset.name
+    inputs.named(table)
     lengths = [len(r.ids) for r in encoded.rows[:wanted]]
     counts = {"pooled_samples": len(pooled_ids), "token_samples": len(token_ids),
               "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
