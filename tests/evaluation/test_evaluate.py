@@ -322,7 +322,7 @@ def test_humaneval_passes_what_passes_its_tests() -> None:
            "canonical_solution": "    return 2 * x\n", "test": "def check(f):\n    assert f(3) == 6\n"}
     examples = [Example(text=f"{row['prompt']}{i}", prompt=row["prompt"], row={**row, "task_id": f"T/{i}"})
                 for i in range(3)]
-    build, metric, _ = _humaneval(Dataset("h", "test", "x", examples), 50, silent)
+    build, metric, _ = _humaneval(Dataset("h", "test", "x", examples), 50, False, silent)
     found = run_lm_eval(Says(["    return 2 * x\n", "    return x\n", "    while True: import os; os._exit(0)"]),
                         "h", build, allow_code=True)  # type: ignore[arg-type]
     assert [s[metric] for s in found["samples"]["h"]] == [1.0, 0.0, 0.0]

@@ -78,7 +78,11 @@ def evaluate(
         help="Rows in a batch (8 to 64 by kind of task).")
     ] = None,
     allow_code_execution: Annotated[bool, typer.Option(
-        "--allow-code-execution", help="humaneval: run what the model writes, in a sandbox.")] = False,
+        "--allow-code-execution", help="humaneval: run what the model writes, in a sandbox (refused where the system "
+                                       "gives no full one).")] = False,
+    allow_unsandboxed_code: Annotated[bool, typer.Option(
+        "--allow-unsandboxed-code", help="humaneval: run what the model writes also where the system gives no full "
+                                         "sandbox. Only in a machine made for that.")] = False,
     out: Out = None,
     dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
@@ -111,8 +115,9 @@ def evaluate(
         raise SettingsError("--resume continues the run in --out; name that folder.")
     own = {"max_new_tokens": max_new_tokens, "max_length": max_length, "shots": shots}
     options = {name: _options_of(name, own, tasks) for name in tasks}
+    allowed: Any = "unsandboxed" if allow_unsandboxed_code else allow_code_execution
     for name in tasks:
-        check_options(name, batch_size=batch_size, allow_code_execution=allow_code_execution, **options[name])
+        check_options(name, batch_size=batch_size, allow_code_execution=allowed, **options[name])
     datasets = {name: task_data(name, data, samples=samples, seed=seed) for name in tasks}
     if out is not None and not resume:
         RunFolder.check_free(out)
@@ -128,7 +133,7 @@ def evaluate(
     side = f"{side}-tuned" if side in ("base", "difference") and other is not None else side
     settings = {"model": model, "adapter": adapter, "tasks": tasks, "data": data, "base": base,
                 "compare_base": compare_base, "samples": samples, **own, "chat": chat,
-                "batch_size": batch_size, "allow_code_execution": allow_code_execution,
+                "batch_size": batch_size, "allow_code_execution": allowed,
                 "dtype": dtype.value, "device": device, "seed": seed}
     results: dict[str, dict[str, EvalResult]] = {}
     with contextlib.ExitStack() as stack:
@@ -150,7 +155,7 @@ def evaluate(
                 found = _stored(run, name, t)
                 if found is None:
                     found = score(loaded, t, data=datasets[t], seed=seed, batch_size=batch_size, chat=chat,
-                                  allow_code_execution=allow_code_execution, progress=progress, **options[t])
+                                  allow_code_execution=allowed, progress=progress, **options[t])
                     _store(run, name, found)
                 results[name][t] = found
         table = Table()

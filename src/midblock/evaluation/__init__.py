@@ -15,10 +15,10 @@ from midblock.evaluation.outcome import (
     write_result,
 )
 from midblock.evaluation.run import check_options, evaluate, model_limit
-from midblock.evaluation.sandbox import Outcome, run_program
+from midblock.evaluation.sandbox import Outcome, ProgramTest, run_test
 from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
 
-__all__ = ["TASKS", "Comparison", "EvalResult", "Outcome", "TaskSpec", "check_options", "compare",
+__all__ = ["TASKS", "Comparison", "EvalResult", "Outcome", "ProgramTest", "TaskSpec", "check_options", "compare",
            "evaluate", "file_name", "find_task", "item_ids", "lm_eval_results", "model_limit",
-           "perplexity_interval", "read_result", "run_program", "task_data",
+           "perplexity_interval", "read_result", "run_test", "task_data",
            "write_lm_eval_files", "write_result"]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from midblock.data import DATASETS, Dataset, load_data
 from midblock.errors import DataError, SettingsError
 from midblock.evaluation.likelihood import score_tokens
 from midblock.evaluation.outcome import EvalResult, estimate_of
-from midblock.evaluation.sandbox import run_programs
+from midblock.evaluation.sandbox import ISOLATION, ProgramTest, require_sandbox, run_tests
 from midblock.evaluation.tasks import (
     TaskSpec,
     benchmark_docs,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from midblock.evaluation.harness import RowsTask
     from midblock.models import LoadedModel
 
-__all__ = ["check_options", "evaluate", "model_limit"]
+__all__ = ["CodeExecution", "check_options", "evaluate", "model_limit"]
 
 _BATCH = {"multiple_choice": 16, "perplexity": 8, "answer_loss": 16}
 _GENERATION_ROWS, _CACHE_BYTES = 64, 4 << 30
@@ -40,11 +40,14 @@ _MAX_LENGTH = 1024
 _IFEVAL_PACKAGES = ("langdetect", "nltk", "immutabledict")
 _CODE_SECONDS, _CODE_MEMORY_MB = 10.0, 1024
 
+CodeExecution = bool | Literal["unsandboxed"]
+"""May code that a model writes be run: no, in a full sandbox only, or on any system."""
+
 
 def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None = None,
              samples: int | None = None, seed: int = 0, batch_size: int | None = None,
              max_new_tokens: int | None = None, max_length: int | None = None, shots: int = 0,
-             chat: bool = False, allow_code_execution: bool = False,
+             chat: bool = False, allow_code_execution: CodeExecution = False,
              progress: Progress = silent) -> EvalResult:
     """Score a model on a task.
 
@@ -65,7 +68,8 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
         shots: Few-shot examples from the data's train split (``dev`` for MMLU), for exact match
             and multiple choice.
         chat: Apply the tokenizer's chat template.
-        allow_code_execution: ``humaneval`` may run what the model writes, in a sandbox.
+        allow_code_execution: ``humaneval`` may run what the model writes: True, in a sandbox (refused where the
+            system gives no full one); ``"unsandboxed"``, also where it gives none.
         progress: Told how many rows are done.
 
     Returns:
@@ -94,7 +98,8 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
         return score_tokens(loaded_model, task, dataset, batch_size=rows, max_length=longest, chat=chat,
                             progress=progress)
     longest = max_new_tokens or spec.max_new_tokens or 0
-    return _through_lm_eval(loaded_model, spec, task, dataset, rows, longest, shots, chat, seed, progress)
+    return _through_lm_eval(loaded_model, spec, task, dataset, rows, longest, shots, chat, seed,
+                            allow_code_execution == "unsandboxed", progress)
 
 
 def model_limit(loaded: LoadedModel) -> int:
@@ -119,7 +124,7 @@ def _generation_rows(loaded: LoadedModel, longest: int) -> int:
 
 
 def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: int | None = None,
-                  max_length: int | None = None, shots: int = 0, allow_code_execution: bool = False) -> None:
+                  max_length: int | None = None, shots: int = 0, allow_code_execution: CodeExecution = False) -> None:
     """Refuse what cannot work before any model is loaded; see `evaluate` for the options.
 
     Raises:
@@ -139,13 +144,25 @@ def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: i
         raise SettingsError(f"task {task} takes no few-shot examples (--shots).")
     if shots < 0:
         raise SettingsError(f"{shots} few-shot examples were asked for; use 0 or more.")
+    if spec.kind not in ("perplexity", "answer_loss") and importlib.util.find_spec("lm_eval") is None:
+        raise SettingsError(f"task {task} is scored through lm-evaluation-harness, which is not installed; "
+                            "pip install 'midblock[evaluate]'. Tasks of perplexity and loss need no extra.")
     if spec.kind == "ifeval":
         _require_ifeval()
-    if spec.kind == "humaneval" and not allow_code_execution:
+    if spec.kind == "humaneval":
+        _require_permission(allow_code_execution)
+
+
+def _require_permission(allowed: CodeExecution) -> None:
+    if allowed not in (False, True, "unsandboxed"):
+        raise SettingsError(f"allow_code_execution {allowed!r} is neither true, false nor 'unsandboxed'.")
+    if not allowed:
         raise SettingsError(
-            "task humaneval runs Python code that the model writes, in a separate process with limits on "
-            "time and memory, and without network where the system allows that. Allow it with "
-            "--allow-code-execution (allow_code_execution=True) if you accept the risk.")
+            "task humaneval runs Python code that the model writes, in processes without network, files of yours, "
+            "or privileges, and with limits on time and memory. Allow it with --allow-code-execution "
+            "(allow_code_execution=True) if you accept the risk that remains.")
+    if allowed is True:
+        require_sandbox()
 
 
 def _require_ifeval() -> None:
@@ -218,7 +235,7 @@ def _ifeval(dataset: Dataset, longest: int) -> _Built:
     return lambda: RowsTask(config, docs), "prompt_level_strict_acc", "none"
 
 
-def _humaneval(dataset: Dataset, longest: int, progress: Progress) -> _Built:
+def _humaneval(dataset: Dataset, longest: int, unsandboxed: bool, progress: Progress) -> _Built:
     from midblock.evaluation.harness import RowsTask
 
     fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -227,10 +244,10 @@ def _humaneval(dataset: Dataset, longest: int, progress: Progress) -> _Built:
 
     def run(responses: Sequence[Sequence[str]],
             documents: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        programs = [f"{doc['prompt']}{answer}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+        programs = [(f"{doc['prompt']}{answer}\n", ProgramTest(doc["test"], doc["entry_point"], doc["prompt"]))
                     for answers, doc in zip(responses, documents, strict=True) for answer in answers]
-        outcomes = iter(run_programs(programs, seconds=_CODE_SECONDS, memory_mb=_CODE_MEMORY_MB,
-                                     done=lambda done, total: progress("run tests", done, total)))
+        outcomes = iter(run_tests(programs, seconds=_CODE_SECONDS, memory_mb=_CODE_MEMORY_MB, unsandboxed=unsandboxed,
+                                  done=lambda done, total: progress("run tests", done, total)))
         return [[{"passed": o.passed, "reason": o.reason, "isolation": list(o.isolation)}
                  for _, o in zip(answers, outcomes, strict=False)] for answers in responses]
 
@@ -256,7 +273,8 @@ def _few_shot_data(dataset: Dataset, shots: int) -> Dataset | None:
 
 
 def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Dataset, batch_size: int,
-                     longest: int, shots: int, chat: bool, seed: int, progress: Progress) -> EvalResult:
+                     longest: int, shots: int, chat: bool, seed: int, unsandboxed: bool, progress: Progress
+                     ) -> EvalResult:
     from midblock.evaluation.harness import MemoryLM, run_lm_eval
 
     started = time.perf_counter()
@@ -268,7 +286,7 @@ def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Da
     elif spec.kind == "ifeval":
         build, metric, chosen = _ifeval(dataset, longest)
     else:
-        build, metric, chosen = _humaneval(dataset, longest, progress)
+        build, metric, chosen = _humaneval(dataset, longest, unsandboxed, progress)
     lm = MemoryLM(loaded, batch_size=batch_size, progress=progress, what=task)
     try:
         found = run_lm_eval(lm, task, build, chat=chat, shots=shots, seed=seed,
@@ -299,13 +317,10 @@ def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Da
 
 
 def _isolation_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    everything = ("network", "processes", "files")
-    found = [set(s["filtered_resps"][0][0]["isolation"]) for s in records]
-    missing = [word for word in everything if not all(word in words for words in found)]
-    if not missing:
-        return []
-    return [f"this system gave the sandbox no isolation of {', '.join(missing)}; only limits on time, memory "
-            "and file size held"]
+    missing = [word for word in ISOLATION
+               if any(word not in s["filtered_resps"][0][0]["isolation"] for s in records)]
+    return [f"this system gave the model's code no isolation of {', '.join(missing)}; only limits on time, memory and "
+            "file size held"] if missing else []
 
 
 def _plain(value: Any) -> Any:

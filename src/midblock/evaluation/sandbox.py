@@ -1,33 +1,52 @@
-"""Running a program that a model wrote: another process, limits on time and memory, no network.
+"""Testing a program that a model wrote: processes of their own, with nothing that the test does not need.
 
-The program runs in a fresh interpreter (isolated mode, no environment, an empty temporary
-folder as its working folder) under ``setrlimit`` for processor time, memory, file size and open
-files, and its whole process group is killed when the wall clock runs out. On Linux, where the
-kernel allows user namespaces, it has no network, sees no other process, dies with all its
-children, and finds every file system read-only except its own folder. `Outcome.isolation`
-names what was in force. This protects against accidents and careless programs; for programs by
-an adversary use a virtual machine.
+The program runs in a fresh interpreter without network, other processes, files of the user, capabilities, or
+system calls beyond those of a computation; it cannot start a process, so the limits on its time and memory are
+those of its whole tree, and nothing of it outlives the test. The test runs in a second process with the same
+limits, calls the program through a pipe, gets plain data back, and alone can report that it passed.
+
+All of that needs Linux with user name spaces and system call filters (x86_64 or aarch64). Elsewhere a program is
+refused unless ``unsandboxed`` asks for it in words; then only limits on time, memory and file size hold.
+`Outcome.isolation` names what was in force.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from midblock.errors import SettingsError
 
-__all__ = ["Outcome", "run_program", "run_programs"]
+__all__ = ["ISOLATION", "Outcome", "ProgramTest", "require_sandbox", "run_test", "run_tests"]
 
+ISOLATION = ("network", "processes", "files", "calls")
+"""What a full sandbox takes away: the network, other processes, files, system calls."""
 _RUNNER = Path(__file__).with_name("sandbox_runner.py")
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramTest:
+    """A test as HumanEval has it.
+
+    Attributes:
+        test: Source that defines ``check(candidate)``, which raises where the candidate is wrong.
+        entry_point: The function of the program that is the candidate.
+        prompt: Source whose helper functions the test may use; left out where it is no program by itself.
+    """
+
+    test: str
+    entry_point: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,10 +54,10 @@ class Outcome:
     """What became of a program.
 
     Attributes:
-        passed: It ran to its end without an error.
-        reason: ``passed``, ``timed out``, ``failed: ...`` (the last line of its error), or
-            ``ended early`` (it stopped the interpreter).
-        isolation: Protections in force besides the limits: ``network``, ``processes``, ``files``.
+        passed: Its test ran to the end without an error.
+        reason: ``passed``, ``timed out``, ``failed: ...`` (the error), or ``ended early`` (it stopped the
+            interpreter or was killed).
+        isolation: Protections in force besides the limits, of `ISOLATION`.
     """
 
     passed: bool
@@ -46,19 +65,23 @@ class Outcome:
     isolation: tuple[str, ...] = field(default=())
 
 
-def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -> Outcome:
-    """Run Python source in the sandbox; it passes if it ends without an error.
+def run_test(program: str, test: ProgramTest, *, seconds: float = 10.0, memory_mb: int = 1024,
+             unsandboxed: bool = False) -> Outcome:
+    """Run Python source and its test.
 
     Args:
-        program: The source, with its tests at the end.
-        seconds: Limit of processor time (rounded up) and of wall-clock time.
-        memory_mb: Limit of its address space in MiB.
+        program: The source, which defines the test's entry point. Arguments and results are plain data: numbers,
+            strings, bytes, lists, tuples, sets, dictionaries; anything else is equal to nothing.
+        test: The test.
+        seconds: Limit of wall-clock time, and of processor time (rounded up) of program and test each.
+        memory_mb: Limit of the address space of each in MiB.
+        unsandboxed: Run it also where the system gives no full sandbox.
 
     Raises:
-        SettingsError: a limit is not positive, or this system has no such limits (Windows).
+        SettingsError: a limit is not positive, or this system gives no full sandbox.
 
     Example:
-        >>> run_program("assert 1 + 1 == 2").passed
+        >>> run_test("def one(): return 1", ProgramTest("def check(f): assert f() == 1", "one")).passed
         True
     """
     if seconds <= 0 or memory_mb < 64:
@@ -66,14 +89,13 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -
                             "64 MiB.")
     if sys.platform == "win32":
         raise SettingsError("running a model's code needs a system with process limits (Linux, macOS).")
-    # the program cannot know this word, so that exiting or printing does not look like passing
-    token = secrets.token_hex(16)
+    parts = program.encode("utf-8", "surrogatepass"), json.dumps(asdict(test)).encode()
     with tempfile.TemporaryDirectory(prefix="midblock-sandbox-") as folder:
         read_end, write_end = os.pipe()
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(_RUNNER), str(write_end), str(seconds), str(memory_mb),
-                 folder],
+                 folder, "" if unsandboxed else ",".join(ISOLATION)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
                 env={"LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
                 pass_fds=(write_end,), start_new_session=True)
@@ -82,8 +104,7 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -
         timed_out = False
         with os.fdopen(read_end, "rb") as report:
             try:
-                process.communicate(f"{token}\n{program}".encode("utf-8", "surrogatepass"),
-                                    timeout=seconds + 5.0)
+                process.communicate(b"".join(len(p).to_bytes(8, "little") + p for p in parts), timeout=seconds + 5.0)
             except subprocess.TimeoutExpired:
                 timed_out = True
             finally:
@@ -92,29 +113,52 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -
                 process.wait()
             os.set_blocking(report.fileno(), False)
             text = (report.read(1 << 16) or b"").decode("utf-8", "replace")
-    return _outcome(text.splitlines(), token, process.returncode, timed_out)
+    outcome = _outcome(text.splitlines(), timed_out)
+    if not unsandboxed and (missing := [word for word in ISOLATION if word not in outcome.isolation]):
+        raise SettingsError(
+            f"this system gives no full sandbox for a model's code: no isolation of {', '.join(missing)} (it needs "
+            "Linux on x86_64 or aarch64 with user name spaces). Use a machine that has them, or a virtual machine "
+            "made for this and --allow-unsandboxed-code (allow_code_execution='unsandboxed').")
+    return outcome
 
 
-def _outcome(lines: Sequence[str], token: str, code: int, timed_out: bool) -> Outcome:
+def _outcome(lines: Sequence[str], timed_out: bool) -> Outcome:
     isolation = tuple(word for line in lines if line.startswith("isolation ") for word in line.split()[1:])
-    if f"passed {token}" in lines:
+    if "passed" in lines:
         return Outcome(True, "passed", isolation)
-    if timed_out or "timeout" in lines or code in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
+    if timed_out or "timeout" in lines:
         return Outcome(False, "timed out", isolation)
     failed = next((line.removeprefix("failed ") for line in lines if line.startswith("failed ")), None)
     return Outcome(False, f"failed: {failed}" if failed is not None else "ended early", isolation)
 
 
-def run_programs(programs: Sequence[str], *, seconds: float = 10.0, memory_mb: int = 1024,
-                 workers: int | None = None, done: Callable[[int, int], None] | None = None) -> list[Outcome]:
+@functools.cache
+def require_sandbox() -> None:
+    """Refuse a system without a full sandbox before anything else is done; a trial, remembered.
+
+    Raises:
+        SettingsError: see `run_test`.
+    """
+    run_test("def one(): return 1", ProgramTest("def check(f): assert f() == 1", "one"))
+
+
+def run_tests(programs: Sequence[tuple[str, ProgramTest]], *, seconds: float = 10.0, memory_mb: int = 1024,
+              unsandboxed: bool = False, workers: int | None = None,
+              done: Callable[[int, int], None] | None = None) -> list[Outcome]:
     """Run several programs, as many at a time as there are processors; outcomes keep their order.
 
     Args:
+        programs: Each with its test.
+        seconds: See `run_test`, as for ``memory_mb`` and ``unsandboxed``.
+        memory_mb: Of each.
+        unsandboxed: Of all.
+        workers: How many at a time.
         done: Told how many are finished, and of how many.
     """
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for outcome in pool.map(lambda p: run_program(p, seconds=seconds, memory_mb=memory_mb), programs):
+        for outcome in pool.map(lambda p: run_test(*p, seconds=seconds, memory_mb=memory_mb, unsandboxed=unsandboxed),
+                                programs):
             outcomes.append(outcome)
             if done is not None:
                 done(len(outcomes), len(programs))

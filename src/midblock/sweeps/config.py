@@ -175,7 +175,7 @@ class TaskConfig(_Strict):
     max_length: Annotated[int, Field(ge=2)] | None = None
     shots: Annotated[int, Field(ge=0)] = 0
     chat: bool = False
-    allow_code_execution: bool = False
+    allow_code_execution: bool | Literal["unsandboxed"] = False
     name: Name | None = None
     """Name in tables; needed where a task occurs twice."""
 
