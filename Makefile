@@ -21,7 +21,7 @@ export MIDBLOCK_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test slow lint docs cli-docs check clean distclean
+.PHONY: install demo test slow lint docs check clean distclean
 .DEFAULT_GOAL := check
 
 install: $(INSTALLED)
@@ -52,11 +52,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python docs/generate_cli.py --check
-	$(BIN)/mkdocs build --strict --quiet
-
-cli-docs: $(INSTALLED)
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/mkdocs build --strict --quiet
 
 check: lint docs test
 

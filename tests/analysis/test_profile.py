@@ -139,7 +139,7 @@ def test_earlier_codes_formulas_change_what_they_should(pair, frame):
 
 
 def test_exact_bootstrap_gives_intervals_of_like_width(pair, frame):
-    exact = profile(*pair, data=tiny_data(8), resampling="exact", **SIZES).frame
+    exact = profile(*pair, data=tiny_data(8), exact_bootstrap=True, **SIZES).frame
     assert frame["value"].equals(exact["value"])
     chosen = (frame.metric == "spectral_norm") & (frame.side == "base")
     width, other = ((f["high"] - f["low"])[chosen].to_numpy() for f in (frame, exact))
@@ -177,7 +177,7 @@ def test_short_run_writes_no_intermediate_file(pair, tmp_path):
 
 
 def test_bad_settings_are_named_together(pair):
-    with pytest.raises(SettingsError, match=r"--samples.*--views"):
+    with pytest.raises(SettingsError, match=r"samples must.*views must"):
         profile(*pair, data=tiny_data(4), samples=0, views=1)
     with pytest.raises(SettingsError, match="no_such"):
         profile(*pair, data=tiny_data(4), no_such=1)

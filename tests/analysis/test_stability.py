@@ -121,7 +121,7 @@ def test_views_are_augmented_anew_with_each_seed(pair):
 def test_mistakes_are_named(pair, tmp_path):
     with pytest.raises(SettingsError, match="at least 2"):
         profile_seeds(*pair, data=tiny_data(4), seeds=1)
-    with pytest.raises(SettingsError, match="settings are"):
+    with pytest.raises(SettingsError, match="unknown setting sample; did you mean samples"):
         profile_seeds(*pair, data=tiny_data(4), seeds=2, sample=3)
     (tmp_path / "seed-0.json").write_text(json.dumps({"rows": 3}))
     with pytest.raises(OutputError, match="cannot resume"):

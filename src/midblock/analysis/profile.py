@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,12 @@ from midblock.analysis.passes import PassState, feed_batches, prepare
 from midblock.analysis.stages import comparisons, side_of
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
 from midblock.data import Dataset, augment_dataset, tokenize
-from midblock.errors import DataError, SettingsError, UndefinedMetricError
+from midblock.errors import DataError, UndefinedMetricError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
 from midblock.segments import zone_means
+from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,65 +43,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 METRICS: tuple[str, ...] = tuple(m for family in FAMILIES.values() for m in family)
 #: Metrics that compare two stages directly; all others are taken per stage and subtracted.
 PAIR_METRICS = frozenset(FAMILIES["alignment"])
-
-Resampling = Literal["first-order", "exact"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
-    """What is measured and how; `profile` takes the same names as keyword arguments."""
-
-    samples: int = 200
-    """Samples of the pooled level (the paper: 1,000)."""
-    token_samples: int = 50
-    """Samples of the token level, the first of the same draw (the paper: 100)."""
-    max_length: int = 512
-    """Tokens per sample; longer ones are cut and counted."""
-    batch_size: int = 8
-    """Samples per forward pass."""
-    seed: int = 0
-    """Seed of the draw, the bootstrap and the augmentations."""
-    alpha: float = 1.0
-    """Order of the matrix entropies."""
-    normalize: metrics.Normalize = "max"
-    """Entropy divided by ln min(T, d) (max), ln T (rows), ln d (dim), or not (none)."""
-    unit_rows: bool = False
-    """Scale every row to norm 1 before the entropies, as the earlier code does."""
-    energy: bool = False
-    """Effective rank from squared singular values, as the earlier code does."""
-    sparsity_eps: float = 1e-2
-    """Entries below this size count as inactive."""
-    sparsity_relative: bool = False
-    """Take ``sparsity_eps`` relative to the largest entry, as the earlier code does."""
-    rank_tol: float = 0.01
-    """Singular values above this share of the largest count towards the rank."""
-    views: int = 0
-    """Augmented views per sample for InfoNCE, LiDAR and DiME; 0 leaves them out, else 2 or more."""
-    view_samples: int = 100
-    """Samples that get views."""
-    replicates: int = 1000
-    """Bootstrap replicates of the dataset-level intervals."""
-    resampling: Resampling = "first-order"
-    """How replicate spectra are made: to first order from one decomposition, or one by one."""
-    confidence: float = 0.95
-    """Confidence of every interval."""
-
-    def __post_init__(self) -> None:
-        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                  for name, least in (("samples", 2), ("token_samples", 1), ("max_length", 3),
-                                      ("batch_size", 1), ("replicates", 20), ("view_samples", 2))
-                  if getattr(self, name) < least]
-        if self.views not in (0, *range(2, 17)):
-            faults.append(f"--views must be 0 or 2 to 16, got {self.views}")
-        if self.alpha <= 0:
-            faults.append(f"--alpha must be positive, got {self.alpha}")
-        if not 0 < self.confidence < 1:
-            faults.append(f"--confidence must lie between 0 and 1, got {self.confidence}")
-        if self.sparsity_eps <= 0 or not 0 < self.rank_tol < 1:
-            faults.append("--sparsity-eps must be positive and --rank-tol between 0 and 1")
-        if faults:
-            raise SettingsError("; ".join(faults) + ".")
-
 
 @dataclass
 class ProfileResult:
@@ -209,11 +151,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
 
     Source: "A Layer-wise Analysis of Supervised Fine-Tuning", equations 2 to 10.
     """
-    try:
-        chosen = replace(settings or ProfileSettings(), **overrides)
-    except TypeError as error:
-        raise SettingsError(f"profile: {error}; the settings are "
-                            f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
+    chosen = ProfileSettings.of(settings, overrides)
     wanted = max(chosen.samples, chosen.token_samples)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, samples=wanted, min_tokens=3, min_rows=2,
                      need="the pooled level")

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from midblock import stats
-from midblock.analysis.profile import ProfileResult, ProfileSettings, profile
+from midblock.analysis.profile import ProfileResult, profile
 from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.data import Dataset, load_data
 from midblock.errors import OutputError, SettingsError
@@ -27,6 +27,7 @@ from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
 from midblock.provenance import write_json
 from midblock.results import Interval, Table
+from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +123,7 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     """
     if isinstance(seeds, bool) or seeds < 2:
         raise SettingsError(f"{seeds} seeds were asked for; a test over seeds needs at least 2 (the paper: 3).")
-    try:
-        chosen = replace(settings or ProfileSettings(), **overrides)
-    except TypeError as error:
-        raise SettingsError(f"profile_seeds: {error}; the settings are "
-                            f"{', '.join(ProfileSettings.__dataclass_fields__)}.") from None
+    chosen = ProfileSettings.of(settings, overrides)
     models = resolve_stages(stages, sft, names)
     keys = stage_names(len(models), names)
     dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
@@ -141,7 +138,7 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
             result = profile(models, data=dataset, names=keys,
                              progress=_named(progress, f"seed {k + 1} of {seeds}"),
                              state_folder=state_folder / f"seed-{number}" if state_folder else None,
-                             settings=replace(chosen, seed=number))
+                             settings=chosen.replace(seed=number))
             table, count = result.table, result.counts
             if done is not None:
                 write_json(done, {"rows": table.rows, "reasons": table.reasons, "counts": count})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
     from midblock.provenance import RunFolder
     from midblock.report import Result
+    from midblock.settings import Settings
+    from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["Chain", "Names", "OneOrMore", "run_analysis", "split_names"]
 
@@ -36,9 +38,8 @@ def split_names(names: str | None) -> list[str] | None:
 
 def run_analysis(
     command: str, models: Sequence[str], *, names: str | None, data: str, seed: int, out: Path, resume: bool,
-    dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool, settings: Mapping[str, Any],
+    load: ChainLoadSettings, settings: Settings | Mapping[str, Any],
     measure: Callable[[list[LoadedModel], list[str], Dataset, RunFolder, Progress], Result], least: int = 2,
-    tokenizer: str = "own",
 ) -> tuple[RunFolder, Any]:
     """Load the chain and the data, measure, and save the result in its run folder.
 
@@ -52,14 +53,10 @@ def run_analysis(
         seed: Seed for generated data.
         out: Run folder.
         resume: Continue in it.
-        dtype: Number format of the weights.
-        device: Where to run.
-        trust_remote_code: The option of that name.
-        allow_pickle: The option of that name.
+        load: How the checkpoints are loaded.
         settings: The measurement's own settings, for ``run.json``.
         measure: Called with models, their names, the data, the run folder and the progress bar.
         least: Fewest checkpoints that make sense.
-        tokenizer: ``own`` or ``base``.
 
     Returns:
         The finished run folder and the result.
@@ -84,10 +81,8 @@ def run_analysis(
             console.warn(note)
     if not resume:
         RunFolder.check_free(out)
-    chain = load_chain(models, names=keys, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-                       allow_pickle=allow_pickle, tokenizer=tokenizer)
-    recorded = {"models": list(models), "names": keys, "data": data, "dtype": dtype, "device": device,
-                "tokenizer": tokenizer, **settings}
+    chain = load_chain(models, names=keys, **load.model_dump())
+    recorded = {"models": list(models), "names": keys, "data": data, **load.model_dump(), **dict(settings)}
     with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
             console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},

@@ -25,6 +25,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["register"]
 
@@ -89,8 +90,9 @@ def gradients(
         return result
 
     run, result = run_analysis(
-        "gradients", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value,
-        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
+        "gradients", models, names=names, data=data, seed=seed, out=out, resume=False,
+        load=ChainLoadSettings(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
+                               allow_pickle=allow_pickle, tokenizer=tokenizer.value),
         settings={"profile": profile, **{f: getattr(wanted, f) for f in wanted.__dataclass_fields__}}, measure=work,
         least=1)
     frame = result.frame

@@ -26,6 +26,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["register"]
 
@@ -129,8 +130,9 @@ def importance(
         return result
 
     run, result = run_analysis(
-        "importance", [model], names=None, data=data, seed=seed, out=out, resume=resume, dtype=dtype.value,
-        device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        "importance", [model], names=None, data=data, seed=seed, out=out, resume=resume,
+        load=ChainLoadSettings(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
+                               allow_pickle=allow_pickle),
         settings={f: getattr(wanted, f) for f in wanted.__dataclass_fields__}, measure=work, least=1)
     frame = result.frame
     final = frame[frame["final"] & (frame["metric"] == "ila_score")]

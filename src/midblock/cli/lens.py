@@ -26,6 +26,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["register"]
 
@@ -88,8 +89,9 @@ def lens(
         return found
 
     run, result = run_analysis(
-        "lens", models, names=names, data=data, seed=seed, out=out, resume=resume, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
+        "lens", models, names=names, data=data, seed=seed, out=out, resume=resume,
+        load=ChainLoadSettings(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
+                               allow_pickle=allow_pickle, tokenizer=tokenizer.value),
         settings={f: getattr(wanted, f) for f in wanted.__dataclass_fields__}, measure=work, least=1)
     frame = result.frame
     wide = frame[frame["metric"].isin(["accuracy", "kl"]) & ~frame["side"].isin(["difference"])].pivot_table(

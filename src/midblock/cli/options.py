@@ -31,6 +31,7 @@ __all__ = [
     "Out",
     "Quiet",
     "Resume",
+    "RunOut",
     "Samples",
     "Seed",
     "Segments",
@@ -92,6 +93,10 @@ Data = Annotated[str, typer.Option(
 Out = Annotated[Path | None, typer.Option(
     "--out", metavar="DIR", show_default=False,
     help="Folder for run.json, table.csv and figures; must be empty unless --resume.")]
+
+RunOut = Annotated[Path, typer.Option(
+    "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty unless --resume.")]
+"""For commands that always write a run folder; each has a default of its own."""
 
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Continue an interrupted run in --out (with the same settings).")]

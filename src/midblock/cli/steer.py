@@ -25,6 +25,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["register"]
 
@@ -125,8 +126,9 @@ def steer(
 
     recorded = {f: getattr(wanted, f) for f in wanted.__dataclass_fields__}
     run, result = run_analysis(
-        "steer", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
+        "steer", models, names=names, data=data, seed=seed, out=out, resume=False,
+        load=ChainLoadSettings(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
+                               allow_pickle=allow_pickle, tokenizer=tokenizer.value),
         settings={**recorded, "blocks": blocks, "patch": patch, "generate": generate or [],
                   "max_new_tokens": max_new_tokens, "chat": chat}, measure=work)
     frame = result.frame

@@ -26,6 +26,7 @@ from midblock.cli.options import (
     TrustRemoteCode,
     examples,
 )
+from midblock.settings.load import ChainLoadSettings
 
 __all__ = ["register"]
 
@@ -80,8 +81,9 @@ def swap(
         return measure(chain, data=dataset, names=keys, progress=progress, settings=wanted)
 
     run, result = run_analysis(
-        "swap", models, names=names, data=data, seed=seed, out=out, resume=False, dtype=dtype.value, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tokenizer=tokenizer.value,
+        "swap", models, names=names, data=data, seed=seed, out=out, resume=False,
+        load=ChainLoadSettings(dtype=dtype.value, device=device, trust_remote_code=trust_remote_code,
+                               allow_pickle=allow_pickle, tokenizer=tokenizer.value),
         settings={f: getattr(wanted, f) for f in wanted.__dataclass_fields__}, measure=work)
     frame = result.frame
     changes = frame[(frame["side"] == "difference")].assign(
