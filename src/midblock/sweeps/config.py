@@ -263,11 +263,10 @@ def _faults_across(config: SweepConfig) -> list[str]:
                       "by the evaluation items would favour the arms with luck")
     from midblock.tuning.cache import PrefixCache
 
-    if not config.cache.startswith("disk:"):  # opening a disk cache would make its folder
-        try:
-            PrefixCache.from_spec(config.cache, limit_bytes=config.cache_limit)
-        except MidblockError as error:
-            faults.append(f"cache: {error}")
+    try:
+        PrefixCache.from_spec(config.cache, limit_bytes=config.cache_limit)
+    except MidblockError as error:
+        faults.append(f"cache: {error}")
     for i, path in enumerate(config.arms.plans):
         if not Path(path).expanduser().is_file():
             faults.append(f"arms.plans.{i}: there is no file {path}")

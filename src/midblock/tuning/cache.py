@@ -10,24 +10,20 @@ limit is reached, entries of other namespaces go first, then new entries are not
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from midblock.errors import OutputError, SettingsError
-from midblock.provenance import atomic_path
+from midblock.tuning.cache_folder import CacheFolder, DamagedRowError
 
 __all__ = ["PrefixCache", "parse_bytes"]
 
 DEFAULT_LIMIT = {"memory": 4 << 30, "disk": 20 << 30}
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE | re.ASCII)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -44,7 +40,7 @@ def parse_bytes(text: str | int) -> int:
         value = text
     else:
         if not (found := _SIZE.match(text.strip())):
-            raise SettingsError(f"{text!r} is not a size in bytes; write 500M or 4GB.")
+            raise SettingsError(f"{text[:80]!r} is not a size in bytes; write 500M or 4GB.")
         value = round(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2).upper() or " "))
     if value < 1:
         raise SettingsError(f"a limit of {text} bytes leaves no room for anything; use more, or cache none.")
@@ -56,13 +52,18 @@ class PrefixCache:
 
     Args:
         kind: ``memory`` or ``disk``.
-        folder: Folder of a disk cache; several processes may share it.
+        folder: Folder of a disk cache: absent, empty, or one that a cache marked as its own. Several processes may
+            share it. It is made when the first row is kept.
         limit_bytes: Largest total size. Default: 4 GiB in memory, 20 GiB on disk.
 
     Attributes:
         hits, misses: Rows found and not found since the cache was made.
-        refused_bytes: Bytes that were not admitted because the limit was reached.
+        damaged: Rows found but not as they were written (a flipped bit, a file cut short): misses too.
+        refused_bytes: Bytes that were not admitted because the limit was reached or the disk was full.
         starts: First blocks of which something was kept by this process.
+
+    Raises:
+        OutputError: the folder holds other files than a cache's own.
 
     Example:
         >>> cache = PrefixCache()
@@ -75,14 +76,11 @@ class PrefixCache:
         if kind not in DEFAULT_LIMIT or (kind == "disk") != (folder is not None):
             raise SettingsError("a prefix cache is in memory (without a folder) or on disk (with one).")
         self.kind = kind
-        self.folder = None if folder is None else Path(folder).expanduser()
         self.limit_bytes = DEFAULT_LIMIT[kind] if limit_bytes is None else parse_bytes(limit_bytes)
-        self.hits = self.misses = self.refused_bytes = 0
+        self.hits = self.misses = self.damaged = self.refused_bytes = 0
         self.starts: set[int] = set()
-        self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # namespace -> bytes, least recently used first
-        if self.folder is not None:
-            self._open_folder(self.folder)
+        self._rows: CacheFolder | _Memory = (_Memory(self.limit_bytes) if folder is None
+                                             else CacheFolder(folder, self.limit_bytes))
 
     @classmethod
     def from_spec(cls, spec: str, *, limit_bytes: int | str | None = None) -> PrefixCache | None:
@@ -90,6 +88,7 @@ class PrefixCache:
 
         Raises:
             SettingsError: another word.
+            OutputError: the folder holds other files than a cache's own.
         """
         if spec == "none":
             return None
@@ -101,111 +100,108 @@ class PrefixCache:
         raise SettingsError(f"cache {spec!r} is not one of none, memory, disk:DIR.")
 
     @property
+    def folder(self) -> Path | None:
+        """Folder of a disk cache."""
+        return self._rows.folder if isinstance(self._rows, CacheFolder) else None
+
+    @property
     def bytes(self) -> int:
-        """Bytes held now."""
-        return sum(self._sizes.values())
+        """Bytes held now (on disk: whole files, those of other processes included)."""
+        return self._rows.bytes
 
     def __len__(self) -> int:
-        if self.folder is None:
-            return sum(map(len, self._memory.values()))
-        return sum(1 for _ in self.folder.glob("*/*.safetensors"))
+        return len(self._rows)
 
-    def get(self, namespace: str, key: str) -> Tensor | None:
-        """The entry, or None. A broken file (of a disk that failed) is a miss and is removed."""
-        found = self.peek(namespace, key)
+    def __contains__(self, namespace: str) -> bool:
+        return namespace in self._rows
+
+    def get(self, namespace: str, key: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
+        """The entry, or None. One that is not what was written, or of another shape, is a miss and is removed."""
+        found = self.peek(namespace, key, shape)
         if found is None:
             self.misses += 1
         else:
             self.hits += 1
         return found
 
-    def peek(self, namespace: str, key: str) -> Tensor | None:
+    def peek(self, namespace: str, key: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
         """The entry, or None, without counting it as used."""
-        return self._memory.get(namespace, {}).get(key) if self.folder is None else self._read(namespace, key)
-
-    def __contains__(self, namespace: object) -> bool:
-        return namespace in self._sizes
+        try:
+            found = self._rows.read(namespace, key)
+            if found is not None and shape is not None and tuple(found.shape) != shape:
+                raise DamagedRowError(f"{tuple(found.shape)} where {shape} was due")
+        except DamagedRowError:
+            self.damaged += 1
+            with contextlib.suppress(OSError):
+                self._rows.remove(namespace, key)
+            return None
+        return found
 
     def put(self, namespace: str, key: str, value: Tensor) -> None:
         """Keep a copy of ``value`` if there is room for it."""
-        size = value.numel() * value.element_size()
-        self._use(namespace)
-        if not self._make_room(namespace, size):
-            self.refused_bytes += size
+        if self._rows.has(namespace, key):
             return
         copy = value.detach().to("cpu", copy=True).contiguous()
-        if self.folder is None:
-            entries = self._memory.setdefault(namespace, {})
-            if key in entries:
-                return
-            entries[key] = copy
-        else:
-            path = self._path(namespace, key)
-            if path.exists():
-                return
-            with atomic_path(path) as temporary:
-                save_file({"hidden": copy}, temporary)
-        self._sizes[namespace] += size
+        try:
+            kept = self._rows.write(namespace, key, copy)
+        except (OutputError, OSError):  # a full disk: training goes on without these rows
+            kept = False
+        if not kept:
+            self.refused_bytes += copy.numel() * copy.element_size()
 
     def clear(self, keep: int = 0) -> None:
-        """Forget everything, files included, but for the ``keep`` namespaces last used."""
-        for namespace in list(self._sizes)[:max(0, len(self._sizes) - keep)]:
-            self._drop(namespace)
+        """Forget everything, the cache's own files included, but for the ``keep`` namespaces last used."""
+        self._rows.clear(keep)
 
     def describe(self) -> dict[str, object]:
         """What ``run.json`` stores."""
         return {"kind": self.kind, "limit_bytes": self.limit_bytes, "bytes": self.bytes, "entries": len(self),
-                "hits": self.hits, "misses": self.misses, "refused_bytes": self.refused_bytes}
+                "hits": self.hits, "misses": self.misses, "damaged": self.damaged,
+                "refused_bytes": self.refused_bytes}
 
-    def _use(self, namespace: str) -> None:
-        self._sizes.setdefault(namespace, 0)
-        self._sizes.move_to_end(namespace)
 
-    def _make_room(self, namespace: str, size: int) -> bool:
+class _Memory:
+    """Rows in this process."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self._spaces: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._spaces.values()))
+
+    def __contains__(self, namespace: str) -> bool:
+        return namespace in self._spaces
+
+    def has(self, namespace: str, key: str) -> bool:
+        return key in self._spaces.get(namespace, {})
+
+    def read(self, namespace: str, key: str) -> Tensor | None:
+        return self._spaces.get(namespace, {}).get(key)
+
+    def write(self, namespace: str, key: str, row: Tensor) -> bool:
+        self._spaces.setdefault(namespace, {})
+        self._spaces.move_to_end(namespace)
+        size = row.numel() * row.element_size()
+        if size > self.limit_bytes:
+            return False
         while self.bytes + size > self.limit_bytes:
-            other = next((n for n in self._sizes if n != namespace), None)
-            if other is None:
+            other = next(iter(self._spaces))
+            if other == namespace:
                 return False
             self._drop(other)
+        self._spaces[namespace][key] = row
+        self.bytes += size
         return True
 
+    def remove(self, namespace: str, key: str) -> None:
+        row = self._spaces.get(namespace, {}).pop(key, None)
+        self.bytes -= 0 if row is None else row.numel() * row.element_size()
+
+    def clear(self, keep: int = 0) -> None:
+        for namespace in list(self._spaces)[:max(0, len(self._spaces) - keep)]:
+            self._drop(namespace)
+
     def _drop(self, namespace: str) -> None:
-        self._sizes.pop(namespace, None)
-        self._memory.pop(namespace, None)
-        if self.folder is not None:
-            for path in (self.folder / namespace).glob("*.safetensors"):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another process may be writing there
-                (self.folder / namespace).rmdir()
-
-    def _path(self, namespace: str, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / namespace / f"{key}.safetensors"
-
-    def _read(self, namespace: str, key: str) -> Tensor | None:
-        path = self._path(namespace, key)
-        try:
-            return load_file(path)["hidden"]
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, KeyError, OSError):
-            path.unlink(missing_ok=True)
-            return None
-
-    def _open_folder(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            spaces = sorted((p for p in folder.iterdir() if p.is_dir()), key=os.path.getmtime)
-            for space in spaces:
-                # left by a process that was killed while it wrote
-                for stray in space.glob(".*.safetensors"):
-                    if stray.stat().st_size == 0:
-                        stray.unlink(missing_ok=True)
-                self._sizes[space.name] = sum(p.stat().st_size for p in space.glob("[!.]*.safetensors"))
-        except OSError as error:
-            raise OutputError(f"cannot use {folder} as a cache folder: {error.strerror or error}.") from error
-
-
-def row_bytes(row: Tensor) -> bytes:
-    """The bytes of a tensor, for a digest."""
-    return row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        self.bytes -= sum(r.numel() * r.element_size() for r in self._spaces.pop(namespace).values())

@@ -18,7 +18,7 @@ from midblock.errors import AdapterError
 from midblock.models.anatomy import kind_of
 from midblock.provenance import sha256_of
 from midblock.tuning.adapter import Attachment
-from midblock.tuning.cache import row_bytes
+from midblock.tuning.cache_folder import row_bytes
 
 __all__ = ["EngagementReport", "ModuleUpdate", "check_engagement", "frozen_digests"]
 

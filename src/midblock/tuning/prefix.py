@@ -33,7 +33,8 @@ from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.attention import attends_by_row
 from midblock.provenance import sha256_of
-from midblock.tuning.cache import PrefixCache, row_bytes
+from midblock.tuning.cache import PrefixCache
+from midblock.tuning.cache_folder import row_bytes
 
 __all__ = ["FrozenPrefix", "first_trainable_block", "prefix_identity"]
 
@@ -183,6 +184,11 @@ class _Inputs:
     packed: bool = False
     """Whether all rows follow each other in one."""
 
+    def shape(self, row: int, width: int) -> tuple[int, int]:
+        """Shape (T, d) of the cached state of a row."""
+        lo, hi = self.spans[row]
+        return hi - lo, width
+
     def part(self, call: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         """The call with some rows only."""
         if self.packed:
@@ -235,8 +241,8 @@ class FrozenPrefix:
                       else PrefixCache.from_spec(cache, limit_bytes=limit_bytes))
         self.start: int | None = None
         """First trainable block of the last training forward."""
-        self.rows_cached = self.rows_computed = self.rows_extended = self.rows_bypassed = 0
-        self.notes: list[str] = []
+        self.rows_cached = self.rows_computed = self.rows_extended = self.rows_bypassed = self.rows_damaged = 0
+        self._notes: list[str] = []
         self._give_up = on_refusal == "uncached"
         self._active = False
         self._checked: int | None = None
@@ -287,8 +293,16 @@ class FrozenPrefix:
         """What ``run.json`` stores: first trainable block, rows read and computed, the cache."""
         return {"start": self.start, "rows_from_cache": self.rows_cached, "rows_computed": self.rows_computed,
                 "rows_extended": self.rows_extended,
-                "rows_bypassed": self.rows_bypassed,
+                "rows_bypassed": self.rows_bypassed, "rows_damaged": self.rows_damaged,
                 "cache": None if self.cache is None else self.cache.describe()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: why the cache is off, how many of its rows were damaged."""
+        if not self.rows_damaged:
+            return self._notes
+        where = "" if self.cache is None or self.cache.folder is None else f" of {self.cache.folder}"
+        return [*self._notes, f"{self.rows_damaged} rows of the prefix cache{where} were damaged and computed anew"]
 
     def prepare(self) -> int | None:
         """Run now the checks that the first training forward would run.
@@ -312,7 +326,7 @@ class FrozenPrefix:
         if not self._give_up:
             raise error
         self.cache = None
-        self.notes.append(f"prefix cache off: {error}")
+        self._notes.append(f"prefix cache off: {error}")
 
     # ------------------------------------------------------------------ the two forwards
 
@@ -443,7 +457,9 @@ class FrozenPrefix:
         assert self.cache is not None
         inputs = self._keys(call, config)
         namespace = self._current_namespace(start)
-        states = [self.cache.get(namespace, key) for key in inputs.rows]
+        damaged = self.cache.damaged
+        width = self.anatomy.hidden_size
+        states = [self.cache.get(namespace, key, inputs.shape(i, width)) for i, key in enumerate(inputs.rows)]
         missing = [i for i, state in enumerate(states) if state is None]
         self.rows_cached += len(states) - len(missing)
         self.rows_computed += len(missing)
@@ -454,6 +470,7 @@ class FrozenPrefix:
             origin, before = self._nearest(inputs, missing, start)
             computed = self._compute(original, part, start, origin, before)
             self.rows_extended += len(missing) if origin else 0
+            self.rows_damaged += self.cache.damaged - damaged
             begin = 0
             for place, i in enumerate(missing):
                 lo, hi = inputs.spans[i]
@@ -480,7 +497,8 @@ class FrozenPrefix:
         for origin in sorted(self.cache.starts, reverse=True):
             if not 0 < origin < start or (namespace := prefix_identity(self.anatomy, origin)) not in self.cache:
                 continue
-            states = [self.cache.peek(namespace, inputs.rows[i]) for i in rows]
+            width = self.anatomy.hidden_size
+            states = [self.cache.peek(namespace, inputs.rows[i], inputs.shape(i, width)) for i in rows]
             if all(state is not None for state in states):
                 device = next(self.anatomy.blocks[origin].parameters()).device
                 return origin, inputs.together([s for s in states if s is not None], rows, device)
