@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ __all__ = ["emit_json", "format_figure", "is_json", "is_quiet", "print_table", "
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
+_PIPE_WIDTH = 10_000  # a log or a pipe has no width
 _LINE_SHARE = 0.1  # without a terminal: a line each tenth of the work ...
 _LINE_SECONDS = 20.0  # ... or when this long has passed without one
 
@@ -63,6 +65,11 @@ def reset() -> None:
 def say(text: str = "") -> None:
     """Print text for a person on stdout; nothing under ``--json``."""
     if not is_json():
+        width = _terminal_width()
+        if width is not None and any(len(line) > width for line in text.split("\n")):
+            from midblock.cli.layout import wrapped
+
+            text = wrapped(text, width)
         print(text)
 
 
@@ -105,27 +112,31 @@ def format_figure(value: Any) -> str:
 def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
     """Print a data frame as a table on stdout; nothing under ``--json``.
 
-    Undefined cells stay empty. Without a terminal the table is as wide as its content, so that
-    nothing is cut in a log or a pipe.
+    Undefined cells stay empty; nothing is cropped (`midblock.cli.layout`). Without a terminal the table is as wide
+    as its content.
     """
     if is_json():
         return
     import pandas as pd
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in frame.columns:
-        numeric = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
-        table.add_column(Text(str(name)), justify="right" if numeric else "left", no_wrap=True)
-    for row in frame.itertuples(index=False, name=None):
-        table.add_row(*(Text(format_figure(v)) for v in row))
-    terminal = sys.stdout.isatty()
-    console = _console(sys.stdout, width=None if terminal else 10_000)
-    if title:  # a title of the table's own would be wrapped to the table's width
-        console.print(Text(title, style="bold"))
-    console.print(table)
+    from midblock.cli.layout import Grid, fitted
+
+    numeric = [pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
+               for name in frame.columns]
+    grid = Grid([str(name) for name in frame.columns],
+                [[format_figure(v) for v in row] for row in frame.itertuples(index=False, name=None)], numeric)
+    width = _terminal_width() or _PIPE_WIDTH
+    console = _console(sys.stdout, width=max(width, grid.total(broken=False)))
+    if title:
+        say(title)
+    for part in fitted(grid, width):
+        console.print(part, markup=False)
+        console.print()
+
+
+def _terminal_width() -> int | None:
+    """Columns of the terminal on stdout; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _console(stream: Any, width: int | None = None) -> Console:
