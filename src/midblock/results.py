@@ -14,20 +14,23 @@ from typing import Any, Literal
 
 import pandas as pd
 
-__all__ = ["BASE_COLUMNS", "Interval", "Kind", "Table", "json_ready"]
+__all__ = ["BASE_COLUMNS", "Estimate", "Interval", "Kind", "Table", "json_ready"]
 
 Kind = Literal["hidden", "block", "segment", "model"]
 BASE_COLUMNS = ("kind", "layer", "metric", "side", "value", "low", "high", "n")
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Estimate:
     """A value with its confidence interval and sample size; NaN bounds mean "no interval"."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
     n: int = 0
+
+
+Interval = Estimate  # the older name, until every room has taken the new one
 
 
 @dataclass
@@ -38,10 +41,10 @@ class Table:
     reasons: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, kind: Kind, layer: int | str, metric: str, side: str,
-            estimate: Interval | float, *, n: int | None = None, **extra: Any) -> None:
+            estimate: Estimate | float, *, n: int | None = None, **extra: Any) -> None:
         """Append one row. A float gets no interval; pass ``n`` for it."""
-        if not isinstance(estimate, Interval):
-            estimate = Interval(float(estimate), n=n or 0)
+        if not isinstance(estimate, Estimate):
+            estimate = Estimate(float(estimate), n=n or 0)
         self.rows.append({"kind": kind, "layer": layer, "metric": metric, "side": side,
                           "value": estimate.value, "low": estimate.low, "high": estimate.high,
                           "n": estimate.n if n is None else n, **extra})
@@ -49,7 +52,7 @@ class Table:
     def add_undefined(self, kind: Kind, layer: int | str, metric: str, side: str, reason: str,
                       *, n: int = 0, **extra: Any) -> None:
         """Append an empty cell and remember its reason (stored in ``run.json``)."""
-        self.add(kind, layer, metric, side, Interval(math.nan, n=n), **extra)
+        self.add(kind, layer, metric, side, Estimate(math.nan, n=n), **extra)
         self.reasons.append({"kind": kind, "layer": layer, "metric": metric, "side": side,
                              **extra, "reason": reason})
 

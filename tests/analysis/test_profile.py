@@ -8,10 +8,11 @@ import torch
 
 from analysis_helpers import loaded, tiny_data
 from midblock import metrics
-from midblock.analysis.profile import FAMILIES, METRICS, profile
+from midblock.analysis.profile import profile
 from midblock.capture import run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, OutputError, PairMismatchError, SettingsError
+from midblock.quantities import quantities
 
 SIZES = {"samples": 8, "token_samples": 5, "max_length": 64, "replicates": 50}
 
@@ -43,7 +44,7 @@ def cell(frame, h, metric, side):
 
 
 def test_every_metric_is_there_at_every_hidden_finite_and_with_an_interval(frame):
-    assert set(frame["metric"]) == set(METRICS) - set(FAMILIES["views"])
+    assert set(frame["metric"]) == {q.name for level in ("token", "dataset") for q in quantities(level=level)}
     for _, part in frame.groupby(["metric", "side"]):
         assert sorted(part["layer"]) == list(range(5))
     assert np.isfinite(frame[["value", "low", "high"]].to_numpy()).all()
@@ -122,7 +123,7 @@ def test_chain_compares_each_stage_with_the_first_and_the_one_before():
 
 def test_views_give_the_three_augmentation_metrics(pair):
     frame = profile(*pair, data=tiny_data(8), views=3, view_samples=8, **SIZES).frame
-    for metric in FAMILIES["views"]:
+    for metric in (q.name for q in quantities(level="views")):
         part = frame[frame.metric == metric]
         assert set(part["side"]) == {"base", "sft", "difference"}
         assert np.isfinite(part["value"]).all()

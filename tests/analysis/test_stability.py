@@ -11,8 +11,9 @@ from scipy import stats as scipy_stats
 from analysis_helpers import loaded, tiny_data
 from midblock.analysis import stability
 from midblock.analysis.profile import profile
-from midblock.analysis.stability import UNCHANGED, profile_seeds
+from midblock.analysis.stability import profile_seeds
 from midblock.errors import OutputError, SettingsError
+from midblock.quantities import unchanged
 
 SMALL = {"samples": 8, "token_samples": 4, "max_length": 48, "replicates": 40}
 KEY = ["kind", "layer", "metric", "side", "stage"]
@@ -46,7 +47,7 @@ def test_means_intervals_and_tests_are_those_of_the_single_profiles(pair, repeat
         half = scipy_stats.t.ppf(0.975, len(defined) - 1) * defined.std(ddof=1) / len(defined) ** 0.5
         assert row["high"] - row["value"] == pytest.approx(half, rel=1e-6, abs=1e-12)
         if row["side"] in ("difference", "pair") and defined.std() > 1e-6:
-            want = scipy_stats.ttest_1samp(defined, UNCHANGED.get(row["metric"], 0.0))
+            want = scipy_stats.ttest_1samp(defined, unchanged(row["metric"], row["side"]))
             assert row["t"] == pytest.approx(want.statistic, rel=1e-6)
             assert row["p"] == pytest.approx(want.pvalue, rel=1e-6)
             tested += 1

@@ -106,7 +106,7 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str,
 def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     # one small figure of the profile instead of its four large ones, which take longest here
-    monkeypatch.setattr("midblock.analysis.profile.FAMILIES", {"alignment": ("cosine",)})
+    monkeypatch.setattr("midblock.analysis.profile.FAMILIES", {"spectrum": "Scale of the spectrum"})
     assert run(words(command, "--quiet")) == 0
     caught = capsys.readouterr()
     assert "out" in caught.out

@@ -26,17 +26,14 @@ from midblock.errors import OutputError, SettingsError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
 from midblock.provenance import write_json
-from midblock.results import Interval, Table
+from midblock.quantities import moved, unchanged
+from midblock.results import Estimate, Table
 from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["UNCHANGED", "StabilityResult", "profile_seeds"]
-
-#: Value of a pair score when nothing changed; every other difference or pair score is 0 then.
-UNCHANGED = {"cka": 1.0, "cka_debiased": 1.0, "cosine": 1.0, "token_cosine": 1.0}
-_ROUNDING = 1e-9  # a similarity this close to "no change" is there but for rounding
+__all__ = ["StabilityResult", "profile_seeds"]
 
 
 @dataclass
@@ -112,8 +109,8 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
 
     Returns:
         The rows of a profile; ``value`` is the mean over seeds, ``low``..``high`` its t interval and
-        ``n`` the number of seeds. Differences are tested against 0 and so are pair scores, but
-        cka, cka_debiased, cosine and token_cosine against 1 (`UNCHANGED`).
+        ``n`` the number of seeds. Differences are tested against 0, pair scores against the value of "no change" of
+        their quantity (1 for similarities).
 
     Raises:
         SettingsError: fewer than 2 seeds, or a setting out of range.
@@ -193,9 +190,9 @@ def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSet
     for key, found in values.items():
         _, _, metric, side, stage = key
         if side in ("difference", "pair"):
-            unchanged = UNCHANGED.get(metric, 0.0)
-            near = [unchanged if abs(v - unchanged) <= _ROUNDING else v for v in found]
-            tests[key] = stats.one_sample_t(near, unchanged, settings.confidence)
+            same = unchanged(metric, side)
+            near = [v if moved(metric, side, v) else same for v in found]
+            tests[key] = stats.one_sample_t(near, same, settings.confidence)
             families.setdefault((metric, side, stage), []).append(key)
     adjusted: dict[tuple[Any, ...], float] = {}
     for members in families.values():
@@ -215,5 +212,5 @@ def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSet
             combined.add_undefined(kind, layer, metric, side, reasons.get(key, "no seed has a value"), **extra)
         else:
             combined.add(kind, layer, metric, side,
-                         Interval(interval.value, interval.low, interval.high, interval.n), **extra)
+                         Estimate(interval.value, interval.low, interval.high, interval.n), **extra)
     return combined

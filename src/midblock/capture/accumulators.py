@@ -7,13 +7,12 @@ They keep one number per sample, or one pooled vector per sample, and nothing el
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from midblock import metrics
 from midblock.data import Batch
 
 __all__ = ["Accumulator", "PooledStates", "TokenMetrics"]
@@ -81,31 +80,24 @@ class TokenMetrics:
         pairs: (later, earlier) stages to compare token by token.
         num_hidden: L+1.
         samples: Sample numbers to measure.
-        alpha: Order of the prompt entropy.
-        eps: Threshold of sparsity.
-        relative_eps: Whether ``eps`` is a share of the largest entry (the earlier code's).
-        unit_rows: Scale each token to norm 1 before its Gram matrix (the earlier code's).
-        normalize: Normalisation of the prompt entropy, see `metrics.matrix_entropy`.
+        single: metric -> function of states (B, T, d) and ``mask=`` (B, T) that gives (B).
+        paired: metric -> the same of the states of the earlier and the later stage.
 
     Attributes:
         values: metric -> side -> float64 (L+1, n); sides are stage names, or "sft-base" for pairs.
     """
 
-    SINGLE = ("prompt_entropy", "curvature", "sparsity")
-    PAIRED = ("token_cosine",)
-
     def __init__(self, stages: Sequence[str], pairs: Sequence[tuple[str, str]], num_hidden: int,
-                 samples: Sequence[int], *, alpha: float = 1.0, eps: float = 1e-2, relative_eps: bool = False,
-                 unit_rows: bool = False, normalize: metrics.Normalize = "max") -> None:
+                 samples: Sequence[int], *, single: Mapping[str, Callable[..., Tensor]],
+                 paired: Mapping[str, Callable[..., Tensor]]) -> None:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self.pairs = list(pairs)
-        self._alpha, self._eps, self._relative, self._unit, self._normalize = (
-            alpha, eps, relative_eps, unit_rows, normalize)
+        self._single, self._paired = single, paired
 
         def empty() -> Tensor:
             return torch.full((num_hidden, len(samples)), torch.nan, dtype=torch.float64)
-        self.values: dict[str, dict[str, Tensor]] = {m: {s: empty() for s in stages} for m in self.SINGLE}
-        self.values |= {m: {f"{a}-{b}": empty() for a, b in pairs} for m in self.PAIRED}
+        self.values: dict[str, dict[str, Tensor]] = {m: {s: empty() for s in stages} for m in single}
+        self.values |= {m: {f"{a}-{b}": empty() for a, b in pairs} for m in paired}
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         inside = [i for i, sample in enumerate(batch.indices) if sample in self.place]
@@ -116,15 +108,12 @@ class TokenMetrics:
         whole = {s: (z[inside] if len(inside) < len(batch.indices) else z).float() for s, z in states.items()}
         for stage, z in whole.items():
             valid = mask.to(z.device)
-            self._keep("prompt_entropy", stage, h, rows, metrics.prompt_entropy(
-                z, mask=valid, alpha=self._alpha, unit_rows=self._unit, normalize=self._normalize))
-            self._keep("curvature", stage, h, rows, metrics.curvature(z, mask=valid))
-            self._keep("sparsity", stage, h, rows, metrics.sparsity(
-                z, self._eps, relative=self._relative, mask=valid))
+            for metric, function in self._single.items():
+                self._keep(metric, stage, h, rows, function(z, mask=valid))
         for later, earlier in self.pairs:
             a, b = whole[earlier], whole[later]
-            self._keep("token_cosine", f"{later}-{earlier}", h, rows,
-                       metrics.token_cosine(a, b.to(a.device), mask=mask.to(a.device)))
+            for metric, function in self._paired.items():
+                self._keep(metric, f"{later}-{earlier}", h, rows, function(a, b.to(a.device), mask=mask.to(a.device)))
 
     def _keep(self, metric: str, side: str, h: int, rows: Tensor, values: Tensor) -> None:
         self.values[metric][side][h, rows] = values.to("cpu", torch.float64)

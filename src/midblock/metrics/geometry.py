@@ -1,13 +1,13 @@
 """Shape of the trajectory of a sample's tokens, and of the cloud of pooled states.
 
 Undefined values raise `UndefinedMetricError` where one matrix was given and are NaN per
-sample in a batch; non-finite input is always a ValueError (as in `spectral`).
+sample in a batch; non-finite input is always a ValueError (as in `entropy`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,14 +28,11 @@ from midblock.metrics._inputs import (
 )
 
 __all__ = [
-    "NormSummary",
-    "TwoNN",
     "curvature",
-    "gini",
     "gini_rows",
     "intrinsic_dimension",
+    "intrinsic_dimension_bootstrap",
     "intrinsic_dimension_from_log_ratios",
-    "l2_norm",
     "row_norms",
     "sparsity",
     "two_nn_log_ratios",
@@ -43,29 +40,6 @@ __all__ = [
 
 _FIT_SHARE = 0.9
 """Share of the smallest ratios that the linear TwoNN fit uses (Facco et al. drop the top 10%)."""
-
-
-class NormSummary(NamedTuple):
-    """Mean and standard deviation (n - 1 in the denominator; NaN for one row) of row norms."""
-
-    mean: Tensor
-    std: Tensor
-
-
-class TwoNN(NamedTuple):
-    """Intrinsic dimension by two nearest neighbours.
-
-    Attributes:
-        mle: n / sum ln mu.
-        fit: Slope of -ln(1 - F(mu)) on ln mu through the origin, on the smallest 90%.
-        log_ratios: ln mu per input row (n), NaN for rows left out as duplicates.
-        used: Number of rows behind both estimates.
-    """
-
-    mle: Tensor
-    fit: Tensor
-    log_ratios: Tensor
-    used: int
 
 
 def sparsity(z: Tensor, eps: float = 0.01, *, relative: bool = False, mask: Tensor | None = None,
@@ -173,26 +147,6 @@ def row_norms(x: Tensor) -> Tensor:
     return norms(features(x), dim=-1)
 
 
-def l2_norm(x: Tensor) -> NormSummary:
-    """Mean and standard deviation of the Euclidean norms of the rows of ``x`` (*, n, d).
-
-    Returns:
-        Each (*), float64, in the units of the features.
-
-    Raises:
-        ValueError: fewer than two dims, empty, or non-finite entries.
-
-    Example:
-        >>> summary = l2_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-        >>> summary.mean.item(), round(summary.std.item(), 4)
-        (3.0, 2.8284)
-    """
-    norms = row_norms(x)
-    if norms.shape[-1] == 1:
-        return NormSummary(norms[..., 0], torch.full_like(norms[..., 0], math.nan))
-    return NormSummary(norms.mean(-1), norms.std(-1))
-
-
 def gini_rows(x: Tensor) -> Tensor:
     """Gini coefficient of the absolute entries of each row of ``x`` (*, n, d): (*, n).
 
@@ -211,27 +165,6 @@ def gini_rows(x: Tensor) -> Tensor:
     d = x.shape[-1]
     rank = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=x.device) - d - 1
     return (size @ rank) / (d * size.sum(-1))  # 0/0 is NaN: an all-zero row
-
-
-def gini(x: Tensor) -> Tensor:
-    """Mean over rows of the Gini coefficient of |x| (see `gini_rows`), all-zero rows left out.
-
-    Args:
-        x: Features (*, n, d).
-
-    Returns:
-        (*), float64, in [0, 1). NaN in a batch where every row is zero.
-
-    Raises:
-        ValueError: fewer than two dims, empty, or non-finite entries.
-        UndefinedMetricError: one matrix, all rows zero.
-
-    Example:
-        >>> gini(torch.tensor([[0.0, 0.0, 0.0, 5.0], [1.0, -1.0, 1.0, 1.0]])).item()
-        0.375
-    """
-    return scalar_or_raise(gini_rows(x).nanmean(-1), x.ndim > 2,
-                           "the Gini coefficient is undefined: every row is zero.")
 
 
 def intrinsic_dimension_from_log_ratios(log_ratios: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -321,34 +254,38 @@ def two_nn_log_ratios(x: Tensor) -> Tensor:
     return per_row
 
 
-def intrinsic_dimension(x: Tensor) -> TwoNN:
+def intrinsic_dimension(x: Tensor, *, method: Literal["likelihood", "fit"] = "likelihood") -> Tensor:
     """Intrinsic dimension of a cloud of rows by the TwoNN estimator [1].
 
     mu_i = r2/r1, the ratio of the distances to the two nearest neighbours, is Pareto with
     exponent d where the density is constant over that range, whatever the density and metric
-    elsewhere. Duplicates are left out (see `two_nn_log_ratios`); ``used`` counts the rest.
+    elsewhere. Duplicates are left out (see `two_nn_log_ratios`).
 
     Args:
         x: Features (n, d).
+        method: ``likelihood``: n / sum ln mu. ``fit``: slope of -ln(1 - F(mu)) on ln mu through the origin, on the
+            smallest 90%, as in [1].
 
     Returns:
-        See `TwoNN`; scalars are float64 and unitless. Estimates above about 20 are biased low
-        unless n is very large. ``fit`` is NaN where the smallest 90% of the ratios are all 1.
+        (), float64, unitless. Estimates above about 20 are biased low unless n is very large.
 
     Raises:
-        ValueError: not two dims, or non-finite entries.
+        ValueError: not two dims, non-finite entries, or another method.
         UndefinedMetricError: fewer than three distinct rows, or every ratio is 1 (a grid).
 
     Example:
         >>> line = torch.rand(500, 1, generator=torch.Generator().manual_seed(0))
-        >>> 0.8 < intrinsic_dimension(line @ torch.ones(1, 20)).mle.item() < 1.2
+        >>> 0.8 < intrinsic_dimension(line @ torch.ones(1, 20)).item() < 1.2
         True
 
     References:
         [1] Facco et al., Scientific Reports 7:12140, 2017 (fit); Denti et al., 2022 (likelihood).
     """
     log_ratios = two_nn_log_ratios(x)
-    mle = intrinsic_dimension_from_log_ratios(log_ratios)
+    if method == "likelihood":
+        return intrinsic_dimension_from_log_ratios(log_ratios)
+    if method != "fit":
+        raise ValueError(f"method {method!r}: use 'likelihood' or 'fit'.")
     ordered = log_ratios[~log_ratios.isnan()].sort().values
     count = ordered.numel()
     kept = max(2, math.floor(_FIT_SHARE * count))
@@ -357,5 +294,18 @@ def intrinsic_dimension(x: Tensor) -> TwoNN:
     position = position[:min(kept, count - 1)]
     horizontal, vertical = ordered[:position.numel()], -torch.log1p(-position)
     power = horizontal.square().sum()
-    fit = (horizontal * vertical).sum() / power if bool(power > 0) else torch.full_like(mle, math.nan)
-    return TwoNN(mle, fit, log_ratios, count)
+    if not bool(power > 0):
+        raise UndefinedMetricError("intrinsic dimension is undefined: the smallest 90% of the ratios are all 1.")
+    return (horizontal * vertical).sum() / power
+
+
+def intrinsic_dimension_bootstrap(x: Tensor, weights: Tensor) -> Tensor:
+    """`intrinsic_dimension` under many sets of sample weights (B, n): (B), float64.
+
+    The neighbours stay those of the whole sample: resampled rows would be their own nearest neighbours.
+
+    Raises:
+        ValueError: shapes that do not fit, negative weights, non-finite entries.
+        UndefinedMetricError: as `intrinsic_dimension`.
+    """
+    return intrinsic_dimension_from_log_ratios(two_nn_log_ratios(x), weights)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from midblock.errors import UndefinedMetricError
 from midblock.metrics._inputs import features, matching, norms, symmetric_eigenvalues
-from midblock.metrics.spectral import _check_alpha, effective_rank_from_singular_values, entropy_from_spectrum
+from midblock.metrics.entropy import check_alpha, entropy_from_spectrum
+from midblock.metrics.rank import effective_rank_from_singular_values
 
-__all__ = ["InfoNCE", "dime", "infonce", "lidar"]
+__all__ = ["InfoNCE", "dime", "dime_of_views", "infonce", "infonce_of_views", "lidar"]
 
 
 class InfoNCE(NamedTuple):
@@ -97,6 +98,11 @@ def infonce(views_a: Tensor, views_b: Tensor, temperature: float = 0.1, *,
     loss = per_sample.mean()
     chance = math.log(a.shape[0])
     return InfoNCE(loss, chance - loss, (chance - loss) / chance, per_sample)
+
+
+def infonce_of_views(views: Tensor) -> Tensor:
+    """Loss of `infonce` between the first two views of each prompt, (n, q, d) -> (), nats."""
+    return infonce(views[:, 0], views[:, 1]).loss
 
 
 def lidar(views: Tensor, *, delta: float = 1e-4, relative_delta: bool = False) -> Tensor:
@@ -215,7 +221,7 @@ def dime(views_a: Tensor, views_b: Tensor, *, alpha: float = 1.0, permutations: 
     References:
         [1] Skean et al., DiME, arXiv:2301.08164.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     if permutations < 1:
         raise ValueError(f"permutations is {permutations}; at least 1 is needed.")
     if bandwidth is not None and not bandwidth > 0:
@@ -239,3 +245,11 @@ def dime(views_a: Tensor, views_b: Tensor, *, alpha: float = 1.0, permutations: 
     ]).mean()
     difference = shuffled - matched
     return difference / math.log(n) if normalize else difference
+
+
+def dime_of_views(views: Tensor, *, alpha: float = 1.0, seed: int = 0) -> Tensor:
+    """`dime` between the first two views of each prompt, (n, q, d) -> (), nats.
+
+    Two models with the same seed see the same permutations.
+    """
+    return dime(views[:, 0], views[:, 1], alpha=alpha, generator=torch.Generator().manual_seed(seed))

@@ -1,8 +1,7 @@
-"""How alike two sets of states of the same samples are (base and tuned, or two depths).
+"""Centred kernel alignment: how alike the geometry of two sets of states of the same samples is.
 
-Rows correspond: row i of ``x`` and of ``y`` belong to the same sample. Undefined values raise
-`UndefinedMetricError` (NaN per row, sample or replicate where many are returned); non-finite
-input is a ValueError.
+Row i of ``x`` and of ``y`` belong to the same sample. Undefined values raise `UndefinedMetricError` (NaN per replicate
+where many are returned); non-finite input is a ValueError.
 """
 
 from __future__ import annotations
@@ -13,48 +12,14 @@ import torch
 from torch import Tensor
 
 from midblock.errors import UndefinedMetricError
-from midblock.metrics._inputs import (
-    as_batch,
-    bootstrap_weights,
-    dots,
-    features,
-    in_safe_range,
-    matching,
-    norms,
-    require_finite,
-    resolve_mask,
-    safe_scale,
-    scalar_or_raise,
-    unit_largest_entry,
-    unpadded_chunks,
-)
+from midblock.metrics._inputs import bootstrap_weights, features, matching, require_finite, safe_scale
 
-__all__ = [
-    "center_gram",
-    "change_intensity",
-    "cka",
-    "cka_bootstrap",
-    "cka_debiased",
-    "cka_debiased_from_grams",
-    "cka_from_grams",
-    "cka_jackknife",
-    "cosine_similarity",
-    "linear_gram",
-    "mean_shift",
-    "mean_shift_bootstrap",
-    "row_changes",
-    "token_cosine",
-]
+__all__ = ["cka", "cka_bootstrap", "cka_debiased", "cka_debiased_from_grams", "cka_debiased_jackknife", "linear_gram"]
 
 _CONSTANT = "all rows of one side are equal, so its centred Gram matrix is 0"
 
 
-# ---------------------------------------------------------------------------------------------
-# Centred kernel alignment
-# ---------------------------------------------------------------------------------------------
-
-
-def center_gram(gram: Tensor) -> Tensor:
+def _center_gram(gram: Tensor) -> Tensor:
     """HKH with H = I - 11'/n: the Gram matrix (*, n, n) of centred rows."""
     gram = gram - gram.mean(dim=-1, keepdim=True)
     return gram - gram.mean(dim=-2, keepdim=True)
@@ -93,10 +58,15 @@ def _pair(k: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
     return _scaled_gram(k, "K"), _scaled_gram(l, "L")
 
 
+def _grams(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    _same_samples(x, y)
+    return linear_gram(x), linear_gram(y)
+
+
 def _scaled_gram(k: Tensor, name: str) -> Tensor:
     require_finite(k, name)
     k = safe_scale(k.to(torch.float64))
-    return _without_rounding(center_gram(k), k)
+    return _without_rounding(_center_gram(k), k)
 
 
 def _same_samples(x: Tensor, y: Tensor) -> None:
@@ -117,17 +87,6 @@ def _centered_features(x: Tensor, name: str, what: str) -> Tensor:
     if not bool(centered.any()):
         raise UndefinedMetricError(f"{what} is undefined: {_CONSTANT} ({name}).")
     return centered
-
-
-def cka_from_grams(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """Plain linear CKA of two Gram matrices (n, n), centred or not; see `cka`.
-
-    Raises:
-        ValueError: shapes that differ or are not square, non-finite entries.
-        UndefinedMetricError: a centred Gram matrix is 0.
-    """
-    k, l = _pair(k, l)  # noqa: E741
-    return _ratio((k * l).sum(), k.square().sum(), l.square().sum(), "CKA")
 
 
 def cka(x: Tensor, y: Tensor) -> Tensor:
@@ -228,7 +187,7 @@ def cka_debiased(x: Tensor, y: Tensor) -> Tensor:
     return cka_debiased_from_grams(x @ x.T, y @ y.T)
 
 
-def cka_jackknife(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+def cka_debiased_jackknife(x: Tensor, y: Tensor) -> Tensor:
     """All n delete-one values of the debiased CKA, in O(n^2) and closed form.
 
     Deleting sample r from the three sums of HSIC_1 (K, L hollow; k, l their row sums):
@@ -238,8 +197,8 @@ def cka_jackknife(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     row is off-diagonal similarity that the zero diagonal was meant to remove.
 
     Args:
-        k: Gram matrix of x (n, n), n >= 5, centred or not (see `linear_gram`).
-        l: Gram matrix of y.
+        x: Features (n, d1), n >= 5.
+        y: Features (n, d2), the same samples.
 
     Returns:
         (n), float64: entry r leaves sample r out. NaN where that leaves no variation.
@@ -247,7 +206,7 @@ def cka_jackknife(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     Raises:
         ValueError: fewer than five samples, shapes that differ, non-finite entries.
     """
-    k, l = _pair(k, l)  # noqa: E741
+    k, l = _grams(x, y)  # noqa: E741
     n = k.shape[0]
     if n < 5:
         raise ValueError(f"the jackknife of debiased CKA needs at least 5 samples, got {n}.")
@@ -268,8 +227,7 @@ def cka_jackknife(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     return torch.where(defined, deleted(k, l) / (own_k.clamp_min(0).sqrt() * own_l.clamp_min(0).sqrt()), nan)
 
 
-def cka_bootstrap(k: Tensor, l: Tensor, weights: Tensor, *,  # noqa: E741
-                  dtype: torch.dtype = torch.float64) -> Tensor:
+def cka_bootstrap(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """Plain CKA under many sets of sample weights, with weighted centring, by matrix products.
 
     With p = w / sum w the weighted HSIC is
@@ -277,10 +235,9 @@ def cka_bootstrap(k: Tensor, l: Tensor, weights: Tensor, *,  # noqa: E741
     exactly the CKA of the resampled rows. Five (B, n) x (n, n) products serve all replicates.
 
     Args:
-        k: Gram matrix of x (n, n), centred or not.
-        l: Gram matrix of y.
+        x: Features (n, d1), one row per sample.
+        y: Features (n, d2), the same samples.
         weights: (B, n), non-negative.
-        dtype: Working dtype.
 
     Returns:
         (B); NaN for a replicate whose rows are all equal on one side.
@@ -289,13 +246,12 @@ def cka_bootstrap(k: Tensor, l: Tensor, weights: Tensor, *,  # noqa: E741
         ValueError: shapes that do not fit, negative weights, non-finite entries.
 
     Example:
-        >>> k = linear_gram(torch.tensor([[0.0], [1.0], [3.0]]))
-        >>> cka_bootstrap(k, 2 * k, torch.tensor([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0]])).round().tolist()
+        >>> x = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> cka_bootstrap(x, 2 * x, torch.tensor([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0]])).round().tolist()
         [1.0, 1.0]
     """
-    k, l = _pair(k, l)  # noqa: E741
-    k, l = k.to(dtype), l.to(dtype)  # noqa: E741
-    w = bootstrap_weights(weights, k.shape[0], dtype)
+    k, l = _grams(x, y)  # noqa: E741
+    w = bootstrap_weights(weights, k.shape[0], k.dtype)
     p = w / w.sum(1, keepdim=True)
     pk, pl = p @ k, p @ l
     mean_k, mean_l = (pk * p).sum(1), (pl * p).sum(1)
@@ -307,174 +263,7 @@ def cka_bootstrap(k: Tensor, l: Tensor, weights: Tensor, *,  # noqa: E741
     own_l = hsic(l * l, pl, pl, mean_l, mean_l)
     cross = hsic(k * l, pk, pl, mean_k, mean_l)
     # What is left of a constant side is rounding of the sums above, of this size.
-    floor = 64 * torch.finfo(dtype).eps
+    floor = 64 * torch.finfo(k.dtype).eps
     defined = (own_k > floor * ((p @ (k * k)) * p).sum(1)) & (own_l > floor * ((p @ (l * l)) * p).sum(1))
     ratio = cross / (own_k.clamp_min(0).sqrt() * own_l.clamp_min(0).sqrt())
     return torch.where(defined, ratio, torch.full_like(ratio, math.nan))
-
-
-# ---------------------------------------------------------------------------------------------
-# Cosine, shift, intensity
-# ---------------------------------------------------------------------------------------------
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """cos of rows, NaN where one is zero; rounding beyond +-1 is cut."""
-    own_a, own_b = dots(a, a), dots(b, b)
-    if not (in_safe_range(own_a) and in_safe_range(own_b)):
-        a, b = unit_largest_entry(a), unit_largest_entry(b)
-        own_a, own_b = dots(a, a), dots(b, b)
-    scale = (own_a.to(torch.float64) * own_b.to(torch.float64)).sqrt()
-    return (dots(a, b).to(torch.float64) / scale).clamp(-1.0, 1.0)  # 0/0 is NaN
-
-
-def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of corresponding rows of two (*, n, d) tensors: (*, n), float64.
-
-    The paper's figure is the mean over samples. NaN for a pair with a zero row.
-
-    Raises:
-        ValueError: different shapes, fewer than two dims, non-finite entries.
-
-    Example:
-        >>> cosine_similarity(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
-        0.0
-    """
-    matching(x, y, "x and y")
-    return _cosine(features(x), features(y, "y"))
-
-
-def token_cosine(za: Tensor, zb: Tensor, mask: Tensor | None = None, *,
-                 lengths: Tensor | None = None) -> Tensor:
-    """Mean over a sample's tokens of the cosine of corresponding states.
-
-    Args:
-        za: Hidden states (*, T, d) of one side.
-        zb: The other side, same tokens.
-        mask: (*, T), true for real tokens.
-        lengths: (*), instead of a mask, for right padding.
-
-    Returns:
-        (*), float64, in [-1, 1]; tokens with a zero state are left out. NaN in a batch for a
-        sample without any defined token.
-
-    Raises:
-        ValueError: different shapes, non-finite states.
-        UndefinedMetricError: a single sample has no value.
-
-    Example:
-        >>> token_cosine(torch.eye(3), -torch.eye(3)).item()
-        -1.0
-    """
-    matching(za, zb, "za and zb")
-    batch, flat_mask, lead = as_batch(za, resolve_mask(za, mask, lengths), "za")
-    other = zb.reshape(batch.shape)
-    out = torch.full((batch.shape[0],), math.nan, dtype=torch.float64, device=za.device)
-    for index, rows, parts in unpadded_chunks(batch, flat_mask, None, "the states", (other,)):
-        if rows:
-            out[index] = _cosine(parts[0], parts[1]).nanmean(-1)
-    return scalar_or_raise(out.reshape(lead), bool(lead),
-                           "the cosine is undefined: no token has a non-zero state on both sides.")
-
-
-def row_changes(x_base: Tensor, x_sft: Tensor) -> Tensor:
-    """Euclidean distance of corresponding rows, (*, n, d) twice to (*, n), float64.
-
-    Raises:
-        ValueError: different shapes, fewer than two dims, non-finite entries.
-    """
-    matching(x_base, x_sft, "x_base and x_sft")
-    return norms(features(x_sft, "x_sft") - features(x_base, "x_base"), dim=-1)
-
-
-def _base_scale(x_base: Tensor) -> Tensor:
-    scale = norms(x_base.mean(dim=-2), dim=-1)
-    if not bool((scale > 0).all()):
-        raise UndefinedMetricError("the relative change is undefined: the mean of x_base is 0.")
-    return scale
-
-
-def mean_shift(x_base: Tensor, x_sft: Tensor, *, relative: bool = False) -> Tensor:
-    """||mean X_sft - mean X_base||: how far the cloud's centre moved.
-
-    Args:
-        x_base: Features (*, n, d).
-        x_sft: The same samples of the tuned model.
-        relative: Divide by ||mean X_base||.
-
-    Returns:
-        (*), float64, in the units of the features or unitless.
-
-    Raises:
-        ValueError: different shapes, fewer than two dims, non-finite entries.
-        UndefinedMetricError: ``relative`` and the mean of x_base is 0.
-
-    Example:
-        >>> mean_shift(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [3.0, 4.0]])).item()
-        5.0
-    """
-    matching(x_base, x_sft, "x_base and x_sft")
-    base, sft = features(x_base, "x_base"), features(x_sft, "x_sft")
-    shift = norms((sft - base).mean(dim=-2), dim=-1)
-    return shift / _base_scale(base) if relative else shift
-
-
-def change_intensity(x_base: Tensor, x_sft: Tensor, *, relative: bool = False) -> Tensor:
-    """Mean over samples of ||x_sft_i - x_base_i||; at least `mean_shift`.
-
-    Args:
-        x_base: Features (*, n, d).
-        x_sft: The same samples of the tuned model.
-        relative: Divide by ||mean X_base||.
-
-    Returns:
-        (*), float64, in the units of the features or unitless. `row_changes` has the terms.
-
-    Raises:
-        ValueError: different shapes, fewer than two dims, non-finite entries.
-        UndefinedMetricError: ``relative`` and the mean of x_base is 0.
-
-    Example:
-        >>> change_intensity(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [-3.0, -4.0]])).item()
-        5.0
-    """
-    change = row_changes(x_base, x_sft).mean(-1)
-    return change / _base_scale(features(x_base)) if relative else change
-
-
-def mean_shift_bootstrap(x_base: Tensor, x_sft: Tensor, weights: Tensor, *,
-                         relative: bool = False) -> Tensor:
-    """`mean_shift` under many sets of sample weights: norms of the rows of P(X_sft - X_base).
-
-    Args:
-        x_base: Features (n, d).
-        x_sft: The same samples of the tuned model.
-        weights: (B, n), non-negative; rows are scaled to sum 1 here.
-        relative: Divide by the norm of the replicate's own mean of X_base.
-
-    Returns:
-        (B), float64. A norm is biased upwards by noise: replicates centre on
-        sqrt(shift^2 + variance of the mean), so prefer a basic to a percentile interval near 0.
-
-    Raises:
-        ValueError: shapes that do not fit, negative weights, non-finite entries.
-        UndefinedMetricError: ``relative`` and a replicate's mean of x_base is 0.
-
-    Example:
-        >>> base, sft = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
-        >>> mean_shift_bootstrap(base, sft, torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tolist()
-        [2.0, 3.0]
-    """
-    matching(x_base, x_sft, "x_base and x_sft")
-    if x_base.ndim != 2:
-        raise ValueError(f"x_base has shape {tuple(x_base.shape)}; expected (n, d).")
-    base, sft = features(x_base, "x_base"), features(x_sft, "x_sft")
-    w = bootstrap_weights(weights, base.shape[0], torch.float64)
-    p = w / w.sum(1, keepdim=True)
-    shift = norms(p @ (sft - base), dim=1)
-    if not relative:
-        return shift
-    scale = norms(p @ base, dim=1)
-    if not bool((scale > 0).all()):
-        raise UndefinedMetricError("the relative shift is undefined: a replicate's mean of x_base is 0.")
-    return shift / scale

@@ -138,7 +138,7 @@ def test_non_finite_input_is_an_error(bad: float) -> None:
     x[1, 2] = bad
     for function in (metrics.matrix_entropy, metrics.effective_rank, metrics.rank_deficiency,
                      metrics.spectral_norm, metrics.condition_number, metrics.algebraic_rank,
-                     metrics.dataset_entropy, metrics.gram_spectrum, metrics.gram_matrix):
+                     metrics.dataset_entropy, metrics.gram_spectrum):
         with pytest.raises(ValueError, match="NaN or infinity"):
             function(x)
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -242,8 +242,8 @@ def test_rank_deficiency_and_algebraic_rank() -> None:
     assert metrics.algebraic_rank(x.float()).item() == 4  # 1e-10 is rounding in float32
     assert metrics.algebraic_rank(x, tol=0.1).item() == 2
     assert metrics.algebraic_rank(torch.zeros(3, 3)).item() == 0
-    s = metrics.singular_values(x)
-    assert metrics.rank_deficiency_from_singular_values(s[:4], max_rank=8).item() == pytest.approx(1 - 3 / 8)
+    four = metrics.Spectrum(metrics.singular_values(x)[:4].square(), 10, 8)
+    assert metrics.rank_deficiency_of(four).item() == pytest.approx(1 - 3 / 8)
 
 
 def test_norm_and_condition_number() -> None:
@@ -279,16 +279,24 @@ def test_spectrum_rebuilds_the_gram_matrix_and_every_quantity(n: int, d: int, ce
     values, vectors = metrics.gram_spectrum(x, center=center)
     assert values.shape == (min(n, d),)
     assert bool((values.diff() <= 0).all())
-    gram = metrics.gram_matrix(x, center=center)
+    centred = x - x.mean(dim=0) if center else x
+    gram = centred @ centred.T
     assert torch.allclose(vectors * values @ vectors.T, gram, atol=1e-9)
-    s = values.sqrt()
-    assert metrics.effective_rank_from_singular_values(s).item() == pytest.approx(
+    spectrum = metrics.Spectrum(values, n, d)
+    assert metrics.effective_rank_of(spectrum).item() == pytest.approx(
         metrics.effective_rank(x, center=center).item(), rel=1e-6)
     if not center:
-        assert metrics.normalized_entropy_from_spectrum(values, rows=n, dim=d).item() == pytest.approx(
+        assert metrics.entropy_of(spectrum).item() == pytest.approx(
             metrics.dataset_entropy(x).item())
-        assert metrics.condition_number_from_singular_values(s, floor=1e-8).item() == pytest.approx(
+        assert metrics.condition_number_of(spectrum).item() == pytest.approx(
             metrics.condition_number(x).item(), rel=1e-6)
+
+
+def test_a_smallest_value_lost_in_rounding_has_no_condition_number() -> None:
+    repeated = gaussian(5, 9, 1)[[0, 1, 2, 3, 4, 0]]
+    spectrum = metrics.Spectrum(metrics.gram_spectrum(repeated).values, 6, 9)
+    with pytest.raises(UndefinedMetricError, match="linearly dependent"):
+        metrics.condition_number_of(spectrum)
 
 
 def low_rank_plus_noise(n: int, d: int, seed: int) -> Tensor:
