@@ -1,4 +1,7 @@
-"""Write docs/cli.md from the program's own help: `make docs` does, so the page is in no commit and cannot go stale."""
+"""The page of commands, from the program's own help: docs/hooks.py adds it to the site, so that it cannot go stale.
+
+    python docs/generate_cli.py     writes it as docs/cli.md, for reading without the site
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from pathlib import Path
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """\
 # Commands
-
-<!-- Written by docs/generate_cli.py from the commands' help. -->
 
 Results go to stdout, progress and warnings to stderr. A mistake in a call is one line on stderr and
 exit code 2; Ctrl-C exits with 130. `MIDBLOCK_DEBUG=1` shows tracebacks, `MIDBLOCK_DATA=DIR` names a

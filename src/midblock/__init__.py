@@ -60,10 +60,18 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"midblock.{name}")
+    try:
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"midblock.{name}")
+    except ModuleNotFoundError as error:
+        from midblock import extras
+
+        absent = extras.missing(error, f"midblock.{name}")
+        if absent is None:
+            raise
+        raise absent from None
     raise AttributeError(f"module 'midblock' has no attribute {name!r}")
 
 

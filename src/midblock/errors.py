@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "MidblockError",
+    "MissingExtraError",
     "ModelNotFoundError",
     "OutputError",
     "PairMismatchError",
@@ -78,6 +79,10 @@ class AdapterError(MidblockError):
 
 class CacheRefusedError(MidblockError):
     """The prefix cache cannot be exact here (dropout, noise, packing) and says why."""
+
+
+class MissingExtraError(MidblockError, ImportError):
+    """A package that only some commands need is not installed (its extra is named)."""
 
 
 class TrainingError(MidblockError):

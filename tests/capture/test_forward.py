@@ -34,7 +34,7 @@ def test_hidden_states_are_those_of_transformers_and_the_last_is_not_normed(name
         output = model(**model_inputs(model, batch), output_hidden_states=True)
         logits = anatomy.read_out(last)
     assert sorted(states) == list(range(anatomy.num_blocks + 1))
-    for h in range(anatomy.num_blocks):  # transformers' last one is normed: see DESIGN section 2
+    for h in range(anatomy.num_blocks):  # transformers' last one is normed: see docs/words.md
         torch.testing.assert_close(states[h], output.hidden_states[h], rtol=0, atol=0)
     torch.testing.assert_close(logits, output.logits, rtol=0, atol=0)
 

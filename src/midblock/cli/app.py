@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from midblock import __version__
+from midblock import __version__, extras
 from midblock.cli import console
 from midblock.errors import MidblockError
 
@@ -98,6 +98,11 @@ def run(argv: Sequence[str] | None = None) -> int:
             print(message, file=sys.stderr)
             return USER_MISTAKE
         return _fail(f"{message} See `{_help_for(words)}`.", USER_MISTAKE, debug)
+    except ModuleNotFoundError as error:
+        absent = extras.missing(error, f"midblock {words[0]}")
+        if absent is None:
+            raise
+        return _fail(str(absent), absent.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from midblock import extras
 from midblock.errors import DataError
 
 __all__ = ["FILE_SUFFIXES", "file_format", "find_split", "read_rows", "splits_in"]
@@ -161,8 +162,8 @@ def _read_parquet(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str
     try:
         import pyarrow
         import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(f"{path}: reading .parquet needs pyarrow; pip install 'midblock[parquet]'.") from None
+    except ModuleNotFoundError as error:
+        raise extras.missing(error, f"{path}: reading .parquet") or error from None
     try:
         source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
         number = 0

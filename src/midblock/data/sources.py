@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from midblock import extras
 from midblock.data.arithmetic import DEFAULT_STEPS, MAX_STEPS, arithmetic_examples
 from midblock.data.examples import Dataset, Example
 from midblock.data.files import FILE_SUFFIXES, file_format, find_split, read_rows, splits_in
@@ -230,8 +231,8 @@ def _hub_rows(name: str, config: str | None, split: str, hint: str) -> Iterator[
     """Rows of a split on the hub, or in the cache of an earlier download."""
     try:
         import datasets
-    except ImportError:
-        raise DataError(f"hf:{name}: the package datasets is not installed; pip install datasets.") from None
+    except ModuleNotFoundError as error:
+        raise extras.missing(error, f"hf:{name}") or error from None
     try:
         loaded = datasets.load_dataset(name, config, split=split)
     # OSError: no network, offline mode, unknown or private repository. ValueError: unknown config or

@@ -26,6 +26,7 @@ from midblock.evaluation.tasks import (
     multiple_choice_docs,
     task_data,
 )
+from midblock.extras import require
 from midblock.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: i
     Raises:
         SettingsError: an unknown task, an option that it does not have, code execution not
             allowed, a package missing that the task needs.
+        MissingExtraError: lm-eval is not installed.
     """
+    require("lm_eval", f"scoring the task {task}")
     spec = find_task(task)
     for name, value in (("batch size", batch_size), ("number of new tokens", max_new_tokens),
                         ("maximum length", max_length)):
