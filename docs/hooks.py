@@ -17,27 +17,78 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parents[1]
+from midblock.quantities import FAMILIES, Quantity, quantities
+
+DOCS = Path(__file__).resolve().parent
 # pages of the site that live at the repository's root, where people and hosts look for them
-ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.+?)\\\)</span>', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', re.DOTALL)
+# level of a measure -> what it is taken of, and the commands that give it
+_LEVELS = {
+    "token": ("the token states $Z$ ($T \\times d$) of a sample; mean over samples", "profile"),
+    "dataset": ("the pooled states $X$ ($N \\times d$), one row per sample", "profile"),
+    "views": ("augmented views of each sample's pooled state", "profile"),
+    "weight": ("the weight matrices of a block", "weights"),
+    "logits": ("the distribution of the next token", "lens, swap, merge, steer"),
+    "gradient": ("the gradient of the loss in a block's weights", "gradients"),
+    "block": ("input and output of a block, or its update", "locate, importance"),
+}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put a page for each family of measures into the navigation."""
+    pages = [{label: f"measures/{family}.md"} for family, label in FAMILIES.items()]
+    for entry in config.nav or []:
+        if "Measures" in entry:
+            entry["Measures"] += pages
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are written elsewhere: the commands' help, and what lies at the root."""
+    """Add the pages that are written elsewhere: commands' help, measures, and what lies at the root."""
     pages = {"cli.md": generate_cli.page()}
+    pages |= {f"measures/{family}.md": family_page(family) for family in FAMILIES}
     for name, source in ROOT_PAGES.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
+        text = (DOCS.parent / source).read_text(encoding="utf-8")
         for page, other in ROOT_PAGES.items():
             text = text.replace(f"]({other})", f"]({page})")
         pages[name] = text.replace("](docs/", "](")
     for name, text in pages.items():
-        stale = files.get_file_from_path(name)
-        if stale is not None:
-            files.remove(stale)
+        written = files.get_file_from_path(name)
+        if written is not None:
+            files.remove(written)
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def family_page(family: str) -> str:
+    """The page of a family: an introduction and a figure where there are, then one section per measure."""
+    introduction = DOCS / "measures" / "_introductions" / f"{family}.md"
+    figure = DOCS / "assets" / "measures" / f"{family}.svg"
+    parts = [f"# {FAMILIES[family]}"]
+    if introduction.exists():
+        parts.append(introduction.read_text(encoding="utf-8").strip())
+    if figure.exists():
+        parts.append(f"![{FAMILIES[family]} over the depth of SmolLM2](../assets/measures/{family}.svg)")
+    parts += [section(measure) for measure in quantities(family=family)]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(measure: Quantity) -> str:
+    """What a record says of its measure."""
+    taken_of, commands = _LEVELS[measure.level]
+    facts = {"Metric": f"`{measure.name}`", "Taken of": taken_of + ("; of both models" if measure.paired else ""),
+             "Unit": measure.unit,
+             "No change": f"{measure.unchanged:g}" if measure.paired else "a difference of 0",
+             "Source": measure.source,
+             "Function": f"`midblock.metrics.{measure.function.partition(':')[2]}`"
+             if isinstance(measure.function, str) and measure.function else "",
+             "Commands": ", ".join(f"[{c}](../cli.md#{c})" for c in commands.split(", ")),
+             "Variants": "; ".join(measure.variants)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    formula = f"$$\n{measure.formula}\n$$\n\n" if measure.formula else ""
+    return f"## {measure.label}\n\n{formula}{measure.reading}\n\n| | |\n|---|---|\n{rows}"
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
