@@ -1,8 +1,10 @@
 """Run folders: what a command was asked, what it ran on, and what it wrote.
 
 Files are written beside their place and renamed into it, so an interruption never leaves
-half a file. ``run.json`` holds format version, status, command, given and resolved
-settings, package versions, git state, fingerprints, times and peak memory.
+half a file; what a killed run leaves has a name of its own (`TEMPORARY`), and the next run removes it.
+``run.json`` holds format version, status, command, given and resolved settings, package versions, git
+state, fingerprints, times, peak memory, and digests: its own and that of each table. A run folder belongs
+to one process at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import json
 import os
 import platform
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,14 +30,21 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel, Field
 
 from midblock.errors import MidblockError, OutputError, SettingsError
+from midblock.reading import read_csv, read_sealed, sealed, user_path, validated
 from midblock.results import Table, json_ready
 
-__all__ = ["FORMAT_VERSION", "RunFolder", "atomic_path", "cache_dir", "peak_memory_bytes",
-           "read_run", "sha256_of", "write_json"]
+__all__ = ["FORMAT_VERSION", "RunFolder", "atomic_path", "cache_dir", "peak_memory_bytes", "read_run",
+           "read_table", "read_written", "remove_leftovers", "sha256_of", "temporary_folder", "write_json",
+           "write_sealed"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of everything that midblock writes and reads back; 2: with digests."""
+TEMPORARY = ".midblock-tmp-"
+"""How the name of every file and folder begins that is renamed into its place when it is complete."""
+_STALE_SECONDS = 3600.0
 _PACKAGES = ("midblock", "torch", "transformers", "peft", "trl", "accelerate", "datasets",
              "lm-eval", "safetensors", "gguf", "numpy", "scipy", "pandas")
 
@@ -46,6 +57,10 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "midblock"
 
 
+def _temporary_prefix() -> str:
+    return f"{TEMPORARY}{socket.gethostname()[:64]}-{os.getpid()}-"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to ``path`` if no error came.
@@ -56,10 +71,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=path.suffix, dir=path.parent)
+        temporary = Path(name)
         os.close(handle)
         os.chmod(name, 0o666 & ~_umask())
-        temporary = Path(name)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -67,6 +82,69 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A new folder beside ``beside`` that is gone afterwards, unless it was renamed to another place.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be made.
+    """
+    temporary: Path | None = None
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(beside.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=beside.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+    except OSError as error:
+        raise _output_error(beside, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed runs left in a folder (not below it); returns what was removed.
+
+    A temporary file or folder goes only if midblock made it, on this machine, by a process that no longer
+    runs, and if nothing wrote to it for an hour. (Process numbers of containers overlap.)
+    """
+    removed = []
+    own = f"{TEMPORARY}{socket.gethostname()[:64]}-"
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not entry.name.startswith(own) or _runs(entry.name.removeprefix(own).split("-")[0]):
+                continue
+            with contextlib.suppress(OSError):
+                if time.time() - _last_written(Path(entry.path)) > _STALE_SECONDS:
+                    _remove(Path(entry.path))
+                    removed.append(Path(entry.path))
+    return removed
+
+
+def _runs(process: str) -> bool:
+    if not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _last_written(path: Path) -> float:
+    return max(float(p.lstat().st_mtime) for p in (path, *(path.rglob("*") if path.is_dir() else ())))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -87,6 +165,29 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n",
                              encoding="utf-8")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON with format version and digest, atomically; `read_written` reads it back."""
+    write_json(path, sealed({"format_version": FORMAT_VERSION, **json_ready(value)}))
+
+
+def read_written(path: Path, *, advice: str) -> dict[str, Any]:
+    """An object that `write_sealed` wrote, without format version and digest.
+
+    Args:
+        path: The file.
+        advice: What to do where it cannot be used, as the end of a sentence (``repeat the run``).
+
+    Raises:
+        OutputError: missing, not such a file, changed since it was written, or of another format.
+    """
+    value = read_sealed(path, advice=advice, error=OutputError)
+    version = value.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        why = "update midblock" if isinstance(version, int) and version > FORMAT_VERSION else advice
+        raise OutputError(f"{path} has format {version!r}, this midblock reads {FORMAT_VERSION}; {why}.")
+    return value
 
 
 def sha256_of(*parts: bytes | str) -> str:
@@ -131,23 +232,92 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_run(folder: Path | str) -> dict[str, Any]:
+class _Run(BaseModel, extra="allow"):
+    """What every ``run.json`` holds, as far as other commands rely on it."""
+
+    status: str
+    command: str
+    settings: dict[str, Any]
+    models: dict[str, Any]
+    data: dict[str, Any]
+    seconds: float | None = None
+    seconds_before: float | None = None
+    digests: dict[str, str] = Field(default_factory=dict)
+
+
+def read_run(folder: Path | str, *, finished: bool = False) -> dict[str, Any]:
     """``run.json`` of a run folder.
 
+    Args:
+        folder: The folder.
+        finished: Refuse a run that is not finished.
+
     Raises:
-        OutputError: there is none, it is not JSON, or its format is newer than this version.
+        OutputError: there is none, it is not of midblock, it was changed after it was written, it is of another
+            format, or the run is not finished.
     """
-    path = Path(folder) / "run.json"
-    try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OutputError(f"{folder} is not a run folder: it has no run.json.") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot read {path}: {error}.") from None
-    if run.get("format_version", 0) > FORMAT_VERSION:
-        raise OutputError(f"{path} has format {run['format_version']}, newer than the format "
-                          f"{FORMAT_VERSION} this midblock reads; update midblock.")
+    path = user_path(folder, error=OutputError) / "run.json"
+    if not path.exists():
+        raise OutputError(f"{folder} is not a run folder: it has no run.json.")
+    run = read_written(path, advice="repeat the run in a new folder")
+    validated(_Run, run, where=str(path), error=OutputError)
+    if finished and run["status"] != "finished":
+        raise OutputError(f"the run in {folder} is not finished (its status is {run['status']!r}); finish it with "
+                          "--resume, or repeat it.")
     return run
+
+
+def read_table(folder: Path | str, *, columns: Collection[str] = (), text: Collection[str] = (),
+               numbers: Collection[str] = ("value", "low", "high", "n"), name: str = "table.csv") -> pd.DataFrame:
+    """A table of a run folder, as the run wrote it.
+
+    Args:
+        folder: The folder.
+        columns: Columns that must be there.
+        text: Columns that stay text; ``layer`` and ``mask`` always do (01000).
+        numbers: Columns of numbers.
+        name: Its file.
+
+    Raises:
+        OutputError: it is missing, lacks a column, holds text for a number, or a finished run's table was changed.
+    """
+    folder = user_path(folder, error=OutputError)
+    run = read_run(folder)
+    path = folder / name
+    if not path.exists():
+        raise OutputError(f"{folder} has no {name}; a {run['command']} run writes it when it ends.")
+    digest = run.get("digests", {}).get(name)
+    if digest is not None and run["status"] == "finished" and digest != _file_digest(path):
+        raise OutputError(f"{path} was changed after midblock wrote it (its digest does not fit); repeat the run "
+                          "in a new folder.")
+    return read_csv(path, columns=tuple(columns), numbers=tuple(numbers), text=("layer", "mask", *text),
+                    error=OutputError)
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _lock(path: Path) -> Any:
+    """Hold a run folder for this process; the system lets it go when the process ends."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / ".lock", timeout=0, thread_local=False)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"--out {path} is in use by another run of midblock; wait for its end, or name another "
+                          "folder.") from None
+    except NotImplementedError:  # a file system without locks
+        return None
+    except OSError as error:
+        raise _output_error(path, error) from error
+    return lock
 
 
 class RunFolder:
@@ -167,27 +337,41 @@ class RunFolder:
 
     On a clean exit the status becomes ``finished``; on an error ``failed`` with the
     message; on Ctrl-C ``interrupted``. A folder that this call made and that holds nothing but
-    ``run.json`` when a user's mistake is found is removed again.
+    ``run.json`` when a user's mistake is found is removed again. Until then no other process can use
+    the folder, and what a killed run left in it half-written is removed at the start.
     """
 
     def __init__(self, path: Path | str, *, command: str, settings: Mapping[str, Any],
                  given: Mapping[str, Any] | None = None, resume: bool = False,
                  may_differ: Collection[str] = ()) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path, error=OutputError)
         self.resumed = False
         self._created = not self.path.exists()
         self._started = time.perf_counter()
         resolved = json_ready(dict(settings))
         if not resume:
             self.check_free(self.path)
+        self._contents(self.path)
+        self._held = _lock(self.path)
+        try:
+            self._start(command, resolved, resolved if given is None else json_ready(dict(given)), resume, may_differ)
+        except BaseException:
+            self._leave(remove=self._created)
+            raise
+
+    def _start(self, command: str, resolved: dict[str, Any], given: dict[str, Any], resume: bool,
+               may_differ: Collection[str]) -> None:
+        if not resume:
+            self.check_free(self.path)  # another process may have used it before the lock was ours
         previous: dict[str, Any] = {}
         if self._contents(self.path):
             previous = read_run(self.path)
             self._check_same(previous, command, resolved, may_differ)
             self.resumed = True
+            self._remove_half_written()
         self.run: dict[str, Any] = {
             "format_version": FORMAT_VERSION, "status": "running", "command": command,
-            "given": json_ready(dict(given if given is not None else settings)),
+            "given": given,
             "settings": resolved, "argv": sys.argv[1:],
             "versions": {"python": platform.python_version(), **_package_versions()},
             "platform": {"system": platform.platform(), "machine": platform.machine(),
@@ -196,17 +380,20 @@ class RunFolder:
             "started": previous.get("started", _now()), "finished": None,
             "seconds": None, "seconds_before": (previous.get("seconds") or 0.0)
             + (previous.get("seconds_before") or 0.0),
-            "peak_memory_bytes": None, "models": {}, "data": {}, "undefined": [],
+            "peak_memory_bytes": None, "models": {}, "data": {}, "undefined": [], "digests": {},
         }
-        for key in ("models", "data"):
+        for key in ("models", "data", "digests"):
             self.run[key] = previous.get(key, {})
         self.save()
 
     @staticmethod
     def _contents(path: Path) -> list[str]:
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"--out {path} is a file; name a folder.")
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.exists() else []
+        try:
+            if path.exists() and not path.is_dir():
+                raise OutputError(f"--out {path} is a file; name a folder.")
+            return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.exists() else []
+        except OSError as error:
+            raise OutputError(f"--out {path} cannot be used: {error.strerror or error}.") from None
 
     @classmethod
     def check_free(cls, path: Path | str) -> None:
@@ -215,7 +402,7 @@ class RunFolder:
         Raises:
             OutputError: it is a file or not empty.
         """
-        path = Path(path).expanduser()
+        path = user_path(path, error=OutputError)
         if existing := cls._contents(path):
             raise OutputError(
                 f"--out {path} is not empty (it holds {existing[0]}{' and more' if len(existing) > 1 else ''}); "
@@ -234,6 +421,24 @@ class RunFolder:
             raise SettingsError(f"--resume: the settings differ from the interrupted run's: {what}. "
                                 "Repeat them as they were, or name a new folder.")
 
+    def _remove_half_written(self) -> None:
+        """What killed runs left: while the lock is held, no other process writes here."""
+        for folder, folders, files in os.walk(self.path):
+            for name in [n for n in (*folders, *files) if n.startswith(TEMPORARY)]:
+                with contextlib.suppress(OSError):
+                    _remove(Path(folder) / name)
+            folders[:] = [n for n in folders if not n.startswith(TEMPORARY)]
+
+    def _leave(self, *, remove: bool = False) -> None:
+        """Let the folder go; ``remove``: and the folder itself, where it holds nothing."""
+        if self._held is not None:
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+            self._held.release()
+        if remove:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
     @property
     def finished(self) -> bool:
         """Whether this folder already holds a finished run (before the current call)."""
@@ -243,7 +448,7 @@ class RunFolder:
         """Write ``run.json`` as it stands."""
         self.run["seconds"] = round(time.perf_counter() - self._started, 3)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
-        write_json(self.path / "run.json", self.run)
+        write_sealed(self.path / "run.json", self.run)
 
     def update(self, **fields: Any) -> None:
         """Set fields of ``run.json`` (``models``, ``data``, ``results`` ...) and save it."""
@@ -292,6 +497,7 @@ class RunFolder:
             table = table.frame()
         with atomic_path(self.path / name) as temporary:
             table.to_csv(temporary, index=False, float_format="%.10g")
+            self.run["digests"][name] = _file_digest(temporary)
         return self.path / name
 
     def __enter__(self) -> RunFolder:
@@ -307,16 +513,16 @@ class RunFolder:
             self.run["status"] = "failed"
             self.run["error"] = f"{type(error).__name__}: {error}"
         self.run["finished"] = _now()
-        if isinstance(error, MidblockError) and self._created and self._only_run_json():
-            (self.path / "run.json").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-            return
-        if error is None:
-            self.save()
-        else:  # the first error is the one to show
-            with contextlib.suppress(OutputError):
+        try:
+            if isinstance(error, MidblockError) and self._created and self._only_run_json():
+                (self.path / "run.json").unlink(missing_ok=True)
+            elif error is None:
                 self.save()
+            else:  # the first error is the one to show
+                with contextlib.suppress(OutputError):
+                    self.save()
+        finally:
+            self._leave(remove=isinstance(error, MidblockError) and self._created)
 
     def _only_run_json(self) -> bool:
-        return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"run.json"}
+        return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"run.json", ".lock"}

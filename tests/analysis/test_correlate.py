@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from scipy import stats as scipy_stats
 
 from midblock.analysis.correlate import correlate
 from midblock.errors import DataError, OutputError, SettingsError
-from midblock.provenance import RunFolder
+from midblock.provenance import RunFolder, read_run, write_sealed
 from midblock.results import Table
 
 BLOCKS = 10
@@ -234,18 +233,23 @@ def test_mistakes_are_named(profile_run, tmp_path):
         correlate([tmp_path])
     empty = write_run(tmp_path / "empty", "profile", profile_table())
     (empty / "table.csv").unlink()
-    with pytest.raises(DataError, match=r"no table\.csv"):
+    with pytest.raises(OutputError, match=r"no table\.csv"):
         correlate([empty])
     (empty / "table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match="no column"):
+    with pytest.raises(OutputError, match="was changed"):
         correlate([empty])
+    other = Table()
+    other.add("hidden", 0, "cka", "pair", 1.0)
+    with RunFolder(tmp_path / "other", command="profile", settings={}) as run:
+        run.write_table(other.frame().drop(columns="side"))
+    with pytest.raises(OutputError, match="no column 'side'"):
+        correlate([tmp_path / "other"])
     alone = Table()
     for h in range(4):
         alone.add("hidden", h, "cka", "pair", float(h))
     with pytest.raises(DataError, match="needs two"):
         correlate([write_run(tmp_path / "alone", "profile", alone)])
     broken = write_run(tmp_path / "broken", "profile", profile_table())
-    run = json.loads((broken / "run.json").read_text())
-    (broken / "run.json").write_text(json.dumps({**run, "status": "failed"}))
+    write_sealed(broken / "run.json", {**read_run(broken), "status": "failed"})
     with pytest.raises(DataError, match="failed"):
         correlate([broken])

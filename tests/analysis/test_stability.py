@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -12,7 +13,7 @@ from analysis_helpers import loaded, tiny_data
 from midblock.analysis import stability
 from midblock.analysis.profile import profile
 from midblock.analysis.stability import profile_seeds
-from midblock.errors import OutputError, SettingsError
+from midblock.errors import SettingsError
 from midblock.quantities import unchanged
 
 SMALL = {"samples": 8, "token_samples": 4, "max_length": 48, "replicates": 40}
@@ -124,6 +125,13 @@ def test_mistakes_are_named(pair, tmp_path):
         profile_seeds(*pair, data=tiny_data(4), seeds=1)
     with pytest.raises(SettingsError, match="unknown setting sample; did you mean samples"):
         profile_seeds(*pair, data=tiny_data(4), seeds=2, sample=3)
+
+
+def test_damaged_state_is_measured_again_and_told(pair, tmp_path):
+    told = []
     (tmp_path / "seed-0.json").write_text(json.dumps({"rows": 3}))
-    with pytest.raises(OutputError, match="cannot resume"):
-        profile_seeds(*pair, data=tiny_data(8), seeds=2, state_folder=tmp_path, **SMALL)
+    again = profile_seeds(*pair, data=tiny_data(8), seeds=2, state_folder=tmp_path, **SMALL,
+                          progress=lambda what, done, total, note="": told.append(f"{what} {note}"))
+    fresh = profile_seeds(*pair, data=tiny_data(8), seeds=2, **SMALL)
+    pd.testing.assert_frame_equal(again.frame, fresh.frame)
+    assert any("seed-0.json carries no digest" in line for line in told)

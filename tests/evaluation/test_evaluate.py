@@ -37,6 +37,7 @@ from midblock.evaluation.harness import MemoryLM, StopRows, run_lm_eval
 from midblock.evaluation.run import _exact_match, _humaneval
 from midblock.models import LoadedModel, find_anatomy
 from midblock.progress import silent
+from midblock.provenance import write_sealed
 from midblock.results import Interval
 
 
@@ -395,8 +396,12 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         assert getattr(back, name) == getattr(result, name)
     np.testing.assert_array_equal(back.scores, result.scores)
     assert back.tokens is None
-    (tmp_path / "bad.json").write_text('{"format_version": 1}')
+    write_sealed(tmp_path / "bad.json", {"scores": "x"})
     with pytest.raises(OutputError, match="not a result"):
+        read_result(tmp_path / "bad.json")
+    text = (tmp_path / "r.json").read_text()
+    (tmp_path / "bad.json").write_text(text.replace('"seconds": ', '"seconds": 1'))
+    with pytest.raises(OutputError, match=r"bad\.json was changed after"):
         read_result(tmp_path / "bad.json")
     with pytest.raises(OutputError, match="no such"):
         read_result(tmp_path / "none.json")

@@ -21,7 +21,7 @@ import pandas as pd
 from midblock import stats
 from midblock.errors import DataError, SettingsError
 from midblock.progress import Progress, silent
-from midblock.provenance import read_run
+from midblock.provenance import read_run, read_table
 from midblock.results import Interval, Table
 from midblock.segments import segment_bounds
 from midblock.stats.correlation import Method
@@ -208,20 +208,7 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
 
 
 def _read_table(folder: Path) -> pd.DataFrame:
-    path = folder / "table.csv"
-    try:
-        # masks such as 01000 are text
-        frame = pd.read_csv(path, dtype={"layer": str, "data": str, "stage": str, "matrix": str})
-    except FileNotFoundError:
-        raise DataError(f"{folder} has no table.csv; give folders of profile, lens, weights, gradients or "
-                        "swap.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    missing = [c for c in ("kind", "layer", "metric", "side", "value") if c not in frame.columns]
-    if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}, so it is no table of midblock.")
-    frame["value"] = pd.to_numeric(frame["value"], errors="coerce")
-    return frame
+    return read_table(folder, columns=("kind", "layer", "metric", "side", "value"), text=("data", "stage", "matrix"))
 
 
 def _series_of(frame: pd.DataFrame, command: str, data: str, by_data: bool, matrices: Sequence[str] | None,

@@ -7,7 +7,6 @@ against no change; Holm's adjustment is over the hidden states of one quantity.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from midblock.data import Dataset, load_data
 from midblock.errors import OutputError, SettingsError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
-from midblock.provenance import write_json
+from midblock.provenance import read_written, write_sealed
 from midblock.quantities import moved, unchanged
 from midblock.results import Estimate, Table
 from midblock.settings import ProfileSettings
@@ -129,8 +128,9 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     counts: list[dict[str, Any]] = []
     for k, number in enumerate(numbers):
         done = state_folder / f"seed-{number}.json" if state_folder else None
-        if done is not None and done.is_file():
-            table, count = _read_seed(done)
+        kept = _read_seed(done, progress) if done is not None and done.is_file() else None
+        if kept is not None:
+            table, count = kept
         else:
             result = profile(models, data=dataset, names=keys,
                              progress=_named(progress, f"seed {k + 1} of {seeds}"),
@@ -138,7 +138,7 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
                              settings=chosen.replace(seed=number))
             table, count = result.table, result.counts
             if done is not None:
-                write_json(done, {"rows": table.rows, "reasons": table.reasons, "counts": count})
+                write_sealed(done, {"rows": table.rows, "reasons": table.reasons, "counts": count})
         tables.append(table)
         counts.append(count)
     if state_folder is not None:
@@ -162,14 +162,16 @@ def _named(progress: Progress, which: str) -> Progress:
     return tell
 
 
-def _read_seed(path: Path) -> tuple[Table, dict[str, Any]]:
+def _read_seed(path: Path, progress: Progress) -> tuple[Table, dict[str, Any]] | None:
+    """What an interrupted run measured with one seed; None where the file is damaged, which is told."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_written(path, advice="it is measured again")
         rows = [{k: math.nan if v is None and k in ("value", "low", "high") else v for k, v in row.items()}
                 for row in stored["rows"]]
         return Table(rows, stored["reasons"]), stored["counts"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"cannot resume from {path}: {error}; name a new --out folder.") from error
+    except (OutputError, ValueError, KeyError, TypeError, AttributeError) as error:
+        progress("damaged state", 1, 1, str(error))
+        return None
 
 
 def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSettings) -> Table:

@@ -5,20 +5,20 @@ Importing this module is light: each command file imports its part of the librar
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from midblock import __version__, extras
 from midblock.cli import console
+from midblock.cli.endings import Ended, check_words, foreseen, signals_end_as_interrupts
 from midblock.errors import MidblockError
 
 __all__ = ["COMMANDS", "app", "run"]
@@ -72,10 +72,11 @@ for _name in COMMANDS:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """Run one command and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
 
-    A mistake is one clear line on stderr; with ``MIDBLOCK_DEBUG=1`` its traceback comes first and
-    third-party warnings stay on. Anything unforeseen is a bug and keeps its traceback.
+    SIGTERM and SIGHUP end a run as Ctrl-C does, with its state saved. A mistake is one clear line
+    on stderr; with ``MIDBLOCK_DEBUG=1`` its traceback comes first and third-party warnings stay on. Anything
+    unforeseen is a bug and keeps its traceback.
 
     Args:
         argv: The words after ``midblock``; by default those of this process.
@@ -88,8 +89,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     if not debug:
         _quiet_third_parties()
     console.reset()
+    signalled: list[Ended] = []
     try:
-        code = app(args=words, prog_name="midblock", standalone_mode=False)
+        check_words(words)
+        with signals_end_as_interrupts(signalled):
+            code = app(args=words, prog_name="midblock", standalone_mode=False)
     except MidblockError as error:
         return _fail(str(error), error.exit_code, debug)
     except typer.TyperException as error:  # a word that no command or option knows
@@ -106,19 +110,19 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
-        if not _disk_full(error):
+        if (what := foreseen(error)) is None:
             raise
-        return _fail(f"the disk is full{_file_of(error)}; free some space, then {_again(words)}.",
-                     USER_MISTAKE, debug)
-    if code == INTERRUPTED:
-        print(f"\nInterrupted; to continue, {_again(words)}.", file=sys.stderr)
+        return _fail(f"{what}{_again(words)}.", USER_MISTAKE, debug)
+    if code == INTERRUPTED:  # of a signal too: typer makes one of every KeyboardInterrupt
+        how, code = (f"Ended by {signalled[0].name}", signalled[0].exit_code) if signalled else ("Interrupted", code)
+        console.note(f"{how}; to continue, {_again(words)}.")
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"Error: {message}", file=sys.stderr)
+    console.error(message)
     return code
 
 
@@ -134,24 +138,6 @@ def _quiet_third_parties() -> None:
     others = r"(transformers|torch|peft|trl|accelerate|datasets|huggingface_hub|lm_eval|gguf)(\.|$)"
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind, module=others)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _disk_full(error: BaseException) -> bool:
-    # safetensors raises its own type, which carries the system's words but no number
-    return any((isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT))
-               or "No space left on device" in str(e) for e in _causes(error))
-
-
-def _file_of(error: BaseException) -> str:
-    names = [e.filename for e in _causes(error) if isinstance(e, OSError) and e.filename]
-    return f" (writing {names[0]})" if names else ""
 
 
 def _can_resume(words: Sequence[str]) -> bool:

@@ -2,7 +2,8 @@
 
 `say` and `print_table` speak to a person and fall silent under ``--json``; `emit_json` is the
 only thing that writes to stdout then. Everything works without a terminal: the progress bar
-becomes an occasional plain line.
+becomes an occasional plain line. Names and values from files are made `printable` here, and
+nowhere else: no file can move the cursor, hide text or forge a line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from midblock.reading import printable
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 
     from midblock.progress import Progress
 
-__all__ = ["emit_json", "format_figure", "is_json", "is_quiet", "print_table", "progress_bar", "reset", "say",
-           "set_json", "set_quiet", "warn"]
+__all__ = ["emit_json", "error", "format_figure", "is_json", "is_quiet", "note", "print_table", "progress_bar",
+           "reset", "say", "set_json", "set_quiet", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -65,6 +68,7 @@ def reset() -> None:
 def say(text: str = "") -> None:
     """Print text for a person on stdout; nothing under ``--json``."""
     if not is_json():
+        text = printable(text, lines=True)
         width = _terminal_width()
         if width is not None and any(len(line) > width for line in text.split("\n")):
             from midblock.cli.layout import wrapped
@@ -75,7 +79,24 @@ def say(text: str = "") -> None:
 
 def warn(text: str) -> None:
     """Print one warning on stderr, also under ``--json`` and ``--quiet``."""
-    print(f"Warning: {text}", file=sys.stderr)
+    _to_stderr(f"Warning: {text}")
+
+
+def error(text: str) -> None:
+    """Print what ended the command on stderr: one line that begins with ``Error:``, further ones indented."""
+    _to_stderr(f"Error: {text}")
+
+
+def note(text: str) -> None:
+    """Print how to go on after an interruption on stderr."""
+    print(file=sys.stderr)
+    _to_stderr(text)
+
+
+def _to_stderr(text: str) -> None:
+    first, *rest = printable(text, lines=True).splitlines() or [""]
+    # a line of a file's own making must not look like one of the program's
+    print("\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in rest)]), file=sys.stderr)
 
 
 def emit_json(value: Any) -> None:
@@ -84,7 +105,9 @@ def emit_json(value: Any) -> None:
         return
     from midblock.results import json_ready
 
-    print(json.dumps(json_ready(value), indent=1, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(json_ready(value), indent=1, allow_nan=False, ensure_ascii=False)
+    # what would act on a terminal, in JSON's own escapes
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def format_figure(value: Any) -> str:
@@ -106,7 +129,7 @@ def format_figure(value: Any) -> str:
         if math.isnan(value):
             return ""
         return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+    return printable(str(value))
 
 
 def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
@@ -123,7 +146,7 @@ def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
 
     numeric = [pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
                for name in frame.columns]
-    grid = Grid([str(name) for name in frame.columns],
+    grid = Grid([printable(str(name)) for name in frame.columns],
                 [[format_figure(v) for v in row] for row in frame.itertuples(index=False, name=None)], numeric)
     width = _terminal_width() or _PIPE_WIDTH
     console = _console(sys.stdout, width=max(width, grid.total(broken=False)))
@@ -163,7 +186,7 @@ def progress_bar(*, quiet: bool | None = None) -> Iterator[Progress]:
         with _rich_progress() as bar:
             yield _Bars(bar)
     else:
-        yield PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
+        yield PlainProgress(lambda line: print(printable(line), file=sys.stderr, flush=True))
 
 
 def _rich_progress() -> RichProgress:
@@ -195,10 +218,10 @@ class _Bars:
         task = self._tasks.get(what)
         if task is None:
             # markup in a name ("[8, 16)") must show, not style
-            task = self._tasks[what] = self._bar.add_task(what.replace("[", r"\["), total=total, note="")
+            task = self._tasks[what] = self._bar.add_task(printable(what).replace("[", r"\["), total=total, note="")
         elif done < self._bar.tasks[self._index(task)].completed:
             self._bar.reset(task, total=total)  # the same work begins again: a new epoch, a new seed
-        self._bar.update(task, completed=done, total=total, note=note.replace("[", r"\["))
+        self._bar.update(task, completed=done, total=total, note=printable(note).replace("[", r"\["))
 
     def _index(self, task: TaskID) -> int:
         return self._bar.task_ids.index(task)

@@ -108,16 +108,11 @@ def gradients(
 
 
 def _profile_table(folder: Path) -> Any:
-    import pandas as pd
-
     from midblock.errors import OutputError
-    from midblock.provenance import read_run
+    from midblock.provenance import read_run, read_table
 
     run = read_run(folder)
     if run.get("command") != "profile" or run.get("status") != "finished":
         raise OutputError(f"--profile {folder} holds a {run.get('status')} run of {run.get('command')!r}; name the "
                           "folder of a finished profile.")
-    try:
-        return pd.read_csv(folder / "table.csv")
-    except (OSError, ValueError) as error:
-        raise OutputError(f"--profile {folder}: its table.csv cannot be read: {error}.") from None
+    return read_table(folder)

@@ -12,6 +12,7 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.options import AllowPickle, Json, Out, Quiet, Resume, TrustRemoteCode, examples
+from midblock.reading import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,7 @@ def _live() -> Iterator[tuple[Progress, Callable[[SweepState], None]]]:
         yield silent, lambda state: None
         return
     if not sys.stderr.isatty():
-        yield silent, lambda state: print(_line(state), file=sys.stderr, flush=True)
+        yield silent, lambda state: print(printable(_line(state)), file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.live import Live
@@ -178,5 +179,5 @@ class _Screen:
             parts.append(table)
         left = "" if self._state is None else (f", {self._state.runs_left} runs to go, about "
                                                f"{clock(self._state.seconds_left)} left")
-        parts.append(Text(f"{self._running}: {self._step}{left}", style="dim"))
+        parts.append(Text(printable(f"{self._running}: {self._step}{left}"), style="dim"))
         self._live.update(Group(*parts))

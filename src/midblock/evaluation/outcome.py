@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from midblock.errors import DataError, OutputError
-from midblock.provenance import FORMAT_VERSION, atomic_path, sha256_of, write_json
+from midblock.provenance import atomic_path, read_written, sha256_of, write_json, write_sealed
 from midblock.results import Interval, Table, json_ready
 from midblock.stats import (
     bootstrap_weights,
@@ -266,7 +266,7 @@ _FIELDS = ("task", "metric", "higher_is_better", "items", "scores", "tokens", "e
 
 def write_result(path: Path, result: EvalResult) -> None:
     """Write a result to one JSON file, atomically; `read_result` gives it back."""
-    write_json(path, {"format_version": FORMAT_VERSION, **{name: getattr(result, name) for name in _FIELDS}})
+    write_sealed(path, {name: getattr(result, name) for name in _FIELDS})
 
 
 def read_result(path: Path) -> EvalResult:
@@ -276,10 +276,7 @@ def read_result(path: Path) -> EvalResult:
         OutputError: missing, not such a file, or of a newer format.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["format_version"] > FORMAT_VERSION:
-            raise OutputError(f"{path} has format {stored['format_version']}, newer than {FORMAT_VERSION}; "
-                              "update midblock.")
+        stored = read_written(path, advice="remove it and evaluate again")
         e = stored["estimate"]
         value, low, high = _floats([e["value"], e["low"], e["high"]]).tolist()
         return EvalResult(**{
@@ -287,9 +284,7 @@ def read_result(path: Path) -> EvalResult:
             "items": tuple(stored["items"]), "notes": tuple(stored["notes"]),
             "scores": _floats(stored["scores"]),
             "tokens": None if stored["tokens"] is None else _floats(stored["tokens"])})
-    except FileNotFoundError:
-        raise OutputError(f"{path}: there is no such result.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{path} is not a result of an evaluation ({error}).") from None
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from midblock import stats
 from midblock.errors import OutputError, SettingsError
-from midblock.provenance import read_run
+from midblock.provenance import read_run, read_table
 from midblock.results import Interval, Table
 from midblock.selection.choice import top_units
 from midblock.selection.ila import SCORES
@@ -83,14 +83,12 @@ def read_selections(folder: Path | str, methods: Sequence[str] | None = None) ->
         SettingsError: none of the methods is there.
     """
     folder = Path(folder)
-    run = read_run(folder)
+    run = read_run(folder, finished=True)
     if run.get("command") not in ("importance", "locate"):
         raise OutputError(f"{folder} holds a run of {run.get('command')!r}; overlap compares runs of importance "
                           "(or locate).")
-    try:
-        table = pd.read_csv(folder / "table.csv", dtype={"matrix": str, "module": str, "data": str})
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot read {folder / 'table.csv'}: {error}.") from None
+    table = read_table(folder, columns=("kind", "layer", "metric", "value", "data", "seed"),
+                       text=("matrix", "module", "data"), numbers=("value", "seed", "step"))
     wanted = tuple(methods) if methods is not None else (*SCORES, *BLOCK_SCORES)
     rows = table[(table["kind"] == "block") & table["metric"].isin(wanted)].copy()
     if rows.empty:

@@ -23,7 +23,7 @@ from midblock.data import load_data
 from midblock.errors import OutputError, SettingsError, UndefinedMetricError
 from midblock.models import load_model
 from midblock.progress import Progress, silent
-from midblock.provenance import read_run
+from midblock.provenance import read_run, read_table
 from midblock.results import Table
 from midblock.segments import segment_bounds
 from midblock.selection.locate import MIDDLE, scores_of
@@ -88,16 +88,11 @@ def read_sweep(folder: Path | str, name: str | None = None) -> SweepGains:
         SettingsError: it has no complete set of at least three single segments.
     """
     folder = Path(folder)
-    run = read_run(folder)
+    run = read_run(folder, finished=True)
     if run.get("command") != "sweep":
         raise OutputError(f"{folder} holds a run of {run.get('command')!r}, not of a sweep.")
-    try:
-        text = {"layer": str, "mask": str, "arm": str, "task": str, "method": str}
-        table = pd.read_csv(folder / "table.csv", dtype=text, keep_default_na=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot read {folder / 'table.csv'}: {error}; a sweep writes it when it ends.") from None
-    if missing := [c for c in _NEEDED if c not in table.columns]:
-        raise OutputError(f"{folder / 'table.csv'} has no column {missing[0]!r}; it is no sweep's table.")
+    table = read_table(folder, columns=_NEEDED, text=("arm", "task", "method"),
+                       numbers=("value", "low", "high", "n", "seed", "learning_rate"))
     cases, left_out = _cases(table, name or folder.name)
     if not cases:
         raise SettingsError(f"{folder}: no task has every single segment of some K >= 3, with a value, for one seed"

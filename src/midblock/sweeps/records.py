@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from midblock.errors import OutputError
-from midblock.provenance import FORMAT_VERSION, write_json
+from midblock.provenance import read_written, write_sealed
 
 __all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
 
 FOLDER = "results"
+_ADVICE = "remove it, then repeat the command with --resume"
 
 
 @dataclass
@@ -79,7 +79,7 @@ def write_record(folder: Path, record: RunRecord) -> Path:
         OutputError: the folder cannot be written.
     """
     path = folder / FOLDER / f"{record.key}.json"
-    write_json(path, {"format_version": FORMAT_VERSION, **asdict(record)})
+    write_sealed(path, asdict(record))
     return path
 
 
@@ -87,19 +87,16 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     """Every result of a sweep's folder, by key. Files that were never completed do not exist.
 
     Raises:
-        OutputError: a file is not such a result.
+        OutputError: a file is not such a result, or was changed after it was written.
     """
     found = {}
     for path in sorted((folder / FOLDER).glob("[!.]*.json")):
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.pop("format_version") > FORMAT_VERSION:
-                raise OutputError(f"{path} was written by a newer midblock; update this one.")
+            stored = read_written(path, advice=_ADVICE)
             tasks = {name: TaskScores(**{**t, "scores": [math.nan if v is None else v for v in t["scores"]]})
                      for name, t in stored.pop("tasks").items()}
             record = RunRecord(**stored, tasks=tasks)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is not the result of a run of a sweep ({error}); remove it, then repeat the "
-                              "command with --resume.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{path} is not the result of a run of a sweep ({error}); {_ADVICE}.") from None
         found[record.key] = record
     return found

@@ -1,0 +1,183 @@
+"""Run folders: one process at a time, nothing half-written left behind, nothing edited taken for a result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from midblock.errors import OutputError
+from midblock.provenance import (
+    TEMPORARY,
+    RunFolder,
+    atomic_path,
+    read_run,
+    read_table,
+    read_written,
+    remove_leftovers,
+    temporary_folder,
+    write_sealed,
+)
+from midblock.results import Interval, Table
+
+
+def finished(path: Path, command: str = "profile") -> Path:
+    table = Table()
+    table.add("hidden", 1, "cka", "pair", Interval(0.5, 0.4, 0.6, 8))
+    table.add("segment", "01000", "cka", "pair", 0.25)
+    with RunFolder(path, command=command, settings={"samples": 8}) as run:
+        run.write_table(table)
+    return path
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "run")
+    assert read_run(folder, finished=True)["settings"] == {"samples": 8}
+    frame = read_table(folder, columns=["kind", "value"])
+    assert frame["layer"].tolist() == ["1", "01000"]
+    assert frame["value"].tolist() == [0.5, 0.25]
+    assert {p.name for p in folder.iterdir()} == {"run.json", "table.csv"}
+
+
+@pytest.mark.parametrize("edit", [
+    lambda text: text.replace('"samples": 8', '"samples": 9'), lambda text: text.replace("finished", "running"),
+    lambda text: "[]", lambda text: "5", lambda text: "null", lambda text: "{}", lambda text: "",
+    lambda text: text[:-20], lambda text: "[" * 50_000, lambda text: '{"command": 5, "settings": []}',
+    lambda text: text + "\0", lambda text: text.replace('"format_version": 2', '"format_version": "2"')])
+def test_an_edited_run_json_is_refused_by_name(tmp_path: Path, edit) -> None:
+    path = finished(tmp_path / "run") / "run.json"
+    path.write_text(edit(path.read_text()))
+    for read in (read_run, read_table):
+        with pytest.raises(OutputError, match=r"run\.json"):
+            read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [
+    [], {"settings": []}, {"settings": {}, "command": 5}, {"models": 3}, {"status": None},
+    {"digests": {"table.csv": 5}}, {"format_version": 99}, {"format_version": 1}, {"format_version": "x"}])
+def test_a_run_json_of_another_shape_is_refused(tmp_path: Path, content) -> None:
+    good = {"status": "finished", "command": "profile", "settings": {}, "models": {}, "data": {}}
+    if isinstance(content, dict):
+        write_sealed(tmp_path / "run.json", {**good, **content})
+    else:
+        (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(OutputError, match=r"run\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [lambda t: t.replace("0.5", "0.9"), lambda t: t + "hidden,2,cka,pair,1,1,1,8\n",
+                                  lambda t: t[: len(t) // 2], lambda t: ""])
+def test_an_edited_table_is_refused_by_name(tmp_path: Path, edit) -> None:
+    path = finished(tmp_path / "run") / "table.csv"
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(OutputError, match=r"table\.csv was changed after midblock wrote it"):
+        read_table(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(OutputError, match=r"has no table\.csv; a profile run writes it"):
+        read_table(tmp_path / "run")
+
+
+def test_an_unfinished_run_is_refused_where_results_are_needed(tmp_path: Path) -> None:
+    with contextlib.suppress(RuntimeError), RunFolder(tmp_path / "run", command="sweep", settings={}) as run:
+        run.write_text("some.txt", "x")
+        raise RuntimeError
+    assert read_run(tmp_path / "run")["status"] == "failed"
+    with pytest.raises(OutputError, match=r"not finished \(its status is 'failed'\).*--resume"):
+        read_run(tmp_path / "run", finished=True)
+
+
+def test_sealed_files_are_read_back_or_refused(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "r.json", {"score": 0.1, "items": (1, 2), "none": float("nan")})
+    assert read_written(tmp_path / "r.json", advice="x") == {"score": 0.1, "items": [1, 2], "none": None}
+    for text in ("null", "{}", "[]", (tmp_path / "r.json").read_text().replace("0.1", "0.9")):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(OutputError, match=r"r\.json .*evaluate again|r\.json holds"):
+            read_written(tmp_path / "r.json", advice="evaluate again")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", command="tune", settings={}) as run:
+        run.write_text("some.txt", "x")
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=r"in use by another run|is not empty"):
+                RunFolder(tmp_path / "run", command="tune", settings={}, resume=resume)
+    with RunFolder(tmp_path / "run", command="tune", settings={}, resume=True) as again:
+        assert again.resumed
+
+
+HOLD = ("import sys, time; from midblock.provenance import RunFolder\n"
+        "with RunFolder(sys.argv[1], command='tune', settings={}) as run:\n"
+        "    run.write_text('some.txt', 'x'); print('in', flush=True); time.sleep(120)")
+
+
+def test_two_processes_and_a_killed_one(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(OutputError, match="in use by another run"):
+            RunFolder(tmp_path / "run", command="tune", settings={}, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+    leftover = tmp_path / "run" / "model" / f"{TEMPORARY}elsewhere-1-x" / "deep"
+    leftover.mkdir(parents=True)
+    (leftover / "weights").write_bytes(b"x" * 1000)
+    (tmp_path / "run" / f"{TEMPORARY}elsewhere-1-y.json").write_text("{")
+    (tmp_path / "run" / ".mine").write_text("the user's own")
+    with RunFolder(tmp_path / "run", command="tune", settings={}, resume=True) as run:
+        assert run.resumed
+    assert {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")} == {
+        "run.json", "some.txt", "model", ".mine"}
+
+
+def test_leftovers_elsewhere_go_only_if_surely_ours_and_dead(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, old = socket.gethostname()[:64], time.time() - 7200
+    names = {"dead": f"{TEMPORARY}{host}-{dead.pid}-a", "alive": f"{TEMPORARY}{host}-{os.getpid()}-b",
+             "other host": f"{TEMPORARY}x{host}-{dead.pid}-c", "not ours": ".tmp-1", "user's": "model.safetensors",
+             "no number": f"{TEMPORARY}{host}-x-d"}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w").write_text("x")
+        os.utime(tmp_path / name / "w", (old, old))
+        os.utime(tmp_path / name, (old, old))
+    recent = tmp_path / f"{TEMPORARY}{host}-{dead.pid}-recent"
+    recent.write_text("x")
+    assert remove_leftovers(tmp_path) == [tmp_path / names["dead"]]
+    assert {p.name for p in tmp_path.iterdir()} == {recent.name, *names.values()} - {names["dead"]}
+    assert remove_leftovers(tmp_path / "nowhere") == []
+
+
+def test_temporary_files_and_folders_leave_nothing(tmp_path: Path) -> None:
+    with contextlib.suppress(RuntimeError), atomic_path(tmp_path / "a.json") as temporary:
+        assert temporary.name.startswith(TEMPORARY)
+        assert temporary.suffix == ".json"
+        raise RuntimeError
+    with temporary_folder(tmp_path / "model") as folder:
+        (folder / "x").write_text("1")
+        folder.rename(tmp_path / "model")
+    with contextlib.suppress(RuntimeError), temporary_folder(tmp_path / "other"):
+        raise RuntimeError
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["model", "model/x"]
+    with pytest.raises(OutputError, match="cannot write"), atomic_path(tmp_path / "model" / "x" / "y"):
+        pass
+
+
+def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError), RunFolder(tmp_path / "run", command="tune", settings={}):
+        raise OutputError("a mistake")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / ("x" * 300), "a\0b", "~nosuchuser/x", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError):
+            RunFolder(path, command="tune", settings={})
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
