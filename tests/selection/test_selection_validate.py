@@ -13,6 +13,7 @@ from midblock.errors import OutputError, SettingsError
 from midblock.models.checkpoints import save_checkpoint
 from midblock.provenance import RunFolder
 from midblock.results import Table
+from midblock.selection.scores import BLOCK_SCORES
 from midblock.selection.validate import (
     Case,
     SweepGains,
@@ -118,11 +119,12 @@ def _cases(gains: list[float], sweeps: int, noise: float = 0.01) -> list[Case]:
             for i in range(sweeps) for seed in range(2)]
 
 
-def _judge(cases: list[Case], scores: dict[str, list[float]]) -> Any:
+def _judge(cases: list[Case], scores: dict[str, list[float]], data: dict[str, str] | None = None) -> Any:
+    """All sweeps on one model, each on data of its own unless told otherwise."""
     names = dict.fromkeys(c.sweep for c in cases)
-    frame = validate_cases(cases, dict.fromkeys(names, scores), dict.fromkeys(names, L))
-    sweeps = [SweepGains(Path(n), "m", "d", "auto", tuple(c for c in cases if c.sweep == n), ()) for n in names]
-    return summarise(sweeps, frame)
+    sweeps = [SweepGains(Path(n), "m", (data or {}).get(n, n), "auto", tuple(c for c in cases if c.sweep == n), ())
+              for n in names]
+    return summarise(sweeps, dict.fromkeys(names, scores), dict.fromkeys(names, L))
 
 
 def _of(result: Any, score: str, metric: str) -> Any:
@@ -144,6 +146,7 @@ def test_a_score_that_predicts_is_found_and_beats_the_middle() -> None:
     assert found.best == "fisher"
     assert "fisher chooses better" in found.summary()
     assert _of(found, "fisher", "regret")["over"] == "sweeps"
+    assert _of(found, "fisher", "regret_difference")["value"] == pytest.approx(-(0.5 - np.mean(late[1:4])), abs=0.03)
 
 
 def test_if_no_score_beats_the_middle_it_stays_and_it_is_said() -> None:
@@ -152,10 +155,42 @@ def test_if_no_score_beats_the_middle_it_stays_and_it_is_said() -> None:
     found = _judge(_cases(middle, 4), {"fisher": draw.random(L).tolist(), "taylor": list(np.repeat(middle[::-1], 2))})
     assert found.best == "fixed-middle"
     assert "No score is shown to choose better" in found.summary()
-    # one sweep with two seeds is too little to unseat it, and the intervals say what they are of
-    alone = _judge(_cases([0.1, 0.15, 0.2, 0.3, 0.5], 1, noise=0.2), {"fisher": draw.random(L).tolist()})
-    assert alone.best == "fixed-middle"
-    assert "describe these sweeps" in alone.summary()
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 3, 4])
+def test_seeds_tasks_and_repeated_sweeps_are_one_observation(sweeps: int) -> None:
+    """A score that always finds the best segment wins over three independent sweeps and never over fewer."""
+    late = [0.1, 0.15, 0.2, 0.3, 0.5]
+    rising = {"fisher": list(np.repeat(late, 2))}
+    cases = [Case(f"s{i}", f"t{t}", "lora", seed, tuple(np.array(late) + 0.01 * np.random.default_rng(i).normal(size=5)),
+                  math.nan) for i in range(sweeps) for t in range(4) for seed in range(5)]
+    found = _judge(cases, rising)
+    assert found.evidence.sweeps == sweeps
+    row = _of(found, "fisher", "regret_difference")
+    assert row["n"] == sweeps
+    if sweeps < 3:
+        assert found.best == "fixed-middle"
+        assert f"{3 - sweeps} more" in found.verdict
+        assert math.isnan(row["low"])
+        assert math.isnan(_of(found, "fisher", "regret")["low"])
+    else:
+        assert found.best == "fisher"
+        assert row["high"] < 0
+    # the same sweeps on one data set are one observation, however many there are
+    again = _judge(cases, rising, data={f"s{i}": "same" for i in range(sweeps)})
+    assert again.evidence.sweeps == 1
+    assert again.best == "fixed-middle"
+    assert "2 more" in again.verdict
+
+
+def test_more_scores_need_more_sweeps() -> None:
+    """Nine guesses find the best of five segments three times running by chance in 7% of studies."""
+    late = [0.1, 0.15, 0.2, 0.3, 0.5]
+    scores = {name: list(np.repeat(late, 2)) for name in BLOCK_SCORES}
+    three = _judge(_cases(late, 3), scores)
+    assert three.best == "fixed-middle"
+    assert "1 more" in three.verdict
+    assert _judge(_cases(late, 4), scores).best != "fixed-middle"
 
 
 def test_noise_predicts_nothing() -> None:

@@ -17,18 +17,16 @@ from midblock.errors import BlockRangeError, BudgetError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.results import Table
-from midblock.segments import format_blocks, segment_blocks, segment_bounds
+from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bounds
 from midblock.selection.scores import BLOCK_SCORES, ScoreSettings, block_scores
 from midblock.tuning.plan import DEFAULT_TARGETS, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DEFAULT_RULE", "DEFAULT_SHARE", "MIDDLE", "RULES", "LocateResult", "Proposal", "locate", "mask_of",
+__all__ = ["DEFAULT_RULE", "DEFAULT_SHARE", "RULES", "LocateResult", "Proposal", "locate", "mask_of",
            "propose", "scores_of", "width_for"]
 
-MIDDLE = (0.2, 0.8)
-"""The paper's middle: this part of the depth."""
 DEFAULT_SHARE = 0.6
 """Share of the blocks that is proposed where neither share nor budget is given: that of the paper's middle."""
 DEFAULT_RULE = "fixed-middle"

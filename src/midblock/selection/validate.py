@@ -3,7 +3,8 @@
 One *case* is one sweep, task, method, number of segments K and seed: the gain of each single segment
 over the untuned model. A score predicts with its mean over the blocks of a segment. It is judged by the
 rank correlation with the gains, and by the regret of the segment it would have chosen against the best
-arm (single segments and, where it was trained with the same seed, all blocks).
+arm (single segments and, where it was trained with the same seed, all blocks). Cases of one model and data set are
+averaged before anything is tested: `midblock.selection.evidence` says why and decides.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from midblock.errors import OutputError, SettingsError, UndefinedMetricError
 from midblock.models import load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.results import Table
-from midblock.segments import segment_bounds
-from midblock.selection.locate import MIDDLE, scores_of
+from midblock.results import Interval, Table
+from midblock.selection.evidence import LEAST_SWEEPS, Evidence, fixed_middle, judge, segment_means
+from midblock.selection.locate import scores_of
 from midblock.selection.scores import BLOCK_SCORES, ScoreSettings, block_scores
 
 if TYPE_CHECKING:
@@ -160,11 +161,8 @@ def predictions(scores: Mapping[str, Sequence[float]], segments: int, num_blocks
         >>> predictions({"x": [1.0, 3.0, 5.0, 0.0, 0.0]}, 5, 5)["fixed-middle"].tolist()
         [0.0, 1.0, 1.0, 1.0, 0.0]
     """
-    bounds = segment_bounds(segments, num_blocks)
-    lo, hi = (edge * num_blocks for edge in MIDDLE)
-    inside = [sum(lo <= b + 0.5 <= hi for b in range(a, z)) / (z - a) for a, z in bounds]
-    found = {name: np.array([np.mean(values[a:z]) for a, z in bounds]) for name, values in scores.items()}
-    return {**found, REFERENCE: np.array(inside), "random": np.zeros(segments)}
+    found = {name: segment_means(np.array(values, dtype=np.float64), segments) for name, values in scores.items()}
+    return {**found, REFERENCE: fixed_middle(segments, num_blocks), "random": np.zeros(segments)}
 
 
 def validate_cases(cases: Sequence[Case], scores: Mapping[str, Mapping[str, Sequence[float]]],
@@ -207,12 +205,11 @@ def validate_cases(cases: Sequence[Case], scores: Mapping[str, Mapping[str, Sequ
     return pd.DataFrame(rows)
 
 
-def _over_cases(part: pd.DataFrame) -> tuple[Any, str]:
-    """Mean with interval: over sweeps where there are three or more, else over cases."""
-    by_sweep = part.groupby("sweep", sort=False)["value"].mean().dropna()
-    if len(by_sweep) >= 3:
-        return stats.mean_interval(by_sweep.to_numpy()), "sweeps"
-    return stats.mean_interval(part["value"].to_numpy(dtype=np.float64)), "cases"
+def _over_sweeps(part: pd.DataFrame, independent: Mapping[str, tuple[str, str]]) -> Interval:
+    """Mean over independent sweeps, with an interval where there are enough of them."""
+    values = part.groupby(part["sweep"].map(independent), sort=False)["value"].mean().dropna().to_numpy(np.float64)
+    found = stats.mean_interval(values)
+    return found if found.n >= LEAST_SWEEPS else Interval(found.value, n=found.n)
 
 
 @dataclass
@@ -226,6 +223,7 @@ class ValidateResult:
     verdict: str
     best: str
     """The rule that the evidence supports; the fixed middle unless another beats it."""
+    evidence: Evidence
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -248,8 +246,9 @@ class ValidateResult:
     def summary(self) -> str:
         """The verdict, and what it rests on."""
         count = sum(len(s.cases) for s in self.sweeps)
-        lines = [f"{count} cases from {len(self.sweeps)} sweep{'s' if len(self.sweeps) > 1 else ''} "
-                 "(sweep x task x method x K x seed).", self.verdict]
+        lines = [f"{count} cases (sweep x task x method x K x seed) from {len(self.sweeps)} sweep"
+                 f"{'s' if len(self.sweeps) > 1 else ''}, {self.evidence.sweeps} of them independent (model and data).",
+                 self.verdict]
         return "\n".join([*lines, *self.notes])
 
     def figures(self) -> dict[str, Figure]:
@@ -272,49 +271,26 @@ def _shown(row: pd.Series) -> str:
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
-def _decide(cases: pd.DataFrame) -> tuple[str, str, list[dict[str, Any]]]:
-    """The supported rule, a verdict in words, and the paired differences of regret from the fixed middle."""
-    regret = cases[cases["metric"] == "regret"].set_index(
-        ["sweep", "task", "method", "segments", "seed"])
-    reference = regret[regret["score"] == REFERENCE]["value"]
-    rows: list[dict[str, Any]] = []
-    pvalues: list[float] = []
-    for score in dict.fromkeys(regret["score"]):
-        if score == REFERENCE:
-            continue
-        paired = (regret[regret["score"] == score]["value"] - reference).dropna().reset_index()
-        if paired.empty:
-            continue
-        interval, over = _over_cases(paired)
-        values = paired.groupby("sweep")["value"].mean() if over == "sweeps" else paired["value"]
-        p = _two_sided(values.to_numpy(dtype=np.float64))
-        rows.append({"score": score, "interval": interval, "over": over, "p": p})
-        pvalues.append(p)
-    held = stats.holm(pvalues) if pvalues else np.array([])
-    for row, adjusted in zip(rows, held, strict=True):
-        row["p_holm"] = float(adjusted)
-    better = [r for r in rows if r["score"] in BLOCK_SCORES and r["interval"].value < 0 and r["p_holm"] < 0.05]
-    mean = float(reference.mean())
-    if better:
-        best = min(better, key=lambda r: r["interval"].value)
-        return best["score"], (
-            f"{best['score']} chooses better than the fixed middle: its regret is lower by "
-            f"{-best['interval'].value:.3f} (Holm-adjusted p {best['p_holm']:.3f}); the fixed middle's is "
-            f"{mean:.3f}."), rows
-    usual = [r for r in rows if r["score"] in BLOCK_SCORES]
-    closest = min(usual, key=lambda r: r["interval"].value) if usual else None
+def _told(evidence: Evidence, middle: float) -> tuple[str, str]:
+    """The supported rule, and the verdict in words."""
+    if (winner := evidence.winner) is not None:
+        return winner.score, (
+            f"{winner.score} chooses better than the fixed middle: over {len(winner.differences)} independent sweeps its "
+            f"regret is lower by {-winner.difference:.3f} (Holm-adjusted p {winner.p_holm:.3f}); the fixed middle's is "
+            f"{middle:.3f}.")
+    if evidence.sweeps < evidence.needed:
+        more = evidence.needed - evidence.sweeps
+        return REFERENCE, (
+            f"No winner can be named from {evidence.sweeps} independent sweep{'s' if evidence.sweeps > 1 else ''}: "
+            f"{more} more, of another model or other data, {'are' if more > 1 else 'is'} needed before a score of "
+            f"{len(evidence.comparisons)} can be told from chance. The fixed middle (regret {middle:.3f}) stays the "
+            "default.")
+    closest = min(evidence.comparisons, key=lambda c: c.difference, default=None)
     told = "" if closest is None else (
-        f" The best of them, {closest['score']}, differs by {closest['interval'].value:+.3f} "
-        f"(Holm-adjusted p {closest['p_holm']:.2f}).")
-    return REFERENCE, (f"No score is shown to choose better than the fixed middle (regret {mean:.3f}), so the fixed "
-                       f"middle stays the default.{told}"), rows
-
-
-def _two_sided(values: FloatArray) -> float:
-    """p of a mean difference of 0; 1 where it cannot be tested."""
-    if values.size < 2 or float(np.ptp(values)) == 0:
-        return 1.0
-    return stats.one_sample_t(values).p
+        f" The best of them, {closest.score}, differs by {closest.difference:+.3f} (p {closest.p_chance:.3f} against "
+        f"chance, {closest.p_middle:.3f} against the middle, Holm-adjusted {closest.p_holm:.2f}).")
+    return REFERENCE, (f"No score is shown to choose better than the fixed middle (regret {middle:.3f}), so the fixed "
+                       f"middle stays the default.{told}")
 
 
 def validate(folders: Sequence[Path | str], *, settings: ScoreSettings | None = None, dtype: str | None = None,
@@ -355,27 +331,54 @@ def validate(folders: Sequence[Path | str], *, settings: ScoreSettings | None = 
             known[key] = scores_of(table, loaded.anatomy.num_blocks), loaded.anatomy.num_blocks
         for case in sweep.cases:
             scores[case.sweep], depth[case.sweep] = known[key]
-    return summarise(sweeps, validate_cases([c for s in sweeps for c in s.cases], scores, depth))
+    return summarise(sweeps, scores, depth)
 
 
-def summarise(sweeps: Sequence[SweepGains], cases: pd.DataFrame) -> ValidateResult:
-    """Intervals over all cases, and the verdict."""
+def summarise(sweeps: Sequence[SweepGains], scores: Mapping[str, Mapping[str, Sequence[float]]],
+              num_blocks: Mapping[str, int]) -> ValidateResult:
+    """Means over independent sweeps, and the verdict.
+
+    Args:
+        sweeps: With their cases.
+        scores: Sweep (as its cases name it) -> score -> value per block.
+        num_blocks: Sweep -> L.
+    """
+    cases = validate_cases([c for s in sweeps for c in s.cases], scores, num_blocks)
+    independent = {c.sweep: (s.model, s.data) for s in sweeps for c in s.cases}
     table = Table()
     notes = [f"left out: {reason}" for s in sweeps for reason in s.left_out]
     for (score, metric), part in cases.groupby(["score", "metric"], sort=False):
         if metric == "gain":
             continue
-        interval, over = _over_cases(part)
-        if math.isnan(interval.value):
+        estimate = _over_sweeps(part, independent)
+        if math.isnan(estimate.value):
             reason = next((r for r in part["reason"] if r), "no case has a value")
-            table.add_undefined("model", "", str(metric), "pair", reason, score=score, over=over)
+            table.add_undefined("model", "", str(metric), "pair", reason, score=score, over="sweeps")
         else:
-            table.add("model", "", str(metric), "pair", interval, score=score, over=over)
-    best, verdict, differences = _decide(cases)
-    for row in differences:
-        table.add("model", "", "regret_difference", "difference", row["interval"], score=row["score"],
-                  over=row["over"], versus=REFERENCE, p=row["p"], p_holm=row["p_holm"])
-    if len(sweeps) < 3:
-        notes.append("Cases of one sweep share model, data and items: with fewer than three sweeps the intervals "
-                     "describe these sweeps, not new models.")
-    return ValidateResult(table, cases, list(sweeps), verdict, best, notes)
+            table.add("model", "", str(metric), "pair", estimate, score=score, over="sweeps")
+    evidence = _evidence(sweeps, scores, num_blocks)
+    for found in evidence.comparisons:
+        estimate = stats.mean_interval(found.differences)
+        if estimate.n < LEAST_SWEEPS:
+            estimate = Interval(estimate.value, n=estimate.n)
+        table.add("model", "", "regret_difference", "difference", estimate, score=found.score, over="sweeps",
+                  versus=REFERENCE, p_chance=found.p_chance, p=found.p_middle, p_holm=found.p_holm)
+    regret = cases[(cases["metric"] == "regret") & (cases["score"] == REFERENCE)]
+    best, verdict = _told(evidence, _over_sweeps(regret, independent).value)
+    if evidence.sweeps < LEAST_SWEEPS:
+        notes.append("Seeds and tasks of one model and data set are one observation; fewer than three of these have no "
+                     "interval.")
+    return ValidateResult(table, cases, list(sweeps), verdict, best, evidence, notes)
+
+
+def _evidence(sweeps: Sequence[SweepGains], scores: Mapping[str, Mapping[str, Sequence[float]]],
+              num_blocks: Mapping[str, int]) -> Evidence:
+    clusters: dict[tuple[str, str], list[Case]] = {}
+    for sweep in sweeps:
+        clusters.setdefault((sweep.model, sweep.data), []).extend(sweep.cases)
+    gains = [{k: (np.array([c.gains for c in cases if c.segments == k]),
+                  np.array([c.best for c in cases if c.segments == k])) for k in sorted({c.segments for c in cases})}
+             for cases in clusters.values()]
+    first = [cases[0].sweep for cases in clusters.values()]
+    return judge(gains, [{n: np.array(v, dtype=np.float64) for n, v in scores[name].items() if n in BLOCK_SCORES}
+                         for name in first], [num_blocks[name] for name in first])
