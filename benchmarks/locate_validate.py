@@ -25,7 +25,7 @@ from midblock import stats
 from midblock.selection.evidence import fixed_middle, judge, regrets_of, segment_means
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from study_helpers import simulated_study  # noqa: E402
+from study_helpers import simulated_study
 
 
 def first_rule(gains: Sequence[Mapping[int, Any]], scores: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> bool:

@@ -162,8 +162,9 @@ def test_seeds_tasks_and_repeated_sweeps_are_one_observation(sweeps: int) -> Non
     """A score that always finds the best segment wins over three independent sweeps and never over fewer."""
     late = [0.1, 0.15, 0.2, 0.3, 0.5]
     rising = {"fisher": list(np.repeat(late, 2))}
-    cases = [Case(f"s{i}", f"t{t}", "lora", seed, tuple(np.array(late) + 0.01 * np.random.default_rng(i).normal(size=5)),
-                  math.nan) for i in range(sweeps) for t in range(4) for seed in range(5)]
+    draws = [np.array(late) + 0.01 * np.random.default_rng(i).normal(size=5) for i in range(sweeps)]
+    cases = [Case(f"s{i}", f"t{t}", "lora", seed, tuple(draws[i]), math.nan)
+             for i in range(sweeps) for t in range(4) for seed in range(5)]
     found = _judge(cases, rising)
     assert found.evidence.sweeps == sweeps
     row = _of(found, "fisher", "regret_difference")

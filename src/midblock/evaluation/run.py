@@ -147,9 +147,6 @@ def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: i
         raise SettingsError(f"task {task} takes no few-shot examples (--shots).")
     if shots < 0:
         raise SettingsError(f"{shots} few-shot examples were asked for; use 0 or more.")
-    if spec.kind not in ("perplexity", "answer_loss") and importlib.util.find_spec("lm_eval") is None:
-        raise SettingsError(f"task {task} is scored through lm-evaluation-harness, which is not installed; "
-                            "pip install 'midblock[evaluate]'. Tasks of perplexity and loss need no extra.")
     if spec.kind == "ifeval":
         _require_ifeval()
     if spec.kind == "humaneval":

@@ -70,7 +70,8 @@ class Evidence:
 
 def segment_means(values: FloatArray, segments: int) -> FloatArray:
     """Mean over the blocks of each of K segments, (..., L) -> (..., K)."""
-    return np.stack([values[..., lo:hi].mean(axis=-1) for lo, hi in segment_bounds(segments, values.shape[-1])], axis=-1)
+    bounds = segment_bounds(segments, values.shape[-1])
+    return np.stack([values[..., lo:hi].mean(axis=-1) for lo, hi in bounds], axis=-1)
 
 
 def fixed_middle(segments: int, num_blocks: int) -> FloatArray:
@@ -94,7 +95,9 @@ def regrets_of(predicted: FloatArray, gains: FloatArray, best: FloatArray) -> Fl
         best: (C,), the best arm's gain.
     """
     chosen = (predicted == predicted.max(axis=1, keepdims=True)).astype(np.float64)
-    return best[None, :] - (chosen / chosen.sum(axis=1, keepdims=True)) @ gains.T
+    shares = chosen / chosen.sum(axis=1, keepdims=True)
+    found: FloatArray = best[None, :] - shares @ gains.T
+    return found
 
 
 def chance_p(observed: float, chances: Sequence[FloatArray], seed: int = 0) -> float:

@@ -275,9 +275,9 @@ def _told(evidence: Evidence, middle: float) -> tuple[str, str]:
     """The supported rule, and the verdict in words."""
     if (winner := evidence.winner) is not None:
         return winner.score, (
-            f"{winner.score} chooses better than the fixed middle: over {len(winner.differences)} independent sweeps its "
-            f"regret is lower by {-winner.difference:.3f} (Holm-adjusted p {winner.p_holm:.3f}); the fixed middle's is "
-            f"{middle:.3f}.")
+            f"{winner.score} chooses better than the fixed middle: over {len(winner.differences)} independent sweeps "
+            f"its regret is lower by {-winner.difference:.3f} (Holm-adjusted p {winner.p_holm:.3f}); the fixed "
+            f"middle's is {middle:.3f}.")
     if evidence.sweeps < evidence.needed:
         more = evidence.needed - evidence.sweeps
         return REFERENCE, (
