@@ -19,13 +19,13 @@ import _common as common
 import torch
 
 from midblock.analysis.swap import swap
-from midblock.capture import counted_positions, model_inputs, sample_means
+from midblock.capture import counted_positions, model_inputs
 from midblock.data import Batch, make_batches, pad_token_id, tokenize
 from midblock.segments import all_masks_single, segment_blocks
 
 
 def evaluate(model: Any, batches: list[Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy per sample from the model's own logits of the whole batch."""
+    """Mean loss and accuracy over all counted tokens, from the model's own logits of the whole batch."""
     losses, right = [], []
     for batch in batches:
         logits = model(**model_inputs(model, batch)).logits.float()
@@ -33,9 +33,8 @@ def evaluate(model: Any, batches: list[Batch]) -> tuple[float, float]:
         target = batch.input_ids.roll(-1, dims=1)[mask]
         kept = logits[mask]
         loss = torch.nn.functional.cross_entropy(kept, target, reduction="none")
-        row = mask.nonzero()[:, 0]
-        losses.append(sample_means(row, loss, len(batch))[0])
-        right.append(sample_means(row, (kept.argmax(dim=-1) == target).float(), len(batch))[0])
+        losses.append(loss.double())
+        right.append((kept.argmax(dim=-1) == target).double())
     return torch.cat(losses).mean().item(), torch.cat(right).mean().item()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 
+import midblock.analysis.gradients as gradients_module
 from analysis_helpers import loaded, tiny_data
 from midblock.analysis.gradients import (
     GradientSettings,
@@ -19,9 +20,10 @@ from midblock.analysis.gradients import (
     gradients,
     supervised_batches,
 )
+from midblock.analysis.weights import weights
 from midblock.data import Dataset, Example
 from midblock.errors import SettingsError, TrainingError
-from midblock.models import LoadedModel, find_anatomy
+from midblock.models import LoadedModel, find_anatomy, save_checkpoint
 from midblock.results import Table
 
 
@@ -133,10 +135,34 @@ def test_steps_train_as_a_plain_loop_and_put_the_weights_back(name):
     trained = find_anatomy(plain)
     for b in range(4):
         pairs = list(zip(trained.blocks[b].parameters(), model.anatomy.blocks[b].parameters(), strict=True))
-        want = math.sqrt(sum((p.detach().double() - q.double()).square().sum().item() for p, q in pairs))
+        squares = [(p.detach().double() - q.double()).square().sum().item() for p, q in pairs]
         size = math.sqrt(sum(q.double().square().sum().item() for _, q in pairs))
-        assert change[b] == pytest.approx(want, rel=1e-4)
-        assert relative[b] == pytest.approx(want / size, rel=1e-4)
+        assert change[b] == pytest.approx(sum(map(math.sqrt, squares)), rel=1e-4)
+        assert relative[b] == pytest.approx(math.sqrt(sum(squares)) / size, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_the_change_of_a_short_training_is_that_of_its_checkpoints(name, tmp_path, monkeypatch):
+    """``weight_change`` means the same in `gradients --steps` and in `weights`, of matrices and of whole blocks."""
+    model = fresh(name)
+    base = save_checkpoint(model.model, None, tmp_path / "base")
+    saved = []
+    changes = gradients_module._changes
+
+    def save_first(*args):  # while the weights are the trained ones
+        saved.append(save_checkpoint(model.model, None, tmp_path / "sft"))
+        changes(*args)
+
+    monkeypatch.setattr(gradients_module, "_changes", save_first)
+    own = gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48, steps=2, learning_rate=1e-2).frame
+    other = weights(base, saved[0], spectra=False).frame
+    for metric in ("weight_change", "weight_change_relative"):
+        found = own[own.metric == metric].set_index(["layer", "matrix"])["value"]
+        whole = other[(other.metric == metric) & (other.matrix == "all")].set_index("layer")["value"]
+        for b in range(4):
+            assert found[b, "all"] == pytest.approx(whole[b], rel=1e-4)
+        single = other[(other.metric == metric) & (other.matrix == "o") & (other.kind == "block")]
+        assert found.xs("o", level="matrix").tolist() == pytest.approx(single["value"].tolist(), rel=1e-4)
 
 
 def test_small_updates_of_16_bit_weights_are_not_rounded_away():

@@ -34,14 +34,16 @@ def test_last_hidden_gives_the_models_own_loss(name):
     with torch.inference_mode():
         for batch in one_sample_batches(model, data.sample(4, 0)):
             logits = model.model(**model_inputs(model.model, batch)).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:]).item())
-    assert row["value"].item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+            losses += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="none").tolist()
+    assert row["value"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_every_hidden_and_metric_equals_the_slow_way():
+@pytest.mark.parametrize("per_sample_mean", [False, True])
+def test_every_hidden_and_metric_equals_the_slow_way(per_sample_mean):
     base, sft = loaded("llama", 0), loaded("llama", 1)
     data = tiny_data(5)
-    frame = lens(base, sft, data=data, samples=5, max_length=64, batch_size=2, top_k=4).frame
+    frame = lens(base, sft, data=data, samples=5, max_length=64, batch_size=2, top_k=4,
+                 per_sample_mean=per_sample_mean).frame
     want: dict[tuple, list[float]] = {}
     with torch.inference_mode():
         for batch in one_sample_batches(base, data.sample(5, 0)):
@@ -55,34 +57,39 @@ def test_every_hidden_and_metric_equals_the_slow_way():
                         for s, m in (("base", base), ("sft", sft))}
                 for side, lp in logp.items():
                     gold = lp.gather(1, target[:, None])
-                    for metric, value in (("loss", -gold.mean()), ("entropy", -(lp.exp() * lp).sum(-1).mean()),
-                                          ("accuracy", (lp.argmax(-1) == target).double().mean()),
-                                          ("gold_probability", gold.exp().mean()),
-                                          ("gold_rank", (lp > gold).sum(-1).double().mean())):
-                        want.setdefault((h, metric, side), []).append(value.item())
-                kl = (logp["base"].exp() * (logp["base"] - logp["sft"])).sum(-1).mean().item()
-                want.setdefault((h, "kl", "pair"), []).append(kl)
+                    for metric, value in (("loss", -gold[:, 0]), ("entropy", -(lp.exp() * lp).sum(-1)),
+                                          ("accuracy", (lp.argmax(-1) == target).double()),
+                                          ("gold_probability", gold[:, 0].exp()),
+                                          ("gold_rank", (lp > gold).sum(-1).double())):
+                        want.setdefault((h, metric, side), []).append(value.tolist())
+                kl = (logp["base"].exp() * (logp["base"] - logp["sft"])).sum(-1)
+                want.setdefault((h, "kl", "pair"), []).append(kl.tolist())
                 tops = {s: lp.topk(4, dim=-1).indices for s, lp in logp.items()}
                 want.setdefault((h, "top1_agreement", "pair"), []).append(
-                    (tops["base"][:, 0] == tops["sft"][:, 0]).double().mean().item())
+                    (tops["base"][:, 0] == tops["sft"][:, 0]).double().tolist())
                 want.setdefault((h, "top_k_overlap", "pair"), []).append(
-                    sum(len(set(a) & set(b)) / 4 for a, b in zip(tops["base"].tolist(), tops["sft"].tolist(),
-                                                                strict=True)) / len(target))
+                    [len(set(a) & set(b)) / 4 for a, b in zip(tops["base"].tolist(), tops["sft"].tolist(),
+                                                              strict=True)])
     assert len(want) == 5 * (2 * 5 + 3)
-    for (h, metric, side), values in want.items():
+    for (h, metric, side), samples in want.items():
         row = frame[(frame.layer == h) & (frame.metric == metric) & (frame.side == side)]
-        assert row["value"].item() == pytest.approx(sum(values) / 5, rel=1e-3, abs=1e-6), (h, metric, side)
+        if per_sample_mean:
+            value = sum(sum(tokens) / len(tokens) for tokens in samples) / 5
+        else:
+            value = sum(map(sum, samples)) / sum(map(len, samples))
+        assert row["value"].item() == pytest.approx(value, rel=1e-3, abs=1e-6), (h, metric, side)
+        assert row["mean_over"].item() == ("samples" if per_sample_mean else "tokens")
 
 
-@pytest.mark.parametrize("earlier_code", [False, True])
-def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, earlier_code):
+@pytest.mark.parametrize("paper_code", [False, True])
+def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, paper_code):
     """Blocks before the first tuned one give both models the same states, and one head serves both."""
     base = loaded("llama")
     model = copy.deepcopy(base.model)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.3)
     sft = replace(base, model=model, anatomy=find_anatomy(model))
-    settings = {"data": tiny_data(4), "samples": 4, "max_length": 64, "batch_size": 4, "earlier_code": earlier_code}
+    settings = {"data": tiny_data(4), "samples": 4, "max_length": 64, "batch_size": 4, "paper_code": paper_code}
     sides = []
 
     def counted(read_outs, rows, vocab):
@@ -91,7 +98,7 @@ def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, ear
 
     monkeypatch.setattr("midblock.analysis.lens.chunks_of_all_logits", counted)
     shared = lens(base, sft, **settings).frame
-    twice = [f"base{TWICE}", f"sft{TWICE}"] if earlier_code else []
+    twice = [f"base{TWICE}", f"sft{TWICE}"] if paper_code else []
     assert sides == [["base"]] * 3 + [["base", "sft"], sorted(["base", "sft", *twice])]
     monkeypatch.setattr("midblock.analysis.lens.shared_read_outs", lambda models: (0, 1))
     alone = lens(base, sft, **settings).frame
@@ -122,10 +129,10 @@ def test_a_model_against_itself_agrees_everywhere():
     assert (frame[frame.side == "difference"]["value"] == 0).all()
 
 
-def test_earlier_code_norms_the_last_hidden_twice():
+def test_paper_code_norms_the_last_hidden_twice():
     model = loaded("llama")
     data = tiny_data(3)
-    frame = lens(model, data=data, samples=3, max_length=64, earlier_code=True).frame
+    frame = lens(model, data=data, samples=3, max_length=64, paper_code=True).frame
     twice = frame[(frame.side == "base" + TWICE) & (frame.metric == "loss")]
     assert twice["layer"].tolist() == [model.anatomy.num_blocks]
     losses = []
@@ -133,14 +140,14 @@ def test_earlier_code_norms_the_last_hidden_twice():
         for batch in one_sample_batches(model, data.sample(3, 0)):
             output = model.model(**model_inputs(model.model, batch), output_hidden_states=True)
             logits = model.model.lm_head(model.model.model.norm(output.hidden_states[-1]))[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:]).item())
-    assert twice["value"].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+            losses += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="none").tolist()
+    assert twice["value"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     own = frame[(frame.side == "base") & (frame.metric == "loss") & (frame.layer == model.anatomy.num_blocks)]
     assert abs(twice["value"].item() - own["value"].item()) > 1e-3
 
 
-def test_the_curve_of_the_earlier_code_leaves_the_own_one_at_the_last_hidden():
-    result = lens(loaded("llama"), data=tiny_data(2), samples=2, max_length=64, earlier_code=True)
+def test_the_curve_of_the_paper_code_leaves_the_own_one_at_the_last_hidden():
+    result = lens(loaded("llama"), data=tiny_data(2), samples=2, max_length=64, paper_code=True)
     panel = next(ax for ax in result.figures()["lens"].axes if "Loss" in ax.get_ylabel())
     drawn = {tuple(line.get_xdata()): line.get_ydata() for line in panel.lines if len(line.get_xdata()) > 1}
     whole, end = drawn[0, 1, 2, 3, 4], drawn[3, 4]
@@ -166,5 +173,5 @@ def test_every_nth_hidden_keeps_the_last():
 
 
 def test_settings_out_of_range_are_refused_together():
-    with pytest.raises(SettingsError, match=r"--samples.*--top-k"):
+    with pytest.raises(SettingsError, match=r"samples must be.*top_k must be"):
         lens(loaded("llama"), data=tiny_data(2), samples=0, top_k=0)

@@ -13,7 +13,6 @@ import torch
 from analysis_helpers import loaded, tiny_data
 from families import FAMILIES
 from midblock.analysis.merge import (
-    MergeSettings,
     alphas_label,
     interpolate_,
     interpolated,
@@ -26,6 +25,7 @@ from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError, DataError, OutputError, PairMismatchError, SettingsError
 from midblock.models import load_model
 from midblock.segments import segment_bounds
+from midblock.settings import MergeSettings
 
 ALPHAS = (0.0, 0.5, 1.0, 0.25)
 
@@ -145,16 +145,23 @@ def test_interpolation_rounds_once(dtype):
     assert torch.equal(interpolate_(base.clone(), base, sft, 0.3), interpolate_(torch.empty_like(base), base, sft, 0.3))
 
 
+@pytest.mark.parametrize("per_sample_mean", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_equal_those_of_copies(batch_size):
+def test_scores_equal_those_of_copies(batch_size, per_sample_mean):
     base, sft = loaded("llama", 0), loaded("llama", 1)
     data = tiny_data(6)
     settings = [(0.0, 0.5, 1.0, 0.5), (0.5,)]
-    frame = merge(base, sft, alphas=settings, data=data, samples=6, max_length=64, batch_size=batch_size).frame
+    frame = merge(base, sft, alphas=settings, data=data, samples=6, max_length=64, batch_size=batch_size,
+                  per_sample_mean=per_sample_mean).frame
+    rows = tokenize(data.sample(6, 0), base.tokenizer, max_length=64).rows
+    tokens = np.array([len(row.ids) - 1 for row in rows])
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean() if per_sample_mean else (values * tokens).sum() / tokens.sum())
 
     def losses(model) -> np.ndarray:
         found = []
-        for row in tokenize(data.sample(6, 0), base.tokenizer, max_length=64).rows:
+        for row in rows:
             ids = torch.tensor([row.ids])
             with torch.inference_mode():
                 found.append(model(input_ids=ids, labels=ids).loss.item())
@@ -165,19 +172,22 @@ def test_scores_equal_those_of_copies(batch_size):
         want = losses(merged_copy(base, sft, setting, sum(setting) / len(setting)))
         part = frame[frame["layer"] == alphas_label(setting)]
         row = part[(part.metric == "loss") & (part.side == "merged")].iloc[0]
-        assert row["value"] == pytest.approx(want.mean(), rel=1e-4)
+        assert row["value"] == pytest.approx(mean(want), rel=1e-4)
         assert row["n"] == 6
+        assert row["mean_over"] == ("samples" if per_sample_mean else "tokens")
         assert row["alpha_rest"] == pytest.approx(sum(setting) / len(setting))
         perplexity = part[(part.metric == "perplexity")].iloc[0]
-        assert perplexity["value"] == pytest.approx(np.exp(want.mean()), rel=1e-4)
+        assert perplexity["value"] == pytest.approx(np.exp(mean(want)), rel=1e-4)
         for end, values in ends.items():
             row = part[(part.metric == "loss") & (part.side == "difference") & (part.against == end)].iloc[0]
-            assert row["value"] == pytest.approx((want - values).mean(), abs=1e-4)
-            half = 2.5706 * (want - values).std(ddof=1) / 6**0.5
-            assert row["high"] - row["value"] == pytest.approx(half, rel=1e-2)
+            assert row["value"] == pytest.approx(mean(want - values), abs=1e-4)
+            assert row["low"] < row["value"] < row["high"]
+            if per_sample_mean:
+                half = 2.5706 * (want - values).std(ddof=1) / 6**0.5
+                assert row["high"] - row["value"] == pytest.approx(half, rel=1e-2)
     for end, values in ends.items():
         row = frame[(frame.kind == "model") & (frame.layer == end) & (frame.metric == "loss")].iloc[0]
-        assert row["value"] == pytest.approx(values.mean(), rel=1e-5)
+        assert row["value"] == pytest.approx(mean(values), rel=1e-5)
 
 
 def test_ends_score_as_the_models_themselves():
@@ -260,9 +270,9 @@ def test_mistakes_are_named(tmp_path):
         merge(base, sft, alphas=(), data=tiny_data(2))
     with pytest.raises(BlockRangeError, match="5 segments"):
         merge(base, sft, alphas=(0, 0, 0, 0, 1), data=tiny_data(2))
-    with pytest.raises(SettingsError, match="--samples"):
+    with pytest.raises(SettingsError, match="samples must be at least 1"):
         MergeSettings(samples=0)
-    with pytest.raises(SettingsError, match="settings are"):
+    with pytest.raises(SettingsError, match="unknown setting sample; did you mean samples"):
         merge(base, sft, alphas=(0.5,), data=tiny_data(2), sample=3)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

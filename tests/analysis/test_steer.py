@@ -7,18 +7,9 @@ import pytest
 import torch
 
 from analysis_helpers import loaded, tiny_data
-from midblock.analysis.steer import (
-    direction_of,
-    generate,
-    generations,
-    load_vectors,
-    patch,
-    patched,
-    save_vectors,
-    steer,
-    steered,
-)
-from midblock.capture import model_inputs, run_blocks
+from midblock.analysis.directions import direction_of, load_vectors, save_vectors
+from midblock.analysis.steer import generate, generations, patch, steer
+from midblock.capture import model_inputs, patched, run_blocks, steered
 from midblock.data import Dataset, Example, make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError, DataError, OutputError, SettingsError
 
@@ -186,14 +177,19 @@ def test_the_direction_comes_from_one_half_and_the_other_is_scored(name, togethe
                     logits = base.model(**model_inputs(base.model, single[i])).logits[0, :-1]
                     target = single[i].input_ids[0, 1:]
                     loss.setdefault(place, []).append(torch.nn.functional.cross_entropy(logits, target).item())
+    tokens = np.array([single[i].input_ids.shape[1] - 1 for i in scored])
+
+    def pooled_mean(values):
+        return (np.array(values) * tokens).sum() / tokens.sum()
+
     frame = result.frame[result.frame.metric == "loss"]
     assert len(frame[(frame.kind != "model") & (frame.side == "base")]) == 2 * len(groups)
     for place in groups:
         row = frame[(frame.layer == place) & (frame.alpha == 0.5)].set_index("side")
-        assert row.loc["base", "value"] == pytest.approx(np.mean(loss[place]), rel=1e-4)
-        paired = np.array(loss[place]) - np.array(loss["none"])
-        assert row.loc["difference", "value"] == pytest.approx(paired.mean(), rel=1e-3, abs=1e-6)
-        assert row.loc["difference", "low"] < paired.mean() < row.loc["difference", "high"]
+        assert row.loc["base", "value"] == pytest.approx(pooled_mean(loss[place]), rel=1e-4)
+        paired = pooled_mean(loss[place]) - pooled_mean(loss["none"])
+        assert row.loc["difference", "value"] == pytest.approx(paired, rel=1e-3, abs=1e-6)
+        assert row.loc["difference", "low"] < paired < row.loc["difference", "high"]
         assert row.loc["difference", "n"] == 3
         still = frame[(frame.layer == place) & (frame.alpha == 0)].set_index("side")
         assert still.loc["difference", ["value", "low", "high"]].tolist() == [0, 0, 0]
@@ -237,7 +233,7 @@ def test_patching_everything_at_the_last_block_leaves_only_the_head(pair):
         for r in tokenize(tiny_data(5).sample(5, 0), base.tokenizer, max_length=48).rows:
             batch = make_batches([r], batch_size=1, pad_id=0)[0]
             logits = base.anatomy.read_out(states_of(sft, batch)[-1])[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:]).item())
+            losses += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="none").tolist()
     assert row["value"].item() == pytest.approx(np.mean(losses), rel=1e-5)
     assert row["n"].item() == 5
 
@@ -265,7 +261,7 @@ def test_patching_named_positions_equals_a_loop(pair, positions, alpha):
             with patched(base.anatomy, {1: (None, mixed)}):
                 logits = base.model(**model_inputs(base.model, batch)).logits[0]
             counted = range(start, len(r.ids))
-            losses.append(np.mean([-logits[t - 1].log_softmax(-1)[r.ids[t]].item() for t in counted]))
+            losses += [-logits[t - 1].log_softmax(-1)[r.ids[t]].item() for t in counted]
     assert row["value"].item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
@@ -302,7 +298,7 @@ def test_generations_cover_every_variant_and_vectors_survive_a_file(pair, tmp_pa
 
 def test_mistakes_are_refused(pair, monkeypatch):
     base, sft = pair
-    with pytest.raises(SettingsError, match=r"--samples.*--alphas"):
+    with pytest.raises(SettingsError, match=r"samples must be.*alphas must be"):
         steer(base, sft, data=tiny_data(4), samples=2, alphas=(0.0,))
     with pytest.raises(SettingsError, match="direction"):
         steer(base, sft, data=tiny_data(4), direction="median")

@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES
-from midblock.analysis import weights as module
+from midblock.analysis import weight_names, weight_sums
 from midblock.analysis.weights import weights
-from midblock.errors import AdapterError, CheckpointError, PairMismatchError, SettingsError
+from midblock.errors import AdapterError, ArchitectureError, CheckpointError, PairMismatchError, SettingsError
 from midblock.models.anatomy import find_anatomy, kind_of
 from midblock.models.checkpoints import Checkpoint, save_checkpoint
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def perturbed(model, seed: int = 1, scale: float = 0.01):
@@ -168,8 +173,8 @@ def test_a_model_against_itself_shows_no_change(pair):
 
 def test_small_pieces_and_many_threads_give_the_same_sums(pair, monkeypatch):
     want = weights(*pair, workers=1).frame
-    monkeypatch.setattr(module, "_PIECE", 96)
-    monkeypatch.setattr(module, "_JOB", 320)
+    monkeypatch.setattr(weight_sums, "_PIECE", 96)
+    monkeypatch.setattr(weight_sums, "_JOB", 320)
     steps = []
     got = weights(*pair, workers=3, progress=lambda what, done, total, note="": steps.append((done, total))).frame
     np.testing.assert_allclose(got["value"].to_numpy(float), want["value"].to_numpy(float), rtol=1e-6)
@@ -241,7 +246,7 @@ def test_an_architecture_that_transformers_does_not_know_is_read_by_its_names(pa
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
         folders.append(folder)
-    assert module._meta_anatomy(folders[0])[0] is None
+    assert weight_names._described(folders[0])[0] is None
     want, got = weights(*pair).frame, weights(*folders).frame
     assert got.drop(columns="tensor").equals(want.drop(columns="tensor"))
 
@@ -447,14 +452,14 @@ def test_adapters_that_do_not_belong_are_refused(pair, tmp_path):
 def test_settings_are_checked(pair):
     with pytest.raises(SettingsError, match="two checkpoints"):
         weights(pair[0])
-    with pytest.raises(SettingsError, match="threads"):
+    with pytest.raises(SettingsError, match="workers must be at least 1"):
         weights(*pair, workers=0)
 
 
 def test_a_file_cut_while_it_is_read(pair, tmp_path, monkeypatch):
     copy_of = tmp_path / "cut"
     shutil.copytree(pair[1], copy_of)
-    original = module._Summer.run
+    original = weight_sums.Summer.run
 
     def cut_first(self, progress):
         path = copy_of / "model.safetensors"
@@ -462,6 +467,126 @@ def test_a_file_cut_while_it_is_read(pair, tmp_path, monkeypatch):
             stream.truncate(path.stat().st_size // 2)
         return original(self, progress)
 
-    monkeypatch.setattr(module._Summer, "run", cut_first)
+    monkeypatch.setattr(weight_sums.Summer, "run", cut_first)
     with pytest.raises(CheckpointError, match="cut while it was read"):
         weights(pair[0], copy_of)
+
+
+def with_blocks_added(folder: Path, to: Path, new: list[int]) -> Path:
+    """A checkpoint that carries blocks past its config's depth, as multi-token prediction does."""
+    shutil.copytree(folder, to)
+    state = load_file(to / "model.safetensors")
+    extra = {n.replace("layers.3.", f"layers.{b}."): t.clone()
+             for n, t in state.items() if ".layers.3." in n for b in new}
+    save_file(state | extra, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("new", [[4], [4, 5]])
+@pytest.mark.parametrize("where", ["both", "base", "sft"])
+def test_blocks_past_the_configs_depth_are_set_aside_and_named(pair, tmp_path, new, where):
+    folders = [with_blocks_added(pair[i], tmp_path / side, new) if where in ("both", side) else pair[i]
+               for i, side in enumerate(("base", "sft"))]
+    result = weights(*folders, spectra=False)
+    want = weights(*pair, spectra=False).frame
+    assert result.frame.equals(want)
+    assert result.num_blocks == 4
+    note = next(n for n in result.counts["notes"] if "past the 4 blocks" in n)
+    assert f"of blocks {'4:6' if len(new) > 1 else '4'} lie" in note
+    assert f"{len(new) * 9} weights" in note
+    assert note in result.summary()
+
+
+def test_a_missing_block_is_refused(pair, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(pair[0], folder)
+    state = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".layers.2." not in n}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArchitectureError, match=r"lack \[2\]"):
+        weights(folder, folder)
+
+
+@pytest.mark.parametrize(("old", "new"), [("model.layers.", "backbone.layers."), ("model.", "language_model.decoder."),
+                                          ("model.layers.", "transformer.blocks.")])
+def test_stored_names_may_have_another_prefix_than_the_module_tree(pair, tmp_path, old, new):
+    folders = []
+    for source in pair:
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        state = {n.replace(old, new, 1) if n.startswith(old) else n: t
+                 for n, t in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        folders.append(folder)
+    got, want = weights(*folders, spectra=False), weights(*pair, spectra=False)
+    assert got.by_block().equals(want.by_block())
+    assert set(got.frame[got.frame.kind == "model"]["layer"]) >= {"embeddings", "head"}
+
+
+HYBRIDS = {
+    "lfm2": lambda: tf.Lfm2ForCausalLM(tf.Lfm2Config(
+        **SIZES, layer_types=["conv", "conv", "full_attention", "conv", "full_attention"])),
+    "bamba": lambda: tf.BambaForCausalLM(tf.BambaConfig(
+        **SIZES, attn_layer_indices=[2, 4], mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+        mamba_chunk_size=8)),
+    "nemotron_h": lambda: tf.NemotronHForCausalLM(tf.NemotronHConfig(
+        **SIZES, head_dim=8, layers_block_type=["mamba", "mlp", "attention", "mamba", "attention"], mamba_num_heads=8,
+        mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)),
+    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(tf.Qwen3NextConfig(
+        **SIZES, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, decoder_sparse_step=1,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"])),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_are_measured_and_a_note_says_that_sums_rest_on_other_matrices(name, tmp_path):
+    torch.manual_seed(0)
+    model = HYBRIDS[name]()
+    base, sft = saved(model, tmp_path / "base"), saved(perturbed(model), tmp_path / "sft")
+    result = weights(base, sft, spectra=False)
+    assert result.num_blocks == 5
+    frame = result.frame
+    whole = frame[(frame.metric == "weight_change") & (frame.matrix == "all")].set_index("layer")["value"]
+    assert (whole > 0).all()
+    assert list(whole.index) == list(range(5))
+    before, after = stored(base), stored(sft)
+    total = sum(float(np.linalg.norm((after[n].double() - t.double()).numpy())) for n, t in before.items()
+                if re.search(r"layers\.2\.", n) and t.ndim < 3)
+    assert whole[2] >= total * (1 - 1e-6)
+    note = next(n for n in result.counts["notes"] if "rest on other matrices" in n)
+    assert "weight_change_relative" in note
+    assert re.search(r"in blocks [\d:,]*2", note)
+
+
+def test_a_model_of_equal_blocks_has_no_such_note(pair):
+    assert not any("other matrices" in n for n in weights(*pair, spectra=False).counts["notes"])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stack_of_experts_counts_as_its_experts_one_by_one(tmp_path, workers, monkeypatch):
+    model = tf.GptOssForCausalLM(tf.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 4}, head_dim=8, num_local_experts=3, num_experts_per_tok=1, sliding_window=8))
+    base, sft = saved(model, tmp_path / "base"), saved(perturbed(model), tmp_path / "sft")
+    before, after = stored(base), stored(sft)
+    stacks = [n for n, t in before.items() if t.ndim == 3]
+    assert stacks
+    monkeypatch.setattr(weight_sums, "_PIECE", 96)  # pieces begin and end within experts
+    monkeypatch.setattr(weight_sums, "_JOB", 700)
+    frame = weights(base, sft, spectra=False, workers=workers).frame
+    for name in stacks:
+        block = stored_block(name)
+        for e in range(3):
+            difference = (after[name][e].double() - before[name][e].double()).numpy()
+            where = {"tensor": f"{name}[{e}]", "kind": "block", "layer": block}
+            assert cell(frame, "weight_change", **where) == pytest.approx(np.sqrt((difference**2).sum()), rel=2e-6)
+            own = before[name][e].double().norm().item()
+            assert cell(frame, "weight_change_relative", **where) == pytest.approx(
+                np.sqrt((difference**2).sum()) / own, rel=2e-6)
+    for block in range(4):
+        total = 0.0
+        for name, tensor in before.items():
+            if stored_block(name) == block:
+                change = (after[name].double() - tensor.double()).numpy()
+                total += sum(np.linalg.norm(c) for c in change) if tensor.ndim == 3 else np.linalg.norm(change)
+        assert cell(frame, "weight_change", kind="block", layer=block, matrix="all") == pytest.approx(total, rel=2e-6)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from families import FAMILIES, token_ids
-from midblock.capture import counted_positions, model_inputs, next_token_scores, run_blocks, sample_means, scoring
+from midblock.capture import counted_positions, model_inputs, run_blocks, score_batch, score_hidden, scoring
 from midblock.data import Batch
 from midblock.models.anatomy import find_anatomy
 
@@ -28,9 +30,8 @@ def test_scores_equal_a_loop_over_logits(labelled, head, monkeypatch):
         labels[:, :4] = -100
     batch = Batch(indices=(0, 1, 2), input_ids=ids, attention_mask=mask, labels=labels)
     with torch.inference_mode():
-        scores = next_token_scores(anatomy.read_out, run_blocks(model, anatomy, batch), batch, anatomy.vocab_size)
+        scores = score_batch(model, anatomy, batch)
         logits = model(**model_inputs(model, batch)).logits.double()
-    means, counts = sample_means(scores.row, scores.loss, 3)
     for row in range(3):
         losses, right = [], []
         for t in range(8):
@@ -39,9 +40,9 @@ def test_scores_equal_a_loop_over_logits(labelled, head, monkeypatch):
             top = logits[row, t]
             losses.append(math.log(sum(math.exp(v) for v in top.tolist())) - top[ids[row, t + 1]].item())
             right.append(int(top.argmax()) == int(ids[row, t + 1]))
-        assert counts[row] == len(losses)
-        assert means[row].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        assert scores.correct[scores.row == row].sum().item() == sum(right)
+        assert scores.tokens[row] == len(losses)
+        assert scores.loss[row].item() == pytest.approx(sum(losses), rel=1e-5)
+        assert scores.correct[row].item() == sum(right)
 
 
 def test_last_position_and_padding_never_count():
@@ -51,11 +52,18 @@ def test_last_position_and_padding_never_count():
     assert counts.tolist() == [[True] * 5 + [False], [False, False, True, True, True, False]]
 
 
-def test_a_row_without_counted_tokens_has_no_mean():
-    means, counts = sample_means(torch.tensor([0, 0]), torch.tensor([1.0, 3.0]), 2)
-    assert means[0] == 2
-    assert math.isnan(means[1])
-    assert counts.tolist() == [2, 0]
+def test_a_row_without_counted_tokens_adds_up_to_nothing():
+    model = FAMILIES["llama"]()
+    anatomy = find_anatomy(model)
+    ids = token_ids(2, 6)
+    labels = ids.clone()
+    labels[1] = -100
+    with torch.inference_mode():
+        batch = Batch(indices=(0, 1), input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        scores = score_hidden(anatomy, run_blocks(model, anatomy, batch), batch)
+    assert scores.tokens.tolist() == [5, 0]
+    assert scores.loss[1] == scores.correct[1] == 0
+    assert scores.loss[0] > 0
 
 
 def test_the_first_of_equal_maxima_is_the_prediction():
@@ -63,10 +71,16 @@ def test_the_first_of_equal_maxima_is_the_prediction():
     ids = torch.tensor([[0, 1, 1, 3, 2]])  # next tokens: 1 (first of two), 1 (second of two), 3, 2 (third of four)
     batch = Batch(indices=(0,), input_ids=ids, attention_mask=torch.ones_like(ids))
     hidden = torch.cat([logits, logits[:1]]).unsqueeze(0)
-    scores = next_token_scores(lambda z: z, hidden, batch, 4)
-    assert scores.correct.tolist() == [True, False, True, False]
-    assert torch.equal(scores.correct, logits.argmax(dim=1) == ids[0, 1:])
-    torch.testing.assert_close(scores.loss, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    head = SimpleNamespace(read_out=lambda z: z, vocab_size=4)
+    right = [True, False, True, False]
+    assert right == (logits.argmax(dim=1) == ids[0, 1:]).tolist()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    for only in ([0], [1], [2], [3], [0, 1, 2, 3]):  # labels choose which positions count
+        labels = torch.full_like(ids, -100)
+        labels[0, [t + 1 for t in only]] = ids[0, [t + 1 for t in only]]
+        scores = score_hidden(head, hidden, replace(batch, labels=labels))
+        assert scores.correct.tolist() == [sum(right[t] for t in only)]
+        assert scores.loss.item() == pytest.approx(losses[only].sum().item(), rel=1e-6, abs=1e-5)
 
 
 def test_several_models_are_read_out_side_by_side():

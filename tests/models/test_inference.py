@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import FAMILIES, token_ids
-from midblock.models import find_anatomy, inference
+from midblock.models import find_anatomy
 from midblock.models.inference import freed_memory_kept, laid_out
 
 
@@ -25,25 +25,6 @@ def test_logits_are_bit_equal_and_the_head_comes_back(family: str) -> None:
     assert count == (1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0)
     assert torch.equal(got, want)
     assert "forward" not in anatomy.head.__dict__
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
-def test_blocks_are_laid_out_up_to_a_limit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = FAMILIES[family]().bfloat16()
-    anatomy = find_anatomy(model)
-    plain = [layer for block in anatomy.blocks for layer in block.modules() if type(layer) is torch.nn.Linear]
-    ids = token_ids(3, 20)
-    with torch.inference_mode():
-        want = model(ids).logits
-        with laid_out([anatomy, anatomy], blocks=True) as count:
-            got = model(ids).logits
-    here = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert count == (1 + len(plain) if here else 0)
-    assert torch.equal(got, want)
-    assert not any("forward" in layer.__dict__ for layer in model.modules())
-    monkeypatch.setattr(inference, "_BLOCKS_LIMIT", sum(layer.weight.nbytes for layer in plain) - 1)
-    with laid_out([anatomy], blocks=True) as count:
-        assert count == (1 if here else 0)
 
 
 def test_only_forwards_without_gradients_of_bfloat16_heads_use_it() -> None:

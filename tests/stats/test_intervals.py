@@ -21,6 +21,7 @@ from midblock.stats import (
     paired_bootstrap,
     paired_proportion_interval,
     percentile_interval,
+    ratio_interval,
     wilson_interval,
 )
 
@@ -234,3 +235,36 @@ def test_arms_bootstrap_leaves_out_a_failed_seed_for_all_arms():
         hierarchical_arms_bootstrap({"a": a, "b": np.full((3, 40), NAN)})
     with pytest.raises(SettingsError, match="shapes differ"):
         hierarchical_arms_bootstrap({"a": a, "b": b[:, :5]})
+
+
+def test_ratio_interval_covers_the_ratio_of_expectations():
+    """Long samples have a lower loss here: the mean of their means is another quantity and is not what is covered."""
+    rng = np.random.default_rng(16)
+    truth, hits, means = 2 + 30 / 20.5, 0, []
+    for k in range(400):
+        sizes = rng.integers(1, 41, size=40).astype(float)
+        totals = 2 * sizes + 30 + rng.normal(size=40) * 5  # E[total] / E[size] = (2 * 20.5 + 30) / 20.5
+        interval = ratio_interval(totals, sizes, 0.9, replicates=400, seed=k)
+        assert interval.value == pytest.approx(sum(totals.tolist()) / sum(sizes.tolist()))
+        hits += covered(interval, truth)
+        means.append((totals / sizes).mean())
+    assert 0.86 < hits / 400 < 0.95  # 90% +- 2.7 standard errors, and a ratio's bias
+    assert np.mean(means) > truth + 1
+
+
+def test_ratio_interval_of_equal_sizes_is_a_bootstrap_of_the_mean():
+    rng = np.random.default_rng(17)
+    x = rng.normal(size=25)
+    ours, mean = ratio_interval(4 * x, np.full(25, 4.0)), paired_bootstrap(x, np.zeros(25))
+    assert (ours.value, ours.low, ours.high, ours.n) == pytest.approx((mean.value, mean.low, mean.high, mean.n))
+
+
+def test_ratio_interval_of_too_few_samples_and_of_none():
+    one = ratio_interval([3.0, NAN, 9.0], [2.0, 4.0, 0.0])
+    assert (one.value, one.n) == (1.5, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(ratio_interval([], []).value)
+    with pytest.raises(UndefinedMetricError):
+        ratio_interval([1.0, math.inf], [1.0, 1.0])
+    with pytest.raises(SettingsError, match="belong together"):
+        ratio_interval([1.0], [1.0, 2.0])

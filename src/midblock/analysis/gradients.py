@@ -21,10 +21,12 @@ from torch import Tensor
 
 from midblock import stats
 from midblock.analysis.passes import draw, load_stages
+from midblock.analysis.weight_names import EXPERT_KINDS
+from midblock.analysis.weight_sums import group_change
 from midblock.capture import model_inputs
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMetricError
-from midblock.models import LoadedModel, kind_of
+from midblock.models import LoadedModel, kind_of, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import zone_means
@@ -222,8 +224,8 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         Rows of kind ``block`` with column ``matrix`` (``all`` = whole block): ``gradient_norm``,
         ``gradient_norm_relative`` (to the weights' norm), ``fisher`` (sum of squared gradients) and
         ``taylor`` (absolute sum of weight times gradient): mean over batches with a t interval. With
-        ``steps`` also ``weight_change`` (Frobenius norm of the change made) and
-        ``weight_change_relative`` (to the weights before), n = number of updates.
+        ``steps`` also ``weight_change`` (sum of the matrices' Frobenius norms, as `weights` has it) and
+        ``weight_change_relative`` (norm of the whole change over that of the weights before), n = number of updates.
 
     Raises:
         SettingsError: a setting out of range.
@@ -382,28 +384,29 @@ def _note(seen: dict[tuple[int, str, str], list[float]], block: int, matrix: str
 
 def _changes(table: Table, key: str, loaded: LoadedModel, groups: dict[tuple[int, str], list[tuple[str, Any]]],
              before: dict[str, Tensor], after: dict[int, Tensor], steps: int) -> None:
-    total: dict[int, list[float]] = {}
-
-    def add(block: int, matrix: str, change: float, weight: float) -> None:
-        table.add("block", block, "weight_change", key, math.sqrt(change), n=steps, matrix=matrix)
-        if weight > 0:
-            table.add("block", block, "weight_change_relative", key, math.sqrt(change / weight), n=steps,
-                      matrix=matrix)
+    config = text_config(loaded.model)
+    squares: dict[tuple[int, str], list[tuple[float, float]]] = {}  # of the change and of the weights before
+    for (block, matrix), named in groups.items():
+        prefix = loaded.anatomy.block_path(block)
+        for name, parameter in named:
+            if id(parameter) not in after:
+                continue
+            old = before[f"{prefix}.{name}"].double()
+            change = after[id(parameter)].double() - old
+            if matrix == "qkv" and old.ndim == 2 and (split := split_fused(name, old, config)) is not None:
+                changes = split_fused(name, change, config) or {}  # fused q, k and v count one by one
+                found = [(changes[q].square().sum().item(), split[q].square().sum().item()) for q in split]
+            elif matrix in EXPERT_KINDS and old.ndim == 3:  # and a stack of experts as its experts
+                found = list(zip(*(t.square().sum(dim=(1, 2)).tolist() for t in (change, old)), strict=True))
+            else:
+                found = [(change.square().sum().item(), old.square().sum().item())]
+            for group in (matrix, "all"):
+                squares.setdefault((block, group), []).extend(found)
+    for (block, matrix), members in squares.items():
+        absolute, relative = group_change(*zip(*members, strict=True))
+        table.add("block", block, "weight_change", key, absolute, n=steps, matrix=matrix)
+        if relative is not None:
+            table.add("block", block, "weight_change_relative", key, relative, n=steps, matrix=matrix)
         else:
             table.add_undefined("block", block, "weight_change_relative", key, "the weights are all zero",
                                 n=steps, matrix=matrix)
-
-    for (block, matrix), named in groups.items():
-        prefix = loaded.anatomy.block_path(block)
-        change = weight = 0.0
-        for name, parameter in named:
-            if id(parameter) in after:
-                old = before[f"{prefix}.{name}"].double()
-                change += (after[id(parameter)].double() - old).square().sum().item()
-                weight += old.square().sum().item()
-        add(block, matrix, change, weight)
-        sums = total.setdefault(block, [0.0, 0.0])
-        sums[0] += change
-        sums[1] += weight
-    for block, (change, weight) in total.items():
-        add(block, "all", change, weight)

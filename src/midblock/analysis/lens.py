@@ -1,83 +1,49 @@
 """Logit lens: what each hidden state already says about the next token (paper section 4.3, figure 3).
 
-Hidden h is read out through the model's own final norm and head. The last hidden then gives
+Hidden h is unembedded by the model's own final norm and head. The last hidden then gives
 the model's own output exactly. The paper's public code norms the last hidden state twice
 (transformers' ``hidden_states[-1]`` is already normed), which is what lowers its last
-point; ``earlier_code=True`` reproduces that, under the side name ``<stage> (normed twice)``.
+point; ``paper_code=True`` reproduces that, under the side name ``<stage> (normed twice)``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from midblock import metrics, stats
+from midblock import metrics
 from midblock.analysis.passes import PassState, feed_batches, prepare
+from midblock.analysis.scores import TokenMean, exponential
 from midblock.analysis.stages import comparisons, side_of
-from midblock.capture import counted_positions, sample_means
-from midblock.capture.scoring import chunks_of_all_logits
+from midblock.capture.scoring import chunks_of_all_logits, counted_positions, sums_by_row
 from midblock.data import Batch, Dataset
-from midblock.errors import SettingsError
 from midblock.models import LoadedModel, shared_read_outs
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
+from midblock.settings.lens import LensSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LensResult", "LensSettings", "lens"]
+__all__ = ["LensResult", "lens"]
 
 _OWN = ("loss", "accuracy", "entropy", "gold_probability", "gold_rank")
 _SHARED = ("kl", "top1_agreement", "top_k_overlap")
 TWICE = " (normed twice)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LensSettings:
-    """What is read out; `lens` takes the same names as keyword arguments."""
-
-    samples: int = 100
-    """Samples (the paper: 100 at the token level)."""
-    max_length: int = 256
-    """Tokens per sample; longer ones are cut and counted."""
-    batch_size: int = 8
-    """Samples per forward pass."""
-    seed: int = 0
-    """Seed of the draw."""
-    supervised: bool = False
-    """Count only completion tokens where the data has prompts and completions."""
-    top_k: int = 10
-    """Size of the lists whose overlap is measured."""
-    every: int = 1
-    """Read out every n-th hidden state (the last one always)."""
-    trace: int = 0
-    """For this many samples, keep the most likely token at every depth."""
-    earlier_code: bool = False
-    """Also read out the last hidden state normed twice, as the earlier code does."""
-    confidence: float = 0.95
-    """Confidence of every interval."""
-
-    def __post_init__(self) -> None:
-        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                  for name, least in (("samples", 1), ("max_length", 2), ("batch_size", 1), ("top_k", 1),
-                                      ("every", 1), ("trace", 0)) if getattr(self, name) < least]
-        if faults:
-            raise SettingsError("; ".join(faults) + ".")
-
-
-class _Readouts:
-    """Accumulator: per-sample means of every quantity at every hidden state, and traces.
+class _LensSums:
+    """Accumulator: sums over each sample's counted tokens of every quantity at every hidden state, and traces.
 
     Attributes:
         values: "metric|side" -> float64 (L+1, n).
+        tokens: Counted tokens of each sample, float64 (n,).
         traces: (sample, h, stage) -> most likely next token of each counted position.
     """
 
@@ -87,7 +53,7 @@ class _Readouts:
         self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
         self.last = next(iter(stages.values())).anatomy.num_blocks
         self._read_outs = dict(zip(stages, shared_read_outs([m.anatomy for m in stages.values()]), strict=True))
-        sides = list(stages) + ([s + TWICE for s in stages] if settings.earlier_code else [])
+        sides = list(stages) + ([s + TWICE for s in stages] if settings.paper_code else [])
 
         def empty() -> Tensor:
             return torch.full((self.last + 1, len(samples)), torch.nan, dtype=torch.float64)
@@ -111,7 +77,7 @@ class _Readouts:
         vocab = max(m.anatomy.vocab_size for m in self._stages.values())
         read_outs: dict[str, Callable[[Tensor], Tensor]] = {
             s: m.anatomy.read_out for s, m in self._stages.items()}
-        if h == self.last and self._settings.earlier_code:
+        if h == self.last and self._settings.paper_code:
             for stage, model in self._stages.items():
                 rows[stage + TWICE] = rows[stage]
                 read_outs[stage + TWICE] = lambda z, own=model.anatomy: own.read_out(own.normed(z))  # type: ignore[misc]
@@ -122,16 +88,15 @@ class _Readouts:
             del logits  # before the next ones are made
         place = torch.tensor([self.place[i] for i in batch.indices])
         for key, parts in got.items():
-            means, counts = sample_means(row, torch.cat(parts), len(batch.indices))
-            self.values[key][h, place] = means.to("cpu")
-            self.tokens[place] = counts.to("cpu")
+            self.values[key][h, place] = sums_by_row(row, torch.cat(parts), len(batch.indices)).to("cpu")
+        self.tokens[place] = mask.sum(dim=1).to("cpu", torch.float64)
         for position, sample in enumerate(batch.indices):
             if sample in self.traced:
                 for stage, parts in tops.items():
                     self.traces[f"{sample}|{h}|{stage}"] = torch.cat(parts)[row == position].to("cpu")
 
     def _twins(self, rows: Mapping[str, Tensor]) -> dict[str, str]:
-        """Side -> the first side with the same states and the same read-out: before the first tuned block, say."""
+        """Side -> the first side with equal states, final norm and head: before the first tuned block, say."""
         def same(a: str, b: str) -> bool:
             owners = {self._read_outs[side.removesuffix(TWICE)] for side in (a, b)}
             return (a.endswith(TWICE) == b.endswith(TWICE) and len(owners) == 1
@@ -233,9 +198,9 @@ class LensResult:
                          f"last hidden state ({final.n} samples)"
                          + ("." if where is None else
                             f"; half of it is reached at hidden {where} (depth {where / last:.2f})."))
-            if self.settings.earlier_code:
+            if self.settings.paper_code:
                 twice = at("accuracy", stage + TWICE, last)
-                lines.append(f"{stage}: with the last hidden state normed twice, as the earlier code does, "
+                lines.append(f"{stage}: with the last hidden state normed twice, as the paper's code does, "
                              f"{twice.value:.4f} [{twice.low:.4f}, {twice.high:.4f}].")
         for pair in comparisons(self.stages):
             kl = frame[(frame["metric"] == "kl") & (frame["stage"] == side_of(pair))]
@@ -265,7 +230,7 @@ class LensResult:
                      if (chosen["side"] == s + TWICE).any()]
             chosen = pd.concat([chosen, *twice], ignore_index=True)
             made[f"lens{suffix}"] = depth_lines(chosen, ["accuracy", "loss", "entropy", "gold_probability"],
-                                                title="Read-out of each hidden state")
+                                                title="Logit lens of each hidden state")
             if (chosen["metric"] == "kl").any():
                 made[f"agreement{suffix}"] = depth_lines(chosen, list(_SHARED),
                                                          title=f"Agreement of {pair[0]} with {pair[1]}")
@@ -287,79 +252,75 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         names: Stage names; default base, sft, dpo, rlvr.
         state_folder: Where an interrupted pass keeps what it has, and resumes from.
         progress: Told how far the pass is, in tokens.
-        settings: What to read out.
+        settings: What to unembed and score.
         **overrides: Single fields of `LensSettings`.
 
     Returns:
         Rows of kind ``hidden``: ``loss`` (nats), ``accuracy``, ``perplexity``, ``entropy`` (nats),
         ``gold_probability`` and ``gold_rank`` (0 = most likely) per stage; their differences; and
         ``kl`` (nats, earlier from later), ``top1_agreement``, ``top_k_overlap`` per comparison. Each is the
-        mean over samples of the sample's mean over counted tokens, with a t interval;
-        perplexity is exp(loss), and its difference an exponential's.
+        mean over all counted tokens, with an interval from resampled samples, or with
+        ``per_sample_mean`` the mean of the samples' own means (column ``mean_over``: ``tokens``, ``samples``);
+        perplexity is exp(loss), and the ratio of two is exp of the loss' difference.
 
     Raises:
         SettingsError: a setting out of range.
         DataError: no usable sample.
     """
-    chosen = replace(settings or LensSettings(), **overrides)
+    chosen = LensSettings.of(settings, overrides)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, least=1)
     last = inputs.first.anatomy.num_blocks
     hidden = sorted({*range(0, last + 1, chosen.every), last})
-    readouts = _Readouts(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
+    found = _LensSums(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
     state = PassState(state_folder) if state_folder else None
-    feed_batches(inputs.stages, inputs.batches(), {"lens": readouts}, state=state, progress=progress, what="logit lens",
+    feed_batches(inputs.stages, inputs.batches(), {"lens": found}, state=state, progress=progress, what="logit lens",
                  heads=True)
-    table = inputs.named(_table(readouts, inputs.names, inputs.pairs, hidden, chosen))
+    table = inputs.named(_table(found, inputs.names, inputs.pairs, hidden, chosen))
     if state:
         state.discard()
     return LensResult(table, inputs.names, last + 1, chosen,
-                      inputs.counts(counted_tokens=int(readouts.tokens.sum())),
-                      _trace_rows(readouts, inputs.rows, inputs.first.tokenizer))
+                      inputs.counts(counted_tokens=int(found.tokens.sum())),
+                      _trace_rows(found, inputs.rows, inputs.first.tokenizer))
 
 
-def _table(readouts: _Readouts, keys: Sequence[str], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],
+def _table(found: _LensSums, keys: Sequence[str], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],
            settings: LensSettings) -> Table:
     table = Table()
+    mean = TokenMean(per_sample=settings.per_sample_mean, confidence=settings.confidence, seed=settings.seed)
 
-    def add(h: int, metric: str, side: str, values: np.ndarray[Any, Any], **extra: Any) -> Interval:
-        interval = stats.mean_interval(values, settings.confidence)
-        table.add("hidden", h, metric, side, interval, **extra)
+    def add(h: int, metric: str, side: str, sums: Tensor, **extra: Any) -> Interval:
+        interval = mean(sums.numpy(), found.tokens.numpy())
+        table.add("hidden", h, metric, side, interval, mean_over=mean.over, **extra)
         return interval
 
-    def value(metric: str, side: str, h: int) -> np.ndarray[Any, Any]:
-        return readouts.values[f"{metric}|{side}"][h].numpy()
+    def value(metric: str, side: str, h: int) -> Tensor:
+        return found.values[f"{metric}|{side}"][h]
 
     for h in hidden:
         sides = list(keys)
-        if settings.earlier_code and h == readouts.last:
+        if settings.paper_code and h == found.last:
             sides += [k + TWICE for k in keys]
         for side in sides:
             for metric in _OWN:
                 interval = add(h, metric, side, value(metric, side, h))
                 if metric == "loss":
-                    table.add("hidden", h, "perplexity", side, exponential(interval))
+                    table.add("hidden", h, "perplexity", side, exponential(interval), mean_over=mean.over)
         for later, earlier in pairs:
             extra: dict[str, Any] = {"stage": side_of((later, earlier))}
             for metric in _OWN:
                 interval = add(h, metric, "difference", value(metric, later, h) - value(metric, earlier, h), **extra)
                 if metric == "loss":  # the ratio of perplexities, exactly paired
-                    table.add("hidden", h, "perplexity_ratio", "pair", exponential(interval), **extra)
+                    table.add("hidden", h, "perplexity_ratio", "pair", exponential(interval), mean_over=mean.over,
+                              **extra)
             for metric in _SHARED:
                 add(h, metric, "pair", value(metric, side_of((later, earlier)), h), **extra)
     return table
 
 
-def exponential(interval: Interval) -> Interval:
-    """exp of a value and of its bounds (overflow becomes infinity)."""
-    def exp(x: float) -> float:
-        return math.exp(x) if x < 700 else math.inf
-    return Interval(exp(interval.value), exp(interval.low), exp(interval.high), interval.n)
-
-
-def _trace_rows(readouts: _Readouts, rows: Sequence[Any], tokenizer: Any) -> list[dict[str, Any]]:
+def _trace_rows(found: _LensSums, rows: Sequence[Any], tokenizer: Any) -> list[dict[str, Any]]:
     made = []
     ids = {r.index: r for r in rows}
-    for key, predicted in sorted(readouts.traces.items(), key=lambda kv: tuple(map(int, kv[0].split("|")[:2]))):
+    for key, predicted in sorted(found.traces.items(), key=lambda kv: tuple(map(int, kv[0].split("|")[:2]))):
         sample, h, stage = key.split("|", 2)
         row = ids[int(sample)]
         spans = row.supervised or ((0, len(row.ids)),)

@@ -12,32 +12,32 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from midblock import stats
-from midblock.analysis.lens import exponential
-from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
-from midblock.capture import next_token_scores, run_blocks, sample_means
-from midblock.data import Batch, Dataset, load_data, make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, OutputError, PairMismatchError, SettingsError
+from midblock.analysis.passes import draw, encode, load_stages
+from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
+from midblock.analysis.stages import comparisons, side_of
+from midblock.capture import score_batch
+from midblock.data import Dataset
+from midblock.errors import OutputError, PairMismatchError, SettingsError
 from midblock.models import LoadedModel, save_checkpoint
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import segment_bounds
+from midblock.settings.merge import MergeSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MergeResult", "MergeSettings", "alphas_label", "block_alphas", "interpolated", "merge",
+__all__ = ["MergeResult", "alphas_label", "block_alphas", "interpolated", "merge",
            "parse_alphas", "save_merged"]
 
 _PIECE = 1 << 20  # entries interpolated at a time, in float32
@@ -51,7 +51,7 @@ def parse_alphas(text: str) -> tuple[float, ...]:
     """Shares of the tuned model per depth segment, from ``0,.5,1,.5,0``.
 
     Raises:
-        SettingsError: something that is no finite number.
+        SettingsError: something that is not a finite number.
 
     Example:
         >>> parse_alphas("0,.5,1")
@@ -255,37 +255,6 @@ def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], fo
 # scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeSettings:
-    """What is merged and scored; `merge` takes the same names as keyword arguments."""
-
-    alpha_rest: float | None = None
-    """Share of embeddings, final norm and head; unset: the mean of the alphas."""
-    samples: int = 50
-    """Samples."""
-    max_length: int = 256
-    """Tokens per sample; longer ones are cut and counted."""
-    batch_size: int = 8
-    """Samples per forward pass."""
-    seed: int = 0
-    """Seed of the draw."""
-    supervised: bool = False
-    """Count only completion tokens where the data has prompts and completions."""
-    confidence: float = 0.95
-    """Confidence of every interval."""
-
-    def __post_init__(self) -> None:
-        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                  for name, least in (("samples", 1), ("max_length", 2), ("batch_size", 1))
-                  if getattr(self, name) < least]
-        if self.alpha_rest is not None and not math.isfinite(self.alpha_rest):
-            faults.append(f"--alpha-rest must be a finite number, got {self.alpha_rest}")
-        if not 0 < self.confidence < 1:
-            faults.append(f"--confidence must lie between 0 and 1, got {self.confidence}")
-        if faults:
-            raise SettingsError("; ".join(faults) + ".")
-
-
 @dataclass
 class MergeResult:
     """Scores of every merged model, paired with the base and the tuned model."""
@@ -375,7 +344,7 @@ def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
         **overrides: Single fields of `MergeSettings`.
 
     Returns:
-        Rows of kind ``segment`` (layer = the alphas): ``loss`` (nats a token, mean over samples),
+        Rows of kind ``segment`` (layer = the alphas): ``loss`` (nats, mean over all tokens),
         ``accuracy`` (next token) and ``perplexity`` of the merged model (side ``merged``), and their
         paired difference from both ends (side ``difference``, column ``against``). The ends'
         own scores have kind ``model``, with their name as layer and side. Column ``stage`` names
@@ -388,20 +357,15 @@ def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
         OutputError: the folder to save in is not empty or cannot be written.
         DataError: no usable sample.
     """
-    try:
-        chosen = replace(settings or MergeSettings(), **overrides)
-    except TypeError as error:
-        raise SettingsError(f"merge: {error}; the settings are "
-                            f"{', '.join(MergeSettings.__dataclass_fields__)}.") from None
+    chosen = MergeSettings.of(settings, overrides)
     wanted = _all_alphas(alphas)
     if data is None and save is None:
         raise SettingsError("merge has nothing to do: give data to score on, a folder to save in, or both.")
-    models = resolve_stages(stages, sft, names)
-    keys = stage_names(len(models), names)
-    by_name = dict(zip(keys, models, strict=True))
+    by_name = load_stages(stages, sft, names)
+    keys = list(by_name)
     pairs = comparisons(keys)
     for setting in wanted:
-        block_alphas(setting, models[0].anatomy.num_blocks)  # a wrong number must not cost the others' time
+        block_alphas(setting, by_name[keys[0]].anatomy.num_blocks)  # a wrong number must not cost the others' time
     for later, earlier in pairs:
         _pairs_of(by_name[earlier].model, by_name[later].model)
     folders = _folders(save, wanted, pairs)
@@ -442,68 +406,36 @@ def _folders(save: Path | str | None, wanted: Sequence[tuple[float, ...]], pairs
 
 def _scored(by_name: dict[str, LoadedModel], pairs: Sequence[tuple[str, str]], wanted: Sequence[tuple[float, ...]],
             data: Dataset | str, settings: MergeSettings, progress: Progress) -> tuple[Table, dict[str, Any]]:
-    dataset = load_data(data, seed=settings.seed) if isinstance(data, str) else data
-    dataset = dataset.sample(settings.samples, settings.seed)
-    first = next(iter(by_name.values()))
-    encoded = tokenize(dataset, first.tokenizer, max_length=settings.max_length, min_tokens=2,
-                       supervised=settings.supervised)
-    if not encoded.rows:
-        raise DataError(f"{dataset.source}: no sample has the 2 tokens that a next-token score needs.")
-    batches = make_batches(encoded.rows, batch_size=settings.batch_size, pad_id=pad_token_id(first.tokenizer))
-    place = {row.index: i for i, row in enumerate(encoded.rows)}
+    inputs = encode(by_name, draw(data, settings), settings)
+    batches, samples = inputs.batches(), [row.index for row in inputs.rows]
     passes = len(by_name) + len(pairs) * len(wanted)
     done = 0
 
-    def score(model: LoadedModel, note: str) -> dict[str, np.ndarray[Any, Any]]:
+    def score(model: LoadedModel, note: str) -> SampleScores:
         nonlocal done
-        found = {m: np.full(len(place), np.nan) for m in ("loss", "accuracy")}
+        found = SampleScores(samples)
         for batch in batches:
-            loss, accuracy = _batch_scores(model, batch)
-            rows = [place[i] for i in batch.indices]
-            found["loss"][rows], found["accuracy"][rows] = loss, accuracy
+            with torch.inference_mode():
+                found.put(batch, score_batch(model.model, model.anatomy, batch.to(model.device)))
             done += 1
             progress("merge (batches)", done, passes * len(batches), note=note)
         return found
 
     ends = {name: score(model, name) for name, model in by_name.items()}
     table = Table()
+    mean = TokenMean(per_sample=settings.per_sample_mean, confidence=settings.confidence, seed=settings.seed)
     for pair in pairs:
         later, earlier = pair
-        common = {"stage": side_of(pair), "data": dataset.name}
+        common: dict[str, Any] = {"stage": side_of(pair), "against": None, "alpha_rest": None}
         for name in (earlier, later):
-            _own_rows(table, "model", name, name, ends[name], settings, {**common, "against": None, "alpha_rest": None})
+            add_scores(table, "model", name, name, ends[name], mean, **common)
         for setting in wanted:
             rest = sum(setting) / len(setting) if settings.alpha_rest is None else settings.alpha_rest
             label = alphas_label(setting)
             with interpolated(by_name[earlier], by_name[later], setting, rest) as model:
                 merged = score(model, label)
-            extra: dict[str, Any] = {**common, "against": None, "alpha_rest": rest}
-            _own_rows(table, "segment", label, "merged", merged, settings, extra)
+            add_scores(table, "segment", label, "merged", merged, mean, **{**common, "alpha_rest": rest})
             for end in (earlier, later):
-                for metric, values in merged.items():
-                    table.add("segment", label, metric, "difference",
-                              stats.mean_interval(values - ends[end][metric], settings.confidence),
-                              **{**extra, "against": end})
-                table.add("segment", label, "perplexity_ratio", "pair", exponential(stats.mean_interval(
-                    merged["loss"] - ends[end]["loss"], settings.confidence)), **{**extra, "against": end})
-    return table, {"samples": len(place), **encoded.describe()}
-
-
-def _own_rows(table: Table, kind: Any, layer: str, side: str, values: dict[str, np.ndarray[Any, Any]],
-              settings: MergeSettings, extra: dict[str, Any]) -> None:
-    for metric, per_sample in values.items():
-        interval = stats.mean_interval(per_sample, settings.confidence)
-        table.add(kind, layer, metric, side, interval, **extra)
-        if metric == "loss":
-            table.add(kind, layer, "perplexity", side, exponential(interval), **extra)
-
-
-def _batch_scores(model: LoadedModel, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Mean loss and accuracy of every row of a batch; NaN where a row has nothing to count."""
-    here = batch.to(model.device)
-    with torch.inference_mode():
-        last = run_blocks(model.model, model.anatomy, here)
-        found = next_token_scores(model.anatomy.read_out, last, here, model.anatomy.vocab_size)
-        loss, _ = sample_means(found.row, found.loss, len(batch.indices))
-        accuracy, _ = sample_means(found.row, found.correct.float(), len(batch.indices))
-    return loss.cpu().numpy(), accuracy.cpu().numpy()
+                add_changes(table, "segment", label, merged, ends[end], mean,
+                            **{**common, "against": end, "alpha_rest": rest})
+    return inputs.named(table), inputs.counts()

@@ -32,6 +32,9 @@ __all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", 
 
 Stages = Sequence[LoadedModel | str] | LoadedModel | str
 
+# what the arrays of a saved part mean: to be changed with any accumulator
+_LAYOUT = "sums per sample"
+
 
 class Sampling(Protocol):
     """How samples are drawn, cut and batched: what the settings of all analyses have in common."""
@@ -178,6 +181,9 @@ class PassState:
         for path in sorted(self.folder.glob("part-*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as stored:
+                    if (stored.metadata() or {}).get("layout") != _LAYOUT:
+                        raise OutputError(f"{path} was written by another version of midblock; name a new --out "
+                                          "folder.")
                     samples = json.loads(stored.metadata()["samples"])
                     arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -201,7 +207,7 @@ class PassState:
             arrays = {f"{name}||{key}": value for name, accumulator in accumulators.items()
                       for key, value in accumulator.part(self._pending).items() if value.numel()}
             with atomic_path(self.folder / f"part-{number:05d}.safetensors") as temporary:
-                save_file(arrays, temporary, metadata={"samples": json.dumps(self._pending)})
+                save_file(arrays, temporary, metadata={"samples": json.dumps(self._pending), "layout": _LAYOUT})
         self._pending = []
         self._last = time.monotonic()
 

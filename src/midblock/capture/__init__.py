@@ -1,21 +1,10 @@
-"""Hidden-state capture, resume from a block, lockstep passes and scoring (room 3)."""
+"""Hidden-state capture, interventions, resume from a block, lockstep passes and scoring (room 3)."""
 
-from midblock.capture.forward import (
-    Lockstep,
-    forwards_replaced,
-    model_inputs,
-    resume_at,
-    run_blocks,
-    run_layer_major,
-    verify_resume,
-)
-from midblock.capture.scoring import (
-    TokenScores,
-    chunks_of_logits,
-    counted_positions,
-    next_token_scores,
-    sample_means,
-)
+from midblock.capture.forward import Lockstep, model_inputs, run_blocks, run_layer_major
+from midblock.capture.interventions import outputs_changed, patched, resume_at, steered, swap_blocks
+from midblock.capture.resume import verify_resume, why_not_resume
+from midblock.capture.scoring import RowScores, chunks_of_logits, counted_positions, score_batch, score_hidden
 
-__all__ = ["Lockstep", "TokenScores", "chunks_of_logits", "counted_positions", "forwards_replaced", "model_inputs",
-           "next_token_scores", "resume_at", "run_blocks", "run_layer_major", "sample_means", "verify_resume"]
+__all__ = ["Lockstep", "RowScores", "chunks_of_logits", "counted_positions", "model_inputs", "outputs_changed",
+           "patched", "resume_at", "run_blocks", "run_layer_major", "score_batch", "score_hidden", "steered",
+           "swap_blocks", "verify_resume", "why_not_resume"]

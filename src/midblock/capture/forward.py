@@ -1,11 +1,10 @@
-"""Running a model's blocks: every hidden state as it comes, resume from a block, lockstep.
+"""Running a model's blocks: every hidden state as it comes, from any block on, several models in lockstep.
 
-All three work on unmodified transformers models, through hooks on the blocks that
+All of it works on unmodified transformers models, through hooks on the blocks that
 `midblock.models.find_anatomy` found:
 
-* `run_blocks` calls a listener with hidden 0..L and stops before final norm and head.
-* `resume_at` makes the blocks before ``start`` pass-through and replaces the input of block
-  ``start``; the model still computes its own masks and position embeddings.
+* `run_blocks` calls a listener with hidden 0..L and stops before final norm and head; with ``start`` it
+  resumes from a block (`midblock.capture.interventions.resume_at`).
 * `Lockstep` suspends several forwards at every block (each is a greenlet), so that the
   same hidden of all stages, or of all batches, is there at once and nothing else is kept.
 
@@ -24,12 +23,12 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from midblock.capture.interventions import hidden_of_call, hidden_of_output, resume_at
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models.anatomy import Anatomy
 
-__all__ = ["Listener", "Lockstep", "block_returns_tuple", "forwards_replaced", "hidden_of_call", "hidden_of_output",
-           "model_inputs", "replace_hidden", "resume_at", "run_blocks", "run_layer_major", "verify_resume"]
+__all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks", "run_layer_major"]
 
 Listener = Callable[[int, Tensor], None]
 
@@ -41,30 +40,6 @@ _handles: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 class _LastHiddenReached(Exception):
     """Ends a forward after the last block: nothing behind it is needed."""
-
-
-def hidden_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Hidden states among a block's call arguments."""
-    value = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(value, Tensor):
-        raise ArchitectureError("a block was called without a hidden-states tensor as its first argument "
-                                f"or as hidden_states= (found {type(value).__name__}).")
-    return value
-
-
-def replace_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, Any]:
-    """The same call arguments with other hidden states."""
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def hidden_of_output(output: Any) -> Tensor:
-    """Hidden states in a block's return value (a tensor, or the first of a tuple)."""
-    value = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(value, Tensor):
-        raise ArchitectureError(f"a block returned {type(value).__name__}, not hidden states.")
-    return value
 
 
 @contextlib.contextmanager
@@ -166,118 +141,6 @@ def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Li
         raise ArchitectureError(f"{type(model).__name__} did not run the last of the {last} blocks found in "
                                 f"{anatomy.blocks_path}; its forward is not a plain chain of them.")
     return found[0]
-
-
-_RETURNS_TUPLE = "_midblock_returns_tuple"
-
-
-def block_returns_tuple(anatomy: Anatomy) -> bool:
-    """Whether blocks return a tuple; `verify_resume` learns it from one forward and remembers it.
-
-    Raises:
-        ArchitectureError: the model was not verified.
-    """
-    block = anatomy.blocks[0]
-    known = getattr(block, _RETURNS_TUPLE, None)
-    if known is not None:
-        return bool(known)
-    raise ArchitectureError("resume_at was used before verify_resume(model, anatomy) was called.")
-
-
-@contextlib.contextmanager
-def resume_at(anatomy: Anatomy, start: int, hidden: Tensor) -> Iterator[None]:
-    """Within the context the blocks before ``start`` do nothing and block ``start`` reads ``hidden``.
-
-    Call `verify_resume` once per model first: it proves that this is exact there.
-
-    Raises:
-        ArchitectureError: the model was not verified.
-        ValueError: ``start`` is not 0..L-1.
-    """
-    if not 0 <= start < len(anatomy.blocks):
-        raise ValueError(f"start {start} is not a block (0..{len(anatomy.blocks) - 1})")
-    tuples = block_returns_tuple(anatomy)
-    if start == 0:
-        def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return replace_hidden(args, kwargs, hidden)
-
-        # prepended: a listener on the same block must see the replaced hidden
-        handle = anatomy.blocks[0].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
-
-    def passed_over(*args: Any, **kwargs: Any) -> Any:
-        value = hidden_of_call(args, kwargs)
-        return (value,) if tuples else value
-
-    def fed(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if tuples else hidden
-
-    # The last block passed over returns the given hidden, so that block ``start`` is called with it
-    # as if nothing had happened: gradient checkpointing keeps it for its second forward.
-    with forwards_replaced(anatomy.blocks[:start], [passed_over] * (start - 1) + [fed]):
-        yield
-
-
-@contextlib.contextmanager
-def forwards_replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Within the context each block's ``forward`` is the given function; restored also after errors."""
-    before = [b.__dict__.get("forward") for b in blocks]
-    try:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
-        yield
-    finally:
-        for block, previous in zip(blocks, before, strict=True):
-            if previous is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = previous
-
-
-def verify_resume(model: nn.Module, anatomy: Anatomy) -> None:
-    """Prove on a tiny batch that resuming gives the same hidden L; remembered per model.
-
-    Raises:
-        ArchitectureError: it does not (a block hands more than hidden states to the next
-            one, such as T5's position bias, or blocks share state).
-    """
-    first = anatomy.blocks[0]
-    if getattr(first, _RETURNS_TUPLE, None) is not None:
-        return
-    outputs: list[Any] = []
-    handle = first.register_forward_hook(lambda module, args, output: outputs.append(output))
-    device = next(anatomy.embeddings.parameters()).device
-    ids = torch.arange(2, 12, device=device).reshape(2, 5) % anatomy.vocab_size
-    batch = Batch(indices=(0, 1), input_ids=ids, attention_mask=torch.ones_like(ids))
-    states: dict[int, Tensor] = {}
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            want = run_blocks(model, anatomy, batch, listener=lambda h, z: states.__setitem__(h, z.clone()))
-            handle.remove()
-            output = outputs[0]
-            extra = output[1:] if isinstance(output, tuple) else ()
-            if any(isinstance(e, Tensor) for e in extra):
-                raise ArchitectureError(
-                    f"cannot resume {type(model).__name__} from a block: its blocks hand further tensors to "
-                    "the next block besides hidden states (a shared position bias, say).")
-            setattr(first, _RETURNS_TUPLE, isinstance(output, tuple))
-            for start in {1, len(anatomy.blocks) // 2, len(anatomy.blocks) - 1} - {0, len(anatomy.blocks)}:
-                got = run_blocks(model, anatomy, batch, start=start, hidden=states[start])
-                if not torch.equal(got, want):
-                    delattr(first, _RETURNS_TUPLE)
-                    raise ArchitectureError(
-                        f"cannot resume {type(model).__name__} from block {start}: the last hidden state "
-                        f"differs by {(got - want).abs().max().item():.3g}; its blocks share more than "
-                        "hidden states.")
-    finally:
-        handle.remove()
-        model.train(training)
 
 
 class Lockstep:

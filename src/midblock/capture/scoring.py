@@ -1,7 +1,7 @@
-"""Next-token scores of a hidden state, in chunks: never a (tokens x vocabulary) tensor for all.
+"""Next-token scores of hidden states: run the blocks, pick the positions that count, unembed, compare.
 
-The read-out (final norm and head) is by far the widest matrix product of a small model;
-it runs only on positions whose next token counts.
+Logits come in chunks, never as a (tokens x vocabulary) tensor for all. Final norm and head are by far
+the widest matrix product of a small model; they run only on positions whose next token counts.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midblock import metrics
+from midblock.capture.forward import run_blocks
 from midblock.data import Batch
+from midblock.models.anatomy import Anatomy
 
-__all__ = ["TokenScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows",
-           "next_token_scores", "sample_means"]
+__all__ = ["RowScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows", "score_batch",
+           "score_hidden", "sums_by_row"]
 
-# The head is read out for many positions at once, because its weights are streamed from memory each time.
+# Many positions go through the head at once, because its weights are streamed from memory each time.
 _HEAD_NUMBERS = 3 << 22
 _HEAD_ROWS = 128
 _ACCELERATOR_NUMBERS = 1 << 24
@@ -46,14 +48,14 @@ def head_rows(vocab_size: int, device: torch.device) -> int:
 
 def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits (n, V) of hidden rows (N, d) in the model's own number format, some rows at a time, with their slice."""
+    """Logits (n, V) of hidden rows (N, d) in the model's own dtype, some rows at a time, with their slice."""
     for part, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
         yield part, logits.pop("")
 
 
 def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
                          vocab_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """Logits (n, V) of hidden rows in the models' own number format, for several models at once.
+    """Logits (n, V) of hidden rows in the models' own dtype, for several models at once.
 
     Args:
         read_outs: Model -> final norm and head, (n, d) -> (n, V).
@@ -70,51 +72,51 @@ def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], ro
         yield whole, {name: read_outs[name](part[whole]) for name, part in rows.items()}
 
 
-@dataclass
-class TokenScores:
-    """Scores of every counted position of a batch, flat in (row, position) order.
+@dataclass(frozen=True)
+class RowScores:
+    """What the counted next tokens of each row of a batch add up to.
 
     Attributes:
-        row: Row of the batch each score belongs to, (N,).
-        loss: Negative log-likelihood of the next token in nats, (N,).
-        correct: Whether the most likely token is the next token, (N,).
+        tokens: How many count, (B,).
+        loss: Sum of their negative log-likelihoods in nats, (B,).
+        correct: How many of them the model finds most likely, (B,).
+
+    All are float64; a mean over tokens is one of the sums over ``tokens``.
     """
 
-    row: Tensor
+    tokens: Tensor
     loss: Tensor
     correct: Tensor
 
 
-def next_token_scores(read_out: Callable[[Tensor], Tensor], hidden: Tensor, batch: Batch, vocab_size: int
-                      ) -> TokenScores:
-    """Loss and correctness of every counted next token when ``hidden`` is read out.
+def score_batch(model: nn.Module, anatomy: Anatomy, batch: Batch) -> RowScores:
+    """Run all blocks on a batch (on the model's device) and score its next tokens."""
+    return score_hidden(anatomy, run_blocks(model, anatomy, batch), batch)
+
+
+def score_hidden(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> RowScores:
+    """Score every counted next token of a batch whose hidden states are unembedded by final norm and head.
 
     Args:
-        read_out: Final norm and head: (n, d) -> (n, V).
-        hidden: (B, T, d).
+        anatomy: Whose final norm and head.
+        hidden: (B, T, d), such as hidden L.
         batch: Its tokens; labels, where present, say what counts.
-        vocab_size: V, to bound the chunks.
     """
     mask = counted_positions(batch)
     rows = hidden[mask]
     target = batch.input_ids.roll(-1, dims=1)[mask]
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-    correct = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
-    for part, logits in chunks_of_logits(read_out, rows, vocab_size):
+    correct = torch.empty_like(loss)
+    for part, logits in chunks_of_logits(anatomy.read_out, rows, anatomy.vocab_size):
         sums = metrics.row_sums(logits, target[part])
-        correct[part] = metrics.top_k(logits, sums.maxima, 1)[:, 0] == target[part]
+        correct[part] = (metrics.top_k(logits, sums.maxima, 1)[:, 0] == target[part]).float()
         loss[part] = sums.loss
         del logits  # before the next ones are made
-    return TokenScores(mask.nonzero()[:, 0], loss, correct)
+    row, size = mask.nonzero()[:, 0], len(batch.indices)
+    return RowScores(mask.sum(dim=1).double(), sums_by_row(row, loss, size), sums_by_row(row, correct, size))
 
 
-def sample_means(row: Tensor, values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Mean of ``values`` per row of the batch, and how many there were: two (B,) float64 tensors.
-
-    A row with nothing counted has mean NaN.
-    """
+def sums_by_row(row: Tensor, values: Tensor, num_rows: int) -> Tensor:
+    """Sum of ``values`` (N,) per row of the batch (``row`` (N,) says which): (B,) in float64."""
     total = torch.zeros(num_rows, dtype=torch.float64, device=values.device)
-    count = torch.zeros_like(total)
-    total.index_add_(0, row, values.double())
-    count.index_add_(0, row, torch.ones_like(values, dtype=torch.float64))
-    return total / torch.where(count > 0, count, torch.nan), count
+    return total.index_add_(0, row, values.double())

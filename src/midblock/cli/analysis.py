@@ -11,7 +11,6 @@ import typer
 from midblock.cli import console
 
 if TYPE_CHECKING:
-    from midblock.data import Dataset
     from midblock.models import LoadedModel
     from midblock.progress import Progress
     from midblock.provenance import RunFolder
@@ -37,9 +36,9 @@ def split_names(names: str | None) -> list[str] | None:
 
 
 def run_analysis(
-    command: str, models: Sequence[str], *, names: str | None, data: str, seed: int, out: Path, resume: bool,
+    command: str, models: Sequence[str], *, names: str | None, data: str | None, seed: int, out: Path, resume: bool,
     load: ChainLoadSettings, settings: Settings | Mapping[str, Any],
-    measure: Callable[[list[LoadedModel], list[str], Dataset, RunFolder, Progress], Result], least: int = 2,
+    measure: Callable[[list[LoadedModel], list[str], Any, RunFolder, Progress], Result], least: int = 2,
 ) -> tuple[RunFolder, Any]:
     """Load the chain and the data, measure, and save the result in its run folder.
 
@@ -49,7 +48,7 @@ def run_analysis(
         command: Name for ``run.json``.
         models: MODEL specs.
         names: The ``--names`` option.
-        data: D spec.
+        data: D spec; None: nothing is scored.
         seed: Seed for generated data.
         out: Run folder.
         resume: Continue in it.
@@ -75,7 +74,7 @@ def run_analysis(
         raise SettingsError(f"{command} compares at least {least} checkpoints, got only {' '.join(models)}; "
                             "give a base and a tuned one.")
     keys = stage_names(len(models), split_names(names))
-    dataset = load_data(data, seed=seed)
+    dataset = None if data is None else load_data(data, seed=seed)
     for tuned in models[1:]:
         if note := pair_warning(models[0], tuned):
             console.warn(note)
@@ -86,14 +85,14 @@ def run_analysis(
     with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
             console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},
-                          data=dataset.describe())
+                          data={} if dataset is None else dataset.describe())
         result = measure(chain, keys, dataset, run, progress)
         save_result(run, result, fields={"counts": getattr(result, "counts", {})}, progress=progress)
     counts = getattr(result, "counts", {})
     if counts.get("truncated"):
         console.warn(f"{counts['truncated']} of the samples were cut at {counts.get('max_length', 'the limit of')} "
                      "tokens.")
-    if dataset.skipped:
+    if dataset is not None and dataset.skipped:
         where, reason = dataset.skipped[0]
         console.warn(f"{len(dataset.skipped)} rows of {dataset.name} were left out (first: {where}: {reason}).")
     return run, result

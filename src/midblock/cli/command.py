@@ -103,7 +103,7 @@ def _option(name: str, field: FieldInfo, *, hidden: bool) -> inspect.Parameter:
     required = field.is_required() and not hidden
     limits = bounds_of(field)
     spelling = option_name(name)
-    if flag and default is True:
+    if flag and (default is True or (field.default is None and not hidden)):
         spelling += f"/--no-{spelling[2:]}"
     info = typer.Option(
         spelling, hidden=hidden, show_default=default is not None and not (flag and not default),

@@ -152,7 +152,7 @@ def _analyse(work: _Demo, sft: LoadedModel, data: Dataset) -> None:
                                    max_length=128, seed=work.seed, progress=progress),
         "weights": lambda: weights([str(work.out / "base" / "model"), str(sft.folder)], progress=progress),
         "lens": lambda: lens(base, sft, data=data, samples=sizes.lens, max_length=128, seed=work.seed, every=2,
-                             earlier_code=True, progress=progress),
+                             paper_code=True, progress=progress),
         "swap": lambda: swap(base, sft, data=data, samples=sizes.swap, max_length=128, segments=5, supervised=True,
                              seed=work.seed, progress=progress),
     }

@@ -34,7 +34,6 @@ __all__ = [
     "RunOut",
     "Samples",
     "Seed",
-    "Segments",
     "Tokenizer",
     "TokenizerOf",
     "TrustRemoteCode",
@@ -123,9 +122,6 @@ Device = Annotated[str, typer.Option(
     "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
 
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of every random choice.")]
-
-Segments = Annotated[int, typer.Option(
-    "--segments", metavar="K", min=1, help="Number of equal depth segments: the length of a mask.")]
 
 TrustRemoteCode = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Run Python code that comes with the model. Only if you trust its author.")]

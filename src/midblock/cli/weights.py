@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, show, split_names
-from midblock.cli.options import Json, Quiet, examples
+from midblock.cli.command import expand
+from midblock.cli.options import Json, Quiet, RunOut, examples
 from midblock.segments import ZONES_TITLE
+from midblock.settings import WeightsSettings
 
 __all__ = ["register"]
 
@@ -20,25 +21,11 @@ def register(app: typer.Typer) -> None:
     app.command("weights", epilog=examples(
         "midblock weights allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --out runs/weights",
         "midblock weights smollm2 runs/tuned/adapter --json",
-        "midblock weights BASE SFT DPO --names base,sft,dpo --no-spectra"))(weights)
+        "midblock weights BASE SFT DPO --names base,sft,dpo --no-spectra"))(expand(weights))
 
 
-def weights(
-    models: Chain,
-    out: Annotated[Path, typer.Option(
-        "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty.")
-    ] = Path("runs/weights"),
-    names: Names = None,
-    spectra: Annotated[bool | None, typer.Option(
-        "--spectra/--no-spectra", show_default=False,
-        help="Also the spectral norm and the effective rank of every matrix's difference. Default: where that takes "
-             "a minute or two at most (up to some 300M parameters; adapters of any size).")] = None,
-    workers: Annotated[int | None, typer.Option(
-        "--workers", metavar="N", min=1, show_default=False,
-        help="Threads that read. Default: one for each core, at most 8.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/weights"), names: Names = None,
+            as_json: Json = False, quiet: Quiet = False) -> None:
     """Measure how far every weight moved, straight from the safetensors files.
 
     No model is built: files of any size, sharded or not, are read side by side at the speed of the
@@ -63,11 +50,9 @@ def weights(
             console.warn(note)
     RunFolder.check_free(out)
     folders = [resolve_checkpoint(m) for m in models]
-    settings = {"models": models, "names": keys, "spectra": "auto" if spectra is None else spectra,
-                "workers": workers}
-    with RunFolder(out, command="weights", settings=settings) as run, console.progress_bar() as progress:
-        result = measure(folders, names=keys, spectra="auto" if spectra is None else spectra, workers=workers,
-                         progress=progress)
+    recorded = {"models": models, "names": keys, **dict(settings)}
+    with RunFolder(out, command="weights", settings=recorded) as run, console.progress_bar() as progress:
+        result = measure(folders, names=keys, progress=progress, settings=settings)
         # hashed after the comparison, while the system still holds the files
         described = {}
         for key, spec, folder in zip(keys, models, folders, strict=True):

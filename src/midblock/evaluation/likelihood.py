@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midblock.capture.forward import run_blocks
-from midblock.capture.scoring import next_token_scores, sample_means
+from midblock.capture.scoring import score_hidden
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.tasks import find_task, item_ids
@@ -66,10 +66,10 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
                 batch = batch.to(loaded.device)
                 hidden = (run_blocks(loaded.model, loaded.anatomy, batch) if hidden_of is None
                           else hidden_of(batch))
-                scores = next_token_scores(loaded.anatomy.read_out, hidden, batch, loaded.anatomy.vocab_size)
-                mean, number = sample_means(scores.row, scores.loss, len(batch))
+                scores = score_hidden(loaded.anatomy, hidden, batch)
                 places = list(batch.indices)
-                loss[places], count[places] = mean.cpu().numpy(), number.cpu().numpy()
+                loss[places] = (scores.loss / scores.tokens).cpu().numpy()
+                count[places] = scores.tokens.cpu().numpy()
                 done += len(batch)
                 progress(task, done, len(tokenized))
     finally:

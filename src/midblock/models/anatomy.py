@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from midblock.errors import ArchitectureError
+from midblock.models.forwards import forwards_replaced
 
 __all__ = [
     "Anatomy",
@@ -339,19 +340,6 @@ class _Normed(BaseModelOutputWithPastAndCrossAttentions):
         return None
 
 
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    had = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = had
-
-
 def _token_inputs(anatomy: Anatomy, batch: int, length: int, like: Tensor) -> dict[str, Any]:
     ids = torch.zeros(batch, length, dtype=torch.long, device=like.device)
     if not anatomy.causal_lm.config.is_encoder_decoder:
@@ -368,7 +356,7 @@ def _logits_of_own_forward(anatomy: Anatomy, normed: Tensor) -> Tensor:
     def body_forward(*_: Any, **__: Any) -> _Normed:
         return _Normed(last_hidden_state=normed)
 
-    with _forward_replaced(anatomy.body, body_forward):
+    with forwards_replaced([anatomy.body], [body_forward]):
         return anatomy.causal_lm.forward(**inputs).logits  # type: ignore[no-any-return]
 
 
@@ -453,9 +441,7 @@ def _body_with_blocks_passed_over(anatomy: Anatomy, probe: Tensor) -> Tensor | N
         inputs["encoder_hidden_states"] = probe.new_zeros(1, 1, probe.shape[-1])
     for extra in (-1, 0, 1, 2, 3):  # a tensor, or a tuple with that many values after the state
         returned = probe if extra < 0 else (probe, *([None] * extra))
-        with contextlib.ExitStack() as stack:
-            for block in anatomy.blocks:
-                stack.enter_context(_forward_replaced(block, lambda *_, r=returned, **__: r))
+        with forwards_replaced(anatomy.blocks, [lambda *_, r=returned, **__: r] * len(anatomy.blocks)):
             try:
                 output = anatomy.body(**inputs)
             except _CANNOT_RUN:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy
+from midblock.models.forwards import replace_forward
 
 __all__ = ["freed_memory_kept", "laid_out", "many_read_outs"]
 
-# rows of a product that the layout is chosen for: of a head and of a block
-_ROWS, _BLOCK_ROWS = 256, 1024
-# bytes of the blocks' weights up to which they are laid out too
-_BLOCKS_LIMIT = 1 << 30
+# rows of a product that the layout is chosen for
+_ROWS = 256
 
 # parameters of glibc's mallopt, and the largest values that it reaches by itself
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -32,45 +31,32 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 
 
 @contextlib.contextmanager
-def many_read_outs(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[None]:
+def many_read_outs(anatomies: Iterable[Anatomy]) -> Iterator[None]:
     """Both of `laid_out` and `freed_memory_kept`, for the time of a pass."""
-    with freed_memory_kept(), laid_out(anatomies, blocks=blocks):
+    with freed_memory_kept(), laid_out(anatomies):
         yield
 
 
 @contextlib.contextmanager
-def laid_out(anatomies: Iterable[Anatomy], *, blocks: bool = False) -> Iterator[int]:
-    """Within the context products without gradients use copies of weights in oneDNN's layout.
+def laid_out(anatomies: Iterable[Anatomy]) -> Iterator[int]:
+    """Within the context heads' products without gradients use copies of weights in oneDNN's layout.
 
     Only plain bfloat16 layers on a CPU, and only where a trial is bit-equal to the usual product.
     Weights must not change within the context.
 
     Args:
         anatomies: Of the models whose heads are laid out.
-        blocks: Their blocks too, unless these weigh more than 1 GiB in all. Something is gained where products are
-            not divided among threads (`midblock.models.cores`): 3 to 5% of a body pass of SmolLM2.
 
     Yields:
         Number of layers that use it.
     """
-    several = list(anatomies)
-    layers = [(anatomy.head, _ROWS) for anatomy in several]
-    if blocks:
-        inner = {id(layer): layer for anatomy in several for block in anatomy.blocks for layer in block.modules()
-                 if _plain(layer)}.values()
-        if sum(layer.weight.nbytes for layer in inner) <= _BLOCKS_LIMIT:
-            layers += [(layer, _BLOCK_ROWS) for layer in inner]
-    changed = []
-    equal: dict[tuple[Any, ...], bool] = {}
-    try:
-        for layer, rows in layers:
-            if _plain(layer) and (product := _product(layer, rows, equal)) is not None:
-                layer.forward = _forward(layer.forward, product)  # type: ignore[assignment, method-assign]
-                changed.append(layer)
-        yield len(changed)
-    finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)
+    with contextlib.ExitStack() as stack:
+        changed = 0
+        for head in (anatomy.head for anatomy in anatomies):
+            if _plain(head) and (product := _product(head)) is not None:
+                stack.callback(replace_forward(head, _forward(head.forward, product)))
+                changed += 1
+        yield changed
 
 
 def _forward(usual: Callable[..., Any], product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -86,26 +72,24 @@ def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
             and layer.weight.dtype == torch.bfloat16 and "forward" not in layer.__dict__)
 
 
-def _product(layer: nn.Linear, rows: int, equal: dict[tuple[Any, ...], bool]) -> Callable[[Tensor], Tensor] | None:
-    """The layer's product with its laid-out weight; what trials of each shape found is kept in ``equal``."""
+def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """The layer's product with its laid-out weight; None where it is not to be had, or not bit-equal in a trial."""
     if not torch.backends.mkldnn.is_available():
         return None
     weight, bias = layer.weight, layer.bias
-    shape = (*weight.shape, bias is None)
     try:  # what torch.compile uses on CPUs; not every build of PyTorch has it
         with torch.inference_mode():
-            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
             multiply = torch.ops.mkldnn._linear_pointwise
 
             def product(x: Tensor) -> Tensor:
                 return multiply(x, kept, bias, "none", [], "")  # type: ignore[no-any-return]
 
-            if shape not in equal:
-                trial = torch.randn(19, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-                equal[shape] = torch.equal(product(trial), torch.nn.functional.linear(trial, weight, bias))
+            trial = torch.randn(19, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+            equal = torch.equal(product(trial), torch.nn.functional.linear(trial, weight, bias))
     except (AttributeError, RuntimeError):
         return None
-    return product if equal[shape] else None
+    return product if equal else None
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midblock.data import Batch
 from midblock.errors import SettingsError, TrainingError
+from midblock.models.forwards import replace_forward
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, supervised_loss
 
@@ -77,18 +78,17 @@ def gated(attachment: Attachment, gates: Gates) -> Iterator[Gates]:
         SettingsError: the plan is not plain LoRA.
     """
     needed = {p: p.requires_grad for p in attachment.model.parameters()}
-    changed: list[nn.Module] = []
+    changed: list[Callable[[], bool]] = []
     try:
         for parameter in needed:
             parameter.requires_grad_(False)
         for module, index in gates.index.items():
             layer, down, up = _factors(attachment, module)
-            layer.forward = _gated_forward(layer, down, up, gates, index)
-            changed.append(layer)
+            changed.append(replace_forward(layer, _gated_forward(layer, down, up, gates, index)))
         yield gates
     finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)
+        for restore in changed:
+            restore()
         for parameter, flag in needed.items():
             parameter.requires_grad_(flag)
 

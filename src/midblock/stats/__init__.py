@@ -33,6 +33,7 @@ from midblock.stats.intervals import (
     paired_bootstrap,
     paired_proportion_interval,
     percentile_interval,
+    ratio_interval,
     wilson_interval,
 )
 from midblock.stats.inverted_u import InvertedU, inverted_u_test
@@ -81,6 +82,7 @@ __all__ = [
     "percentile_interval",
     "random_share_jaccard",
     "rank_arms",
+    "ratio_interval",
     "regret",
     "set_overlap",
     "spearman",

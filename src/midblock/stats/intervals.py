@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from midblock.stats._arrays import (
 __all__ = ["CrossedMean", "bootstrap_weights", "crossed_interval", "crossed_mean",
            "hierarchical_arms_bootstrap", "hierarchical_bootstrap", "jackknife_interval",
            "mean_interval", "paired_bootstrap", "paired_proportion_interval",
-           "percentile_interval", "wilson_interval"]
+           "percentile_interval", "ratio_interval", "wilson_interval"]
 
 
 def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Interval:
@@ -185,6 +186,54 @@ def percentile_interval(estimate: float, replicates: npt.ArrayLike, confidence: 
         tail = float(scipy_stats.norm.cdf(-math.sqrt(n / (n - 1)) * _t_critical(confidence, n - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(float(estimate), float(low), float(high), n)
+
+
+def ratio_interval(totals: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = 0.95, *,
+                   replicates: int = 2000, seed: int = 0) -> Interval:
+    """Ratio estimator sum(totals) / sum(sizes), with an interval from resampled samples [1].
+
+    A mean per token: every token weighs the same, whichever sample it is in, but samples are
+    resampled whole, because the tokens of one text are not independent. A difference of two such means
+    over the same tokens is the ratio of the differences of their totals.
+
+    Args:
+        totals: (n,) sum of a quantity over each sample's tokens; NaN where a sample is left out.
+        sizes: (n,) tokens of each sample; samples without any are left out.
+        confidence: Coverage, 0..1.
+        replicates: B.
+        seed: Of the draw; equal seeds and sizes give every quantity the same resamples.
+
+    Returns:
+        Expanded percentile interval [4]; ``n`` counts samples. No bounds for one sample, no value for none.
+
+    Raises:
+        UndefinedMetricError: infinite entries.
+
+    Example:
+        >>> ratio_interval([2.0, 9.0], [1, 3]).value
+        2.75
+    """
+    check_confidence(confidence)
+    numerator, denominator = np.asarray(totals, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    if numerator.shape != denominator.shape:
+        raise SettingsError(f"{numerator.size} totals and {denominator.size} sizes do not belong together.")
+    kept = (denominator > 0) & ~np.isnan(numerator)
+    numerator, denominator = vector(numerator[kept], "totals"), vector(denominator[kept], "sizes")
+    n = int(numerator.size)
+    if n == 0:
+        return Interval(math.nan, n=0)
+    value = float(numerator.sum() / denominator.sum())
+    if n == 1:
+        return Interval(value, n=1)
+    weights = _shared_weights(n, replicates, seed)
+    return percentile_interval(value, (weights @ numerator) / (weights @ denominator), confidence, n=n, expanded=True)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_weights(n: int, replicates: int, seed: int) -> FloatArray:
+    weights = bootstrap_weights(n, replicates, seed)
+    weights.flags.writeable = False
+    return weights
 
 
 def jackknife_interval(estimate: float, delete_one_values: npt.ArrayLike,

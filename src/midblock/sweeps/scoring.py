@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from midblock.capture.forward import run_blocks, verify_resume
+from midblock.capture import run_blocks, why_not_resume
 from midblock.data import Batch, Dataset
-from midblock.errors import ArchitectureError
 from midblock.evaluation import EvalResult, evaluate, find_task, model_limit, task_data
 from midblock.evaluation.likelihood import score_tokens
 from midblock.models.attention import dense_attention
@@ -57,11 +56,6 @@ class Scorer:
         self._kept: dict[tuple[str, tuple[int, ...]], tuple[int, Tensor]] = {}
         self._bytes = 0
         self.blocks_passed_over = 0
-        try:
-            verify_resume(loaded.model, loaded.anatomy)
-            self._resumes = True
-        except ArchitectureError:  # blocks that share more than hidden states: every forward is whole
-            self._resumes = False
 
     def score(self, label: str, *, first_block: int | None = None, progress: Progress = silent) -> TaskScores:
         """Score one task.
@@ -79,7 +73,7 @@ class Scorer:
                 result = score_tokens(
                     self.loaded, task.task, data, batch_size=task.batch_size or _TOKEN_BATCH[kind],
                     max_length=length, chat=task.chat, progress=progress,
-                    hidden_of=lambda batch: self._hidden(label, batch, first_block if self._resumes else None))
+                    hidden_of=lambda batch: self._hidden(label, batch, first_block))
         else:
             result = evaluate(self.loaded, task.task, data=data, seed=task.seed, batch_size=task.batch_size,
                               max_new_tokens=task.max_new_tokens, shots=task.shots, chat=task.chat,
@@ -88,7 +82,7 @@ class Scorer:
 
     def _hidden(self, label: str, batch: Batch, first_block: int | None) -> Tensor:
         model, anatomy = self.loaded.model, self.loaded.anatomy
-        if not first_block:
+        if not first_block or why_not_resume(model, anatomy, [first_block])[first_block] is not None:
             return run_blocks(model, anatomy, batch)
         key = (label, batch.indices)
         at, state = self._kept.get(key, (0, None))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from midblock.errors import AdapterError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
+from midblock.models.forwards import replace_forward
 from midblock.provenance import atomic_path, sha256_of
 from midblock.tuning.plan import Plan, require_plan_fits
 
@@ -216,16 +217,11 @@ def _full_rank(base: nn.Module, anatomy: Anatomy, plan: Plan
 
 @contextlib.contextmanager
 def _casting(owners: Iterator[nn.Module]) -> Iterator[None]:
-    changed: list[nn.Module] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for module in owners:
             if "forward" not in module.__dict__:
-                module.forward = _cast_forward(module)
-                changed.append(module)
+                stack.callback(replace_forward(module, _cast_forward(module)))
         yield
-    finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
 
 
 def _cast_forward(module: Any) -> Callable[..., Tensor]:

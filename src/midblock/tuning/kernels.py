@@ -20,6 +20,7 @@ from midblock import metrics
 from midblock.capture.scoring import head_rows
 from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
+from midblock.models.forwards import replace_forward
 
 __all__ = ["has_plain_head", "lean_lora", "supervised_loss"]
 
@@ -186,7 +187,7 @@ def lean_lora(model: nn.Module) -> Iterator[int]:
     """
     from peft.tuners.lora import Linear as LoraLinear
 
-    changed: list[nn.Module] = []
+    changed: list[Callable[[], bool]] = []
     for module in model.modules():
         if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
             continue
@@ -196,10 +197,9 @@ def lean_lora(model: nn.Module) -> Iterator[int]:
                 or getattr(module.lora_B[active[0]], "bias", None) is not None
                 or module.base_layer.weight.requires_grad or "forward" in module.__dict__):
             continue
-        module.forward = _lean_forward(module, active[0])  # type: ignore[method-assign]
-        changed.append(module)
+        changed.append(replace_forward(module, _lean_forward(module, active[0])))
     try:
         yield len(changed)
     finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
+        for restore in changed:
+            restore()

@@ -8,7 +8,7 @@ otherwise sends the backward pass through every frozen block. With a cache the o
 computed once per sample and read in every later epoch, seed and arm with the same first block; an arm
 that begins later goes on from there.
 
-The blocks of the prefix are replaced on the instance (`midblock.capture.forward.forwards_replaced`)
+The blocks of the prefix are replaced on the instance (`midblock.models.forwards`)
 while the model's own forward runs, which computes its masks and position embeddings as ever.
 """
 
@@ -28,10 +28,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from midblock.capture.forward import forwards_replaced, hidden_of_call, hidden_of_output, verify_resume
+from midblock.capture import verify_resume, why_not_resume
+from midblock.capture.interventions import hidden_of_output, passing_over, with_hidden
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.attention import attends_by_row
+from midblock.models.forwards import forwards_replaced, replace_forward
 from midblock.provenance import sha256_of
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.cache_folder import row_bytes
@@ -250,7 +252,7 @@ class FrozenPrefix:
         self._namespace: tuple[tuple[Any, ...], str] | None = None
         self._labels_on_padding = False
         self._outer: dict[str, Tensor] = {}
-        self._restore: list[tuple[nn.Module, Callable[..., Any], Any]] = []
+        self._restore: list[Callable[[], bool]] = []
         self._parameters = _parameter_names(self.anatomy.body)
 
     def __enter__(self) -> FrozenPrefix:
@@ -267,17 +269,11 @@ class FrozenPrefix:
                  trace: TracebackType | None) -> None:
         self._active = False
         _installed.pop(self.anatomy.body, None)
-        for module, ours, previous in reversed(self._restore):
-            if module.__dict__.get("forward") is not ours:
-                continue  # somebody wrapped ours: it stays below theirs and hands everything on
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
+        for restore in reversed(self._restore):
+            restore()  # where somebody wrapped ours, it stays below theirs and hands everything on
         self._restore.clear()
 
     def _replace(self, module: nn.Module, handler: Callable[..., Any]) -> None:
-        previous = module.__dict__.get("forward")
         original = module.forward
 
         @functools.wraps(original)
@@ -286,8 +282,7 @@ class FrozenPrefix:
                 return original(*args, **kwargs)
             return handler(original, args, kwargs)
 
-        module.forward = forward
-        self._restore.append((module, forward, previous))
+        self._restore.append(replace_forward(module, forward))
 
     def describe(self) -> dict[str, Any]:
         """What ``run.json`` stores: first trainable block, rows read and computed, the cache."""
@@ -394,8 +389,7 @@ class FrozenPrefix:
     def _with_leaf(self, output: Any, start: int) -> Any:
         if not self._needs_leaf(start):
             return output
-        hidden = hidden_of_output(output).detach().requires_grad_(True)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_hidden(output, hidden_of_output(output).detach().requires_grad_(True))
 
     def _needs_leaf(self, start: int) -> bool:
         """Reentrant checkpointing only differentiates blocks whose input requires a gradient."""
@@ -410,19 +404,7 @@ class FrozenPrefix:
     # ------------------------------------------------------------------ with a cache
 
     def _passing_over(self, start: int, hidden: Tensor) -> list[Callable[..., Any]]:
-        from midblock.capture.forward import block_returns_tuple
-
-        tuples = block_returns_tuple(self.anatomy)
-        fed = hidden.requires_grad_(True) if self._needs_leaf(start) else hidden
-
-        def passed_over(*args: Any, **kwargs: Any) -> Any:
-            value = hidden_of_call(args, kwargs)
-            return (value,) if tuples else value
-
-        def feed(*args: Any, **kwargs: Any) -> Any:
-            return (fed,) if tuples else fed
-
-        return [passed_over] * (start - 1) + [feed]
+        return passing_over(self.anatomy, start, hidden.requires_grad_(True) if self._needs_leaf(start) else hidden)
 
     def _check_cacheable(self, start: int) -> None:
         lm = self.anatomy.causal_lm
@@ -440,7 +422,7 @@ class FrozenPrefix:
             raise CacheRefusedError("the prefix cannot be cached: dynamic rotary embeddings depend on the longest "
                                     "sequence seen so far. Use cache='none'.")
         try:
-            verify_resume(lm, self.anatomy)
+            verify_resume(lm, self.anatomy, [start])
         except ArchitectureError as error:
             raise CacheRefusedError(f"the prefix cannot be cached: {error} Use cache='none'.") from error
 
@@ -496,6 +478,8 @@ class FrozenPrefix:
         assert self.cache is not None
         for origin in sorted(self.cache.starts, reverse=True):
             if not 0 < origin < start or (namespace := prefix_identity(self.anatomy, origin)) not in self.cache:
+                continue
+            if why_not_resume(self.anatomy.causal_lm, self.anatomy, [origin])[origin] is not None:
                 continue
             width = self.anatomy.hidden_size
             states = [self.cache.peek(namespace, inputs.rows[i], inputs.shape(i, width)) for i in rows]

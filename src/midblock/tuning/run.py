@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from midblock import stats
-from midblock.capture import next_token_scores, run_blocks, sample_means
+from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.models import LoadedModel, load_model, quiet, resolve_device
@@ -317,10 +317,8 @@ def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, pr
     with torch.inference_mode():
         for number, batch in enumerate(batches):
             batch = batch.to(loaded.device)
-            hidden = run_blocks(anatomy.causal_lm, anatomy, batch)
-            scores = next_token_scores(anatomy.read_out, hidden, batch, anatomy.vocab_size)
-            means, _ = sample_means(scores.row, scores.loss, len(batch))
-            found.update(zip(batch.indices, means.tolist(), strict=True))
+            scores = score_batch(anatomy.causal_lm, anatomy, batch)
+            found.update(zip(batch.indices, (scores.loss / scores.tokens).tolist(), strict=True))
             progress("held-out loss", number + 1, len(batches))
     values = [found[r.index] for r in rows]
     if any(math.isnan(v) for v in values):
