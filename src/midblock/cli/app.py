@@ -41,6 +41,7 @@ COMMANDS = (
     "importance",
     "overlap",
     "locate",
+    "report",
     "demo",
 )
 

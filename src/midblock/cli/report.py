@@ -1,0 +1,44 @@
+"""`midblock report DIR...`: one interactive page from run folders."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from midblock.cli import console
+from midblock.cli.command import expand
+from midblock.cli.options import Json, examples
+from midblock.settings.report import ReportSettings
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("report", epilog=examples(
+        "midblock report demo",
+        "midblock report runs/profile runs/weights runs/sweep --out report.html",
+        "midblock report runs --title 'OLMo-2 1B: what SFT changed'"))(expand(report))
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(
+        metavar="DIR...", show_default=False, help="Run folders, or folders that hold some.")],
+    settings: ReportSettings,
+    as_json: Json = False,
+) -> None:
+    """Write one interactive page from any mix of finished runs.
+
+    The page opens from disk without a network and makes no request. Every figure has its data table, its definition
+    and downloads; unfinished or damaged runs are named in it and left out.
+    """
+    from midblock.report.page import build_report
+
+    made = build_report(folders, settings.out, title=settings.title)
+    for one in made["left_out"]:
+        console.warn(f"{one['folder']} is left out: {one['reason']}")
+    for line in made["findings"]["answer"][:3]:
+        console.say(line)
+    console.say(f"\nReport of {len(made['runs'])} runs ({made['bytes'] / 1e6:.1f} MB): {made['path']}")
+    console.emit_json(made)

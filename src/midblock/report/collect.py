@@ -1,0 +1,138 @@
+"""Run folders as a report reads them: only what a finished run saved, and why others are left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from midblock.errors import MidblockError, OutputError
+from midblock.provenance import read_run
+from midblock.reading import read_csv, read_json, read_jsonl, read_text, user_path
+from midblock.results import BASE_COLUMNS
+
+__all__ = ["LeftOut", "Run", "collect"]
+
+_DEEPEST = 3  # folders of run folders inside each other
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A folder that is not in the report, and why."""
+
+    folder: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        command: Such as ``profile``.
+        folder: Where it lies.
+        record: Its ``run.json``.
+        frame: Its ``table.csv``.
+        summary: Its reading in words; empty where it has none.
+        more: Further tables by name: ``arms``, ``pareto``, ``comparisons`` of a sweep, ``steps`` of a training.
+    """
+
+    command: str
+    folder: Path
+    record: dict[str, Any]
+    frame: pd.DataFrame
+    summary: str
+    more: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Stage name -> what is known of the model."""
+        found = self.record.get("models") or {}
+        return {k: v for k, v in found.items() if isinstance(v, dict)}
+
+    @property
+    def pair(self) -> str:
+        """The models in words, as the choice of a pair shows them."""
+        names = [str(m.get("name") or m.get("spec") or stage) for stage, m in self.models.items()]
+        return " → ".join(dict.fromkeys(names)) or self.folder.name
+
+    @property
+    def data(self) -> str:
+        """Name of the data set; empty where the command reads none."""
+        found = self.record.get("data") or {}
+        return str(found.get("name") or "")
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Depth of the model, where it is recorded."""
+        blocks = [m["blocks"] for m in self.models.values() if isinstance(m.get("blocks"), int)]
+        return blocks[0] if blocks else None
+
+
+def collect(folders: Sequence[Path | str]) -> tuple[list[Run], list[LeftOut]]:
+    """Every finished run in the folders and below them.
+
+    A folder without ``run.json`` is searched for run folders. What is unfinished, damaged, edited or of a newer format
+    is named with its reason.
+
+    Raises:
+        OutputError: a folder is absent, or nothing is left to report.
+    """
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    seen: set[Path] = set()
+    for given in folders:
+        folder = user_path(given, error=OutputError)
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder; name run folders or a folder that holds some.")
+        for found in _run_folders(folder, _DEEPEST):
+            if found.resolve() in seen:
+                continue
+            seen.add(found.resolve())
+            try:
+                runs.append(_read(found))
+            except MidblockError as error:
+                left_out.append(LeftOut(str(found), str(error)))
+    if not runs:
+        why = "; ".join(f"{o.folder}: {o.reason}" for o in left_out[:3]) or "they hold no run.json"
+        raise OutputError(f"there is no finished run in {', '.join(map(str, folders))} ({why}); "
+                          "run `midblock profile`, `weights`, `lens`, `swap` or `sweep` with --out first.")
+    return runs, left_out
+
+
+def _run_folders(folder: Path, deepest: int) -> list[Path]:
+    found = [folder] if (folder / "run.json").is_file() else []
+    if deepest:
+        for below in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            found += _run_folders(below, deepest - 1)
+    return found
+
+
+def _read(folder: Path) -> Run:
+    record = read_run(folder)
+    command = record.get("command")
+    if not isinstance(command, str) or not isinstance(record.get("status"), str):
+        raise OutputError("its run.json is not one of midblock's")
+    if record["status"] != "finished":
+        raise OutputError(f"the run is not finished (status {record['status']}); continue it with --resume")
+    table = folder / "table.csv"
+    if not table.is_file():
+        raise OutputError(f"a run of {command} without table.csv has nothing to draw")
+    frame = read_csv(table, columns=BASE_COLUMNS, numbers=("value", "low", "high", "n"),
+                     text=("mask", "layer", "kind", "metric", "side"), error=OutputError)
+    summaries = [p for p in (folder / "summary.txt", folder / "verdict.txt") if p.is_file()]
+    summary = read_text(summaries[0], error=OutputError).strip() if summaries else ""
+    more = {name: read_csv(path, error=OutputError) for name in ("pareto", "comparisons", "layer_cka", "trace")
+            if (path := folder / f"{name}.csv").is_file() and path.stat().st_size > 1}
+    steps = next((p for p in (folder / "steps.jsonl", folder / "state" / "steps.jsonl") if p.is_file()), None)
+    if steps is not None:
+        rows = [row for _, row in read_jsonl(steps, error=OutputError) if isinstance(row, dict)]
+        more["steps"] = pd.json_normalize(json.loads(json.dumps(rows)))
+    plan = folder / "plan.json"
+    if plan.is_file():
+        record = {**record, "plan": read_json(plan, error=OutputError)}
+    return Run(command, folder, record, frame, summary, more)

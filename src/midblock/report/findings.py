@@ -1,0 +1,131 @@
+"""The first screen of a report: what the runs say, what they do not, and the command to run next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from midblock.quantities import find
+from midblock.reading import printable
+from midblock.report.charts import Chart
+from midblock.report.collect import Run
+from midblock.segments import zone_means
+
+__all__ = ["Findings", "findings_of"]
+
+_WHERE = ("weight_change_relative", "change_intensity_relative", "cosine")
+_EVEN = 1.25  # zones whose means are within this factor are called even
+_KEY_METRICS = ("cosine", "weight_change_relative", "accuracy", "cka_debiased", "loss", "effective_rank")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Sentences for a reader who reads nothing else.
+
+    Attributes:
+        answer: What was found, most important first.
+        limits: What these runs do not support.
+        command: What to run next.
+        key: Ids of at most three charts that carry the answer.
+    """
+
+    answer: list[str]
+    limits: list[str]
+    command: str
+    key: list[str]
+
+
+def findings_of(runs: Sequence[Run], charts: Sequence[Chart]) -> Findings:
+    """The answer that the runs' own tables and verdicts give."""
+    answer = [*_verdicts(runs), *_where(runs), *_readings(runs)]
+    return Findings([printable(a) for a in answer[:6]], _limits(runs), printable(_next(runs)), _key(charts))
+
+
+def _verdicts(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.pair}: {run.summary.splitlines()[0]}" for run in runs if run.command == "sweep" and run.summary]
+
+
+def _where(runs: Sequence[Run]) -> list[str]:
+    """Where tuning acted most, from the mean of early, middle and late depths."""
+    found = []
+    for run in runs:
+        if run.command not in ("profile", "weights"):
+            continue
+        frame = run.frame[run.frame["side"].isin(["difference", "pair"])]
+        if "matrix" in frame:
+            frame = frame[frame["matrix"].isna() | (frame["matrix"] == "all")]
+        for metric in _WHERE:
+            rows = frame[(frame["metric"] == metric) & frame["kind"].isin(["hidden", "block"])]
+            layers = pd.to_numeric(rows["layer"], errors="coerce")
+            if len(rows) < 5 or layers.isna().any():
+                continue
+            away = (rows["value"] - (find(metric).unchanged if find(metric).paired else 0.0)).abs()
+            if not (away > 0).any():
+                found.append(f"{run.pair}: {find(metric).label.lower()} shows no change at any depth.")
+                break
+            means = zone_means(layers.astype(int), away, int(layers.max()))
+            what = "blocks" if (rows["kind"] == "block").all() else "hidden states"
+            found.append(f"{run.pair}{f' on {run.data}' if run.data else ''}: by {find(metric).label.lower()}, "
+                         f"{_acted(means, what)} (mean change "
+                         + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").")
+            break
+    return found
+
+
+def _acted(means: dict[str, float], what: str) -> str:
+    """Which zone moved most; "about evenly" where the zones are within a quarter of each other."""
+    defined = {zone: value for zone, value in means.items() if not math.isnan(value)}
+    most = max(defined, key=lambda zone: defined[zone])
+    if defined[most] <= _EVEN * min(defined.values()):
+        return f"tuning acted about evenly on all {what}"
+    return f"tuning acted most on {most} {what}"
+
+
+def _readings(runs: Sequence[Run]) -> list[str]:
+    """The first line of the other commands' own readings."""
+    return [f"{run.command.capitalize()}: {run.summary.splitlines()[0]}" for run in runs
+            if run.command not in ("sweep", "profile", "weights", "demo") and run.summary]
+
+
+def _limits(runs: Sequence[Run]) -> list[str]:
+    commands = {run.command for run in runs}
+    limits = []
+    if "sweep" not in commands:
+        limits.append("No sweep is among these runs: where a model changed says what tuning did, not which blocks are "
+                      "best to tune.")
+    small = [run for run in runs if run.command == "profile" and run.frame["n"].max() < 100]
+    if small:
+        most = int(max(r.frame["n"].max() for r in small))
+        limits.append(f"The profile rests on {most} samples (the paper: 1,000 pooled, 100 at the token level); "
+                      "intervals say what that leaves open.")
+    if len({run.pair for run in runs}) < 3:
+        limits.append("Claims about models in general need at least three independent pairs.")
+    return limits
+
+
+def _next(runs: Sequence[Run]) -> str:
+    first = runs[0]
+    specs = [str(m.get("spec") or "") for run in runs for m in run.models.values()]
+    model = next((s for s in specs if s), "smollm2")
+    data = next((str(run.record.get("settings", {}).get("data") or run.data) for run in runs if run.data), "arithmetic")
+    commands = {run.command for run in runs}
+    if "sweep" in commands:
+        return f"midblock figures {shlex.quote(str(first.folder.parent))} --out figures"
+    return f"midblock tune {shlex.quote(model)} --data {shlex.quote(data)} --mask 01100 --dry-run"
+
+
+def _key(charts: Sequence[Chart]) -> list[str]:
+    """At most three charts of different sections: arms of a sweep, then the measures that carry the answer."""
+    ranked = [c for c in charts if c["section"] == "arms" and c["kind"] == "bars"][:1]
+    for metric in _KEY_METRICS:
+        ranked += [c for c in charts if c.get("metric") == metric]
+    ranked += [c for c in charts if c["section"] == "segments"] + [c for c in charts if c["kind"] == "lines"]
+    chosen: list[Chart] = []
+    for chart in ranked:
+        if len(chosen) < 3 and chart["section"] not in {c["section"] for c in chosen}:
+            chosen.append(chart)
+    return [str(c["id"]) for c in chosen]

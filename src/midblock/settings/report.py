@@ -1,0 +1,16 @@
+"""Settings of `midblock report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from midblock.settings.base import Settings, setting
+
+__all__ = ["ReportSettings"]
+
+
+class ReportSettings(Settings):
+    """One HTML page from run folders."""
+
+    out: Path = setting(Path("report.html"), metavar="FILE", help="The page; replaced where it exists.")
+    title: str | None = setting(None, metavar="TEXT", help="Heading; by default the models' names.")

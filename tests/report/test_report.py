@@ -1,0 +1,204 @@
+"""One page from run folders: what it shows, what it leaves out, and that nothing from outside becomes markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from midblock.cli.app import run
+from midblock.errors import OutputError
+from midblock.provenance import RunFolder
+from midblock.report.charts import charts_of
+from midblock.report.collect import collect
+from midblock.report.findings import findings_of
+from midblock.report.page import build_report, render
+from midblock.results import Interval, Table
+
+pytest.importorskip("plotly")
+
+BLOCKS = 10
+MODELS = {s: {"spec": f"models/{s}", "name": s, "fingerprint": s, "blocks": BLOCKS, "dtype": "float32"}
+          for s in ("base", "sft")}
+
+
+def a_run(folder: Path, command: str, table: Table, *, summary: str = "", models: dict[str, Any] = MODELS,
+          data: str = "gsm8k") -> Path:
+    with RunFolder(folder, command=command, settings={"data": data}) as made:
+        made.record_inputs(models=models, data={"name": data, "fingerprint": "d"})
+        made.write_table(table)
+        if summary:
+            made.write_text("summary.txt", summary)
+    return folder
+
+
+def profile_table(peak: str = "late", n: int = 120) -> Table:
+    table = Table()
+    for h in range(BLOCKS + 1):
+        place = h / BLOCKS
+        size = {"early": 1 - place, "late": place, "middle": 1 - 2 * abs(place - 0.5)}[peak]
+        table.add("hidden", h, "cosine", "pair", Interval(1 - 0.1 * size, 0.8, 1.0, n), stage="sft-base")
+        for side, value in (("base", 3.0), ("sft", 3.0 + size)):
+            table.add("hidden", h, "effective_rank", side, Interval(value, value - 1, value + 1, n))
+        table.add("hidden", h, "effective_rank", "difference", Interval(size, 0.0, 2.0, n), stage="sft-base")
+    return table
+
+
+def swap_table() -> Table:
+    table = Table()
+    for i, mask in enumerate(("10000", "01000", "00100", "00010", "00001")):
+        table.add("segment", mask, "loss", "difference", Interval(-0.1 * i, -0.2 * i - 0.1, 0.05 - 0.1 * i, 30),
+                  donor="sft", recipient="base", head="base")
+    return table
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    a_run(tmp_path / "runs" / "profile", "profile", profile_table(), summary="Something.")
+    a_run(tmp_path / "runs" / "deeper" / "swap", "swap", swap_table(), summary="The loss falls most with 00001.")
+    return tmp_path / "runs"
+
+
+def payload(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    read: dict[str, Any] = json.loads(found.group(1))
+    return read
+
+
+def test_the_page_holds_every_row_of_the_tables(folders: Path, tmp_path: Path) -> None:
+    made = build_report([folders], tmp_path / "r.html")
+    charts = {c["title"]: c for c in payload((tmp_path / "r.html").read_text(encoding="utf-8"))["charts"]}
+    assert {r["command"] for r in made["runs"]} == {"profile", "swap"}
+    rank = charts["Effective rank"]
+    frame = pd.read_csv(folders / "profile" / "table.csv")
+    assert len(rank["rows"]) == (frame["metric"] == "effective_rank").sum() == 3 * (BLOCKS + 1)
+    shown = {(r[rank["columns"].index("side")], r[rank["columns"].index("layer")]): r[rank["columns"].index("value")]
+             for r in rank["rows"]}
+    for row in frame[frame["metric"] == "effective_rank"].to_dict("records"):
+        assert math.isclose(shown[row["side"], int(row["layer"])], row["value"], rel_tol=1e-5)
+    assert rank["n"] == [120, 120]
+    assert rank["formula"]
+    bars = next(c for c in charts.values() if c["kind"] == "bars")
+    assert [r[bars["columns"].index("mask")] for r in bars["rows"]] == ["10000", "01000", "00100", "00010", "00001"]
+
+
+@pytest.mark.parametrize("peak", ["early", "middle", "late"])
+def test_the_answer_names_where_tuning_acted(peak: str, tmp_path: Path) -> None:
+    a_run(tmp_path / "p", "profile", profile_table(peak))
+    runs, _ = collect([tmp_path])
+    found = findings_of(runs, charts_of(runs))
+    assert f"tuning acted most on {peak} hidden states" in found.answer[0]
+    assert any("No sweep" in line for line in found.limits)
+    assert found.command.startswith("midblock tune models/base --data gsm8k")
+
+
+def test_even_change_is_not_called_a_place(tmp_path: Path) -> None:
+    table = Table()
+    for h in range(BLOCKS + 1):
+        table.add("hidden", h, "cosine", "pair", Interval(0.9 + 0.001 * (h % 2), 0.8, 1.0, 120), stage="sft-base")
+    a_run(tmp_path / "p", "profile", table)
+    runs, _ = collect([tmp_path])
+    assert "about evenly" in findings_of(runs, charts_of(runs)).answer[0]
+
+
+def test_a_model_against_itself_changed_nowhere(tmp_path: Path) -> None:
+    table = Table()
+    for h in range(BLOCKS + 1):
+        table.add("hidden", h, "cosine", "pair", Interval(1.0, 1.0, 1.0, 120), stage="sft-base")
+    a_run(tmp_path / "p", "profile", table)
+    runs, _ = collect([tmp_path])
+    assert "no change at any depth" in findings_of(runs, charts_of(runs)).answer[0]
+
+
+def test_few_samples_are_said(tmp_path: Path) -> None:
+    a_run(tmp_path / "p", "profile", profile_table(n=8))
+    runs, _ = collect([tmp_path])
+    assert any("rests on 8 samples" in line for line in findings_of(runs, []).limits)
+
+
+EVIL = ["<script>alert(1)</script>", "</script><script>alert(2)</script>", "<img src=x onerror=alert(3)>",
+        "<a href='javascript:alert(4)'>x</a>", "\u202egnp.exe", "a\x1b[31mb", "<!--", "\u2028\u2029",
+        "${1}{{7*7}}{% x %}"]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_text_from_outside_never_becomes_markup(evil: str, tmp_path: Path) -> None:
+    models = {"base": {**MODELS["base"], "name": evil}, "sft": MODELS["sft"]}
+    table = profile_table()
+    for row in table.rows:
+        row["stage"] = evil
+    a_run(tmp_path / "p", "profile", table, summary=evil, models=models, data=evil)
+    other = swap_table()
+    for row in other.rows:
+        row["donor"] = evil
+    a_run(tmp_path / "s", "swap", other, summary=evil, models=models, data=evil)
+    runs, _ = collect([tmp_path])
+    page, _ = render(runs, title=evil)
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # our own scripts and the bundle
+    for piece in ("<script>alert", "onerror=alert(3)>", "<a href='javascript", "\u202e", "\x1b", "\u2028", "<!--"):
+        assert piece not in outside
+    assert "49" not in outside or "7*7" in outside
+    payload(page)
+
+
+def test_the_policy_allows_only_the_pages_own_scripts(folders: Path) -> None:
+    import base64
+    import hashlib
+
+    runs, _ = collect([folders])
+    page, _ = render(runs)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    assert policy.group(1).startswith("default-src 'none'")
+    allowed = set(re.findall(r"sha256-[A-Za-z0-9+/=]+", policy.group(1)))
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert {"sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts} == allowed
+    assert len(page) < 8e6
+
+
+def test_unfinished_and_damaged_runs_are_named_and_left_out(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), RunFolder(folders / "stopped", command="profile", settings={}):
+        raise KeyboardInterrupt
+    (folders / "broken").mkdir()
+    (folders / "broken" / "run.json").write_text("[1, 2", encoding="utf-8")
+    a_run(folders / "cut", "lens", profile_table())
+    table = (folders / "cut" / "table.csv")
+    table.write_text("\n".join(line.split(",", 1)[1] for line in table.read_text().splitlines()), encoding="utf-8")
+    made = build_report([folders], tmp_path / "r.html")
+    assert {Path(o["folder"]).name for o in made["left_out"]} == {"stopped", "broken", "cut"}
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("stopped", "broken", "cut"))
+
+
+def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="no finished run"):
+        build_report([tmp_path / "empty"], tmp_path / "r.html")
+    with pytest.raises(OutputError, match="not a folder"):
+        build_report([tmp_path / "absent"], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_command(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(folders), "--out", str(tmp_path / "r.html"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["bytes"] == (tmp_path / "r.html").stat().st_size
+    assert run(["report", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith("Error: ")
+
+
+def test_undefined_values_are_gaps(tmp_path: Path) -> None:
+    table = profile_table()
+    table.add_undefined("hidden", 3, "gini", "base", "all norms are zero", n=4)
+    a_run(tmp_path / "p", "profile", table)
+    runs, _ = collect([tmp_path])
+    chart = next(c for c in charts_of(runs) if c.get("metric") == "gini")
+    assert chart["rows"][0][chart["columns"].index("value")] is None
+    assert np.isfinite(json.loads(json.dumps(chart))["rows"][0][chart["columns"].index("n")])
