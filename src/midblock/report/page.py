@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from midblock import __version__
-from midblock.errors import MidblockError
 from midblock.provenance import atomic_path
 from midblock.reading import printable
 from midblock.report.charts import SECTIONS, charts_of
@@ -36,7 +35,7 @@ def build_report(folders: Sequence[Path | str], out: Path, *, title: str | None 
 
     Raises:
         OutputError: no finished run, or the file cannot be written.
-        MidblockError: plotly or jinja2 is absent.
+        ModuleNotFoundError: plotly or jinja2 is absent (the extra ``report``).
     """
     runs, left_out = collect(folders)
     page, findings = render(runs, left_out, title=title)
@@ -52,14 +51,12 @@ def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str 
     """The page as text, and its findings.
 
     Raises:
-        MidblockError: plotly or jinja2 is absent.
+        ModuleNotFoundError: plotly or jinja2 is absent (the extra ``report``).
     """
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MidblockError(f"a report needs the package {error.name}; install it with "
-                            "`pip install 'midblock[report]'`.") from None
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
     charts = charts_of(runs)
     found = findings_of(runs, charts)
     findings = json_ready(found)
@@ -72,9 +69,9 @@ def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
     page = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8")).render(
-        title=heading, style=jinja2.utils.markupsafe.Markup(style),
-        scripts=[jinja2.utils.markupsafe.Markup(s) for s in scripts],
-        hashes=[_csp_hash(s) for s in scripts], payload=jinja2.utils.markupsafe.Markup(_script_safe(payload)),
+        title=heading, style=Markup(style),
+        scripts=[Markup(s) for s in scripts],
+        hashes=[_csp_hash(s) for s in scripts], payload=Markup(_script_safe(payload)),
         findings=found, runs=[_listed(r) for r in runs],
         left_out=[LeftOut(printable(o.folder), printable(o.reason)) for o in left_out],
         version=__version__, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
