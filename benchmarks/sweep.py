@@ -32,7 +32,7 @@ from midblock.models import LoadedModel, load_model
 from midblock.sweeps import LocalEngine, RunRecord, expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps.arms import Arm
 from midblock.sweeps.config import SweepConfig
-from midblock.sweeps.engine import SweepData, token_rows
+from midblock.sweeps.data import SweepData, token_rows
 from midblock.tuning.adapter import _seed_adapters
 from midblock.tuning.trainer import _BatchOrder, _collator, _labels
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
+from midblock.segments import segment_blocks
+from midblock.sweeps import ArmInfo, RunRecord, SweepConfig, TaskScores, parse_config
 
 
 def write_tiny_model(folder: Path, blocks: int = 5, **overrides: Any) -> Path:
@@ -50,3 +56,64 @@ def tiny_values(folder: Path) -> dict[str, Any]:
         "retention": [{"task": "perplexity", "data": str(texts), "name": "texts", "max_length": 32}],
         "statistics": {"replicates": 200},
     }
+
+
+# ---------------------------------------------------------------- planted results
+
+ARMS = ["11111", "10000", "01000", "00100", "00010", "00001"]
+PLANTED = {"11111": 0.5, "10000": 0.3, "01000": 0.6, "00100": 0.8, "00010": 0.6, "00001": 0.2}
+ITEMS, SEEDS, STEPS = 150, 3, 40
+
+
+def infos(names: Sequence[str] = ARMS, **changes: ArmInfo) -> dict[str, ArmInfo]:
+    """Arms of a model of ten blocks; the baseline is 11111, the work is that of the blocks behind the first."""
+    found = {}
+    for name in names:
+        mask = name.removeprefix("full-")
+        blocks = tuple(segment_blocks(mask, 10))
+        found[name] = ArmInfo(name, "full" if name.startswith("full") else "lora", mask, blocks, 10, 1000,
+                              is_baseline=name == "11111", work=float(10 - blocks[0]))
+    return found | changes
+
+
+def scored(task: str, metric: str, scores: np.ndarray, tokens: float | None = None) -> TaskScores:
+    """Scores of one run on one task."""
+    return TaskScores(task, metric, metric == "accuracy", [f"i{k}" for k in range(len(scores))],
+                      [float(s) for s in scores], None if tokens is None else [tokens] * len(scores),
+                      float(np.mean(scores)), 0.0)
+
+
+def settled(steps: int = STEPS) -> dict[str, Any]:
+    """A training whose loss has settled."""
+    return {"seconds": 1.0, "tokens_per_second": 5.0, "losses": [1.0 + 2.0 * math.exp(-k / 3) for k in range(steps)]}
+
+
+def planted(rates: dict[str, float], *, seed: int = 0, forget: dict[str, float] | None = None,
+            items: int = ITEMS, seeds: int = SEEDS, steps: int = STEPS) -> list[RunRecord]:
+    """Right/wrong answers drawn with these rates over items of unequal difficulty, and retention losses."""
+    rng = np.random.default_rng(seed)
+    ease = rng.normal(0, 1, items)
+    texts = rng.normal(3.0, 0.3, 40)
+
+    def tasks(rate: float, rise: float) -> dict[str, TaskScores]:
+        logit = math.log(rate / (1 - rate)) if rate > 0 else -np.inf
+        right = rng.random(items) < 1 / (1 + np.exp(-(1.2 * logit + ease)))
+        noise = rng.normal(0, 0.01, texts.size)
+        return {"arithmetic": scored("arithmetic", "accuracy", right.astype(float)),
+                "texts": scored("texts", "perplexity", texts + rise + noise * (rise != 0), tokens=20.0)}
+
+    found = [RunRecord("base", None, None, "done", tasks=tasks(rates.get("base", 0.02), 0.0))]
+    for arm, rate in rates.items():
+        if arm != "base":
+            found += [RunRecord(arm, 0.01, k, "done", training=settled(steps),
+                                tasks=tasks(rate, (forget or {}).get(arm, 1e-6))) for k in range(seeds)]
+    return found
+
+
+def planted_config(folder: Path, **statistics: Any) -> SweepConfig:
+    """The configuration that `planted` answers: arithmetic and texts, three seeds."""
+    values = tiny_values(folder)
+    values["evaluation"] = [{"task": "arithmetic"}]
+    values["seeds"] = list(range(SEEDS))
+    values["statistics"] = {"replicates": 500, **statistics}
+    return parse_config(values)

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from midblock.errors import SettingsError
-from midblock.sweeps import dry_run, dump_config, expand_arms, jobs_of, load_config, parse_config
-from midblock.sweeps.config import read_yaml
+from midblock.data import Dataset, Example
+from midblock.errors import BudgetError, DataError, SettingsError
+from midblock.sweeps import dry_run, dump_config, expand_arms, jobs_of, load_config, load_sweep_data, parse_config
+from midblock.sweeps.arms import _within_budget
+from midblock.sweeps.data import split_off, token_rows
+from midblock.tuning import make_plan
 from sweep_helpers import tiny_values
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-
-
-def test_masks_stay_text_and_powers_of_ten_are_numbers():
-    values = read_yaml("{mask: 01100, other: 11111, rate: 5e-4, small: 1.5e-3, n: 100}")
-    assert values == {"mask": "01100", "other": 11111, "rate": 5e-4, "small": 1.5e-3, "n": 100}
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def test_a_key_twice_is_refused(tmp_path):
@@ -74,17 +72,75 @@ def test_overrides(tmp_path):
 
 def test_dump_reads_back(tmp_path):
     config = parse_config(tiny_values(tmp_path))
-    assert parse_config(read_yaml(dump_config(config))) == config
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+BAD_YAML = ["{a: 1}: 2", "[1, 2]: 3", "? [a]\n: b", "model: !!int x", "model: " + "9" * 5000, "a: " + "[" * 5000,
+            "seeds: [" + "9" * 400 + "]", "- model", "7", "", "model: &a [*a]", "model: !!python/object:os.system {}",
+            "arms: {masks: [" + "1" * 100_001 + "]}", "arms: {singles: 1000000000000000}", "model: !!float x"]
+
+
+@pytest.mark.parametrize("text", BAD_YAML, ids=range(len(BAD_YAML)))
+def test_yaml_that_is_no_configuration(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"bad\.yaml") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "!!int x", "9" * 5000, "{a: 1}: 2"])
+def test_overrides_that_are_no_values(tmp_path, value):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(dump_config(parse_config(tiny_values(tmp_path))))
+    for key in ("seeds", "evaluation." + "9" * 5000 + ".samples"):
+        with pytest.raises(SettingsError):
+            load_config(path, [f"{key}={value}"])
+
+
+def test_the_engine_of_older_configurations_is_passed_over_with_a_note(tmp_path):
+    values = tiny_values(tmp_path)
+    notes: list[str] = []
+    assert parse_config({**values, "engine": "local"}, note=notes.append) == parse_config(values)
+    assert len(notes) == 1
+    assert "'engine' is not needed" in notes[0]
+    with pytest.raises(SettingsError, match="engine: unknown key"):
+        parse_config({**values, "engine": "cluster"})
+
+
+def test_equal_texts_stay_on_one_side_of_the_split():
+    texts = ["a", "b", "c", "a", "d", "b", "e", "b"]
+    rows = Dataset("d", "train", "here", [Example(t, row={"n": n}) for n, t in enumerate(texts)])
+    train, validation = split_off(rows, 2)
+    assert [e.text for e in validation] == ["b", "b", "b"]  # the last text, with its copies, is enough
+    assert [e.text for e in train] == ["a", "c", "a", "d", "e"]
+    train, validation = split_off(rows, 4)
+    assert [e.text for e in validation] == ["b", "b", "e", "b"]
+    assert split_off(rows, 0) == (rows, None)
+    assert train.fingerprint != rows.fingerprint != validation.fingerprint
+    with pytest.raises(DataError, match="8 rows, 8 of them are wanted for validation"):
+        split_off(rows, 8)
+
+
+def test_loss_on_all_tokens_or_on_answers(tmp_path):
+    from conftest import build_tiny_tokenizer
+
+    values = tiny_values(tmp_path)
+    data = load_sweep_data(parse_config(values)).train
+    answers = token_rows(data, build_tiny_tokenizer(), parse_config(values).train)
+    values["train"]["loss"] = "all"
+    everything = token_rows(data, build_tiny_tokenizer(), parse_config(values).train)
+    assert all(r.supervised for r in answers)
+    assert not any(r.supervised for r in everything)
+    assert [r.ids for r in everything] == [r.ids for r in answers]  # both end with the end of sequence
+
+
+@pytest.mark.parametrize(("recipe"), RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
-    assert load_config(recipe).name == recipe.stem
-
-
-def test_there_are_recipes():
-    names = {p.stem for p in RECIPES}
-    assert {"smoke", "smollm2-arithmetic", "smollm2-gsm8k", "olmo2-7b-gsm8k", "olmo2-13b-toxigen-k10"} <= names
+    prefix = "" if recipe.parent.name == "recipes" else f"{recipe.parent.name}-"
+    assert load_config(recipe).name == prefix + recipe.stem
 
 
 def _llama(blocks: int = 10):
@@ -111,6 +167,52 @@ def test_every_kind_of_arm_once_at_the_budget(tmp_path):
     assert arms["mine"].plan.rank == 4
     assert arms["00100"].plan.blocks == (4, 5)
     assert arms["11111"].is_baseline
+
+
+def test_full_rank_arms_of_equal_size_take_as_many_matrices_as_the_budget(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] = {"full_equal": ["00100", "10001"], "full_equal_random": {"blocks": 4, "draws": 2}}
+    values["budget"] = "match:11111@2"
+    arms = {a.name: a for a in expand_arms(parse_config(values), _llama())}
+    budget = arms["11111"].plan.params
+    assert list(arms) == ["11111", "full-equal-00100", "full-equal-10001", "full-equal-random4-0",
+                          "full-equal-random4-1"]
+    for name, arm in arms.items():
+        plan = arm.plan
+        assert plan.params == (budget if name == "11111" else sum(m.inputs * m.outputs for m in plan.modules))
+        smallest = min(m.inputs * m.outputs for m in plan.modules)
+        assert abs(plan.params - budget) <= smallest
+    assert arms["full-equal-00100"].method == "full-equal"
+    assert arms["full-equal-00100"].plan.mask == "00100"
+    assert arms["full-equal-random4-0"].is_random
+    assert set(arms["full-equal-00100"].plan.blocks) <= {4, 5}
+
+
+def test_matrices_are_spread_over_blocks_and_kinds():
+    whole = make_plan(_llama(), mask="11000", method="full", target_modules=["q", "k", "v", "o"])
+    sizes = {m.kind: m.inputs * m.outputs for m in whole.modules}
+    kinds = list(dict.fromkeys(m.kind for m in whole.modules))
+    for count in (1, 2, 3, 4):
+        wanted = kinds[:count]
+        plan = _within_budget(whole, sum(sizes[k] for k in wanted))
+        assert [(m.block, m.kind) for m in plan.modules] == list(enumerate(wanted))
+        assert plan.blocks == tuple(range(count))
+        assert plan.mismatch == 0
+    assert _within_budget(whole, 10**9).modules == whole.modules
+    smallest = sizes[kinds[0]]
+    assert len(_within_budget(whole, smallest // 2).modules) >= 1
+    with pytest.raises(BudgetError, match="less than half of one matrix"):
+        _within_budget(whole, min(sizes.values()) // 2 - 1)
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "two words", "base", "x" * 300])
+def test_plan_files_whose_name_cannot_be_an_arm(tmp_path, name):
+    values = tiny_values(tmp_path)
+    path = tmp_path / f"{name[:200]}.json"
+    path.write_text("{}")
+    values["arms"]["plans"] = [str(path)]
+    with pytest.raises(SettingsError, match=r"arms\.plans"):
+        expand_arms(parse_config(values), _llama())
 
 
 def test_fixed_alpha_lets_the_scale_fall(tmp_path):

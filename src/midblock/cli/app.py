@@ -37,6 +37,7 @@ COMMANDS = (
     "correlate",
     "tune",
     "evaluate",
+    "compare",
     "sweep",
     "importance",
     "overlap",

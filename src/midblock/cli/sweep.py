@@ -61,7 +61,7 @@ def sweep(
     from midblock.sweeps import load_config
     from midblock.sweeps import sweep as run
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [], note=console.warn)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if dry_run:
         _show_plan(plan_only(loaded, **options))

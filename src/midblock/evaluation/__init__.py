@@ -1,6 +1,7 @@
 """Evaluation: scores of a model on tasks, through lm-evaluation-harness, item by item.
 
-`evaluate` scores one model on one task; `compare` pairs two results by item; `TASKS` lists the tasks.
+`evaluate` scores one model on one task; `compare` pairs two results by item, `compare_logs` any two logs of
+lm-evaluation-harness or inspect; `TASKS` lists the tasks.
 """
 
 from midblock.evaluation.outcome import (
@@ -14,11 +15,12 @@ from midblock.evaluation.outcome import (
     write_lm_eval_files,
     write_result,
 )
+from midblock.evaluation.paired import LogComparison, compare_logs, read_log
 from midblock.evaluation.run import check_options, evaluate, model_limit
 from midblock.evaluation.sandbox import Outcome, ProgramTest, run_test
 from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
 
-__all__ = ["TASKS", "Comparison", "EvalResult", "Outcome", "ProgramTest", "TaskSpec", "check_options", "compare",
-           "evaluate", "file_name", "find_task", "item_ids", "lm_eval_results", "model_limit",
-           "perplexity_interval", "read_result", "run_test", "task_data",
+__all__ = ["TASKS", "Comparison", "EvalResult", "LogComparison", "Outcome", "ProgramTest", "TaskSpec",
+           "check_options", "compare", "compare_logs", "evaluate", "file_name", "find_task", "item_ids",
+           "lm_eval_results", "model_limit", "perplexity_interval", "read_log", "read_result", "run_test", "task_data",
            "write_lm_eval_files", "write_result"]

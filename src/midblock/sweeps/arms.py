@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from midblock.errors import MidblockError, SettingsError
-from midblock.segments import all_masks_single, depth
-from midblock.sweeps.config import RandomArms, SweepConfig
-from midblock.tuning import Plan, load_plan, make_plan, require_plan_fits
-
-if TYPE_CHECKING:
-    from midblock.models import Anatomy
+from midblock.errors import BudgetError, MidblockError, SettingsError
+from midblock.reading import shortened
+from midblock.segments import all_masks_single
+from midblock.sweeps.config import NAME, RandomArms, SweepConfig
+from midblock.tuning import Plan, budget_of, load_plan, make_plan, require_plan_fits
 
 __all__ = ["BASE", "Arm", "Job", "expand_arms", "jobs_of"]
 
@@ -29,20 +29,15 @@ class Arm:
     plan: Plan
     learning_rates: tuple[float, ...]
     is_baseline: bool = False
+    is_random: bool = False
+    """Its blocks were drawn at random."""
+    is_equal: bool = False
+    """A full-rank update of as many matrices as the LoRA arms' budget takes."""
 
     @property
-    def segment(self) -> tuple[str, int, int] | None:
-        """(method, K, index) of an arm that tunes exactly one of K segments, else None."""
-        mask = self.plan.mask
-        if mask is None or mask.count("1") != 1 or len(mask) < 2:
-            return None
-        return self.plan.method, len(mask), mask.index("1")
-
-    @property
-    def depth(self) -> float:
-        """Mean relative depth of the trained blocks, 0..1."""
-        blocks = self.plan.blocks
-        return sum(depth(b, self.plan.num_blocks) for b in blocks) / len(blocks)
+    def method(self) -> str:
+        """``lora``, ``dora``, ``full`` or ``full-equal``."""
+        return "full-equal" if self.is_equal else self.plan.method
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,9 @@ def expand_arms(config: SweepConfig, model: Any) -> list[Arm]:
     arms: dict[str, Arm] = {}
     faults = []
     for name, how, arguments, rates in wanted:
+        if not re.fullmatch(NAME, name) or name == BASE:
+            faults.append(f"{how}: {shortened(name)!r} cannot name an arm; use letters, digits and _.@+-")
+            continue
         try:
             plan = _plan(config, model, arguments)
         except MidblockError as error:
@@ -89,7 +87,8 @@ def expand_arms(config: SweepConfig, model: Any) -> list[Arm]:
             if (arms[name].plan.modules, arms[name].plan.params) != (plan.modules, plan.params):
                 faults.append(f"{how}: the name {name!r} already belongs to another arm")
             continue
-        arms[name] = Arm(name, plan, rates, is_baseline=name == config.arms.baseline)
+        arms[name] = Arm(name, plan, rates, is_baseline=name == config.arms.baseline,
+                         is_random="random_blocks" in arguments, is_equal=arguments.get("equal", False))
     known = {*arms, BASE}
     for a, b in config.statistics.comparisons or []:
         faults += [f"statistics.comparisons: there is no arm {x!r} (arms: {', '.join(known)})"
@@ -136,9 +135,13 @@ def _wanted(config: SweepConfig) -> Iterable[tuple[str, str, dict[str, Any], tup
         for seed in range(draw.draws):
             yield (f"full-random{draw.blocks}-{seed}", "arms.full_random",
                    {"random_blocks": (draw.blocks, seed), "method": "full"}, full)
+    for mask in arms.full_equal:
+        yield f"full-equal-{mask}", "arms.full_equal", {"mask": mask, "method": "full", "equal": True}, full
+    for draw in _draws(arms.full_equal_random):
+        for seed in range(draw.draws):
+            yield (f"full-equal-random{draw.blocks}-{seed}", "arms.full_equal_random",
+                   {"random_blocks": (draw.blocks, seed), "method": "full", "equal": True}, full)
     for path in arms.plans:
-        from pathlib import Path
-
         yield Path(path).stem, f"arms.plans {path}", {"file": path}, lora
     for arm in arms.explicit:
         options = {"mask": arm.mask, "blocks": arm.blocks, "method": arm.method, "rank": arm.rank,
@@ -153,9 +156,40 @@ def _plan(config: SweepConfig, model: Any, arguments: dict[str, Any]) -> Plan:
         return require_plan_fits(load_plan(arguments["file"]), model)
     options = {"target_modules": config.target_modules, "scale": config.scale,
                "alpha_over_rank": config.alpha_over_rank, **arguments}
+    if options.pop("equal", False):
+        whole = make_plan(model, **options)
+        return _within_budget(whole, budget_of(model, config.budget, targets=config.target_modules))
     if options.get("method") != "full" and "rank" not in options and "budget" not in options:
         options["budget"] = config.budget
     return make_plan(model, **options)
+
+
+def _within_budget(whole: Plan, budget: int) -> Plan:
+    """A full-rank plan of as many of the plan's matrices as come nearest to a budget, spread over its blocks.
+
+    Every block gives one matrix before any gives a second, and neighbouring blocks give different ones.
+
+    Raises:
+        BudgetError: not even one matrix is near the budget.
+    """
+    by_block = {b: [m for m in whole.modules if m.block == b] for b in whole.blocks}
+    rounds = max(len(inside) for inside in by_block.values())
+    order = [inside[(i + turn) % len(inside)] for turn in range(rounds) for i, inside in enumerate(by_block.values())
+             if turn < len(inside)]
+    chosen: set[str] = set()
+    params = 0
+    for module in order:
+        size = module.inputs * module.outputs
+        if params + size / 2 <= budget:  # nearer to the budget with it than without
+            chosen.add(module.name)
+            params += size
+    if not chosen:
+        smallest = min(m.inputs * m.outputs for m in order)
+        raise BudgetError(f"a budget of {budget:,} trainable parameters is less than half of one matrix "
+                          f"({smallest:,}); raise the budget, or leave out the full-rank arms of equal size.")
+    modules = tuple(m for m in whole.modules if m.name in chosen)
+    return replace(whole, modules=modules, blocks=tuple(sorted({m.block for m in modules})), params=params,
+                   budget=budget, origin=f"{len(modules)} matrices of {whole.origin}")
 
 
 def jobs_of(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
@@ -170,13 +204,3 @@ def jobs_of(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
         Job(arm, rate, seed)
         for _, group in itertools.groupby(ordered, key=lambda a: a.plan.first_block)
         for arm in group for rate in arm.learning_rates for seed in seeds]
-
-
-def anatomy_of(model: Any) -> Anatomy:
-    """The anatomy of a `LoadedModel`, a model, or itself."""
-    from midblock.models import Anatomy, find_anatomy
-
-    if isinstance(model, Anatomy):
-        return model
-    inner = getattr(model, "anatomy", None)
-    return inner if isinstance(inner, Anatomy) else find_anatomy(model)

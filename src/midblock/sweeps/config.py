@@ -7,7 +7,7 @@ reported at once with the path of each key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from midblock.errors import MidblockError, SettingsError
+from midblock.reading import parse_yaml, printable, read_yaml, shortened, user_path
 from midblock.segments import validate_mask
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ __all__ = ["ArmsConfig", "DataConfig", "ExplicitArm", "RandomArms", "StatisticsC
            "TaskConfig", "TrainingConfig", "dump_config", "load_config", "parse_config"]
 
 
+MAX_SEGMENTS = 1000
+
+
 def _mask(value: Any) -> Any:
     """A mask, also where YAML read it as a number (11111, 100)."""
     if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
+        value = str(value) if 0 <= value < 10**MAX_SEGMENTS else "a number"
     if isinstance(value, str):
+        if len(value) > MAX_SEGMENTS:
+            raise ValueError(f"a mask of {len(value):,} digits is longer than any model is deep")
         try:
             return validate_mask(value)
         except MidblockError as error:
@@ -37,9 +43,11 @@ def _mask(value: Any) -> Any:
 
 
 Mask = Annotated[str, BeforeValidator(_mask)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**12)]
 Rate = Annotated[float, Field(gt=0, lt=10)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=80)]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,199}"
+"""Pattern of an arm's name, which is part of file names."""
+Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=80)]
 Method = Literal["lora", "dora", "full"]
 Scale = Literal["fixed-ratio", "rslora", "fixed-alpha"]
 
@@ -58,6 +66,8 @@ class DataConfig(_Strict):
     split: str = "train"
     max_length: Annotated[int, Field(ge=2)] = 512
     """Rows are cut to this many tokens (counted in the result)."""
+    loss: Literal["answers", "all"] = "answers"
+    """Tokens that the training loss counts: the answers' where rows have one, or all of them."""
     chat: bool = False
     """Train in the tokenizer's chat format."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -111,7 +121,7 @@ class RandomArms(_Strict):
     """Random block sets, drawn with seeds 0, 1, ..."""
 
     blocks: Positive
-    draws: Positive = 1
+    draws: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
 class ExplicitArm(_Strict):
@@ -158,6 +168,10 @@ class ArmsConfig(_Strict):
     """Full-rank updates of these masks."""
     full_random: list[RandomArms] | RandomArms = []
     """Full-rank updates of random block sets."""
+    full_equal: list[Mask] = []
+    """Full-rank updates of as many matrices of these masks as the LoRA arms' budget takes."""
+    full_equal_random: list[RandomArms] | RandomArms = []
+    """The same of random block sets."""
     plans: list[str] = []
     """Plan files, such as ``midblock importance`` writes."""
     explicit: list[ExplicitArm] = []
@@ -200,6 +214,21 @@ class TaskConfig(_Strict):
         return self.name or self.task
 
 
+class Margins(_Strict):
+    """Largest loss that still counts as "no worse", by metric."""
+
+    accuracy: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the items: 0.02 is two points."""
+    loss: Annotated[float, Field(gt=0)] = 0.02
+    """Nats per token."""
+    perplexity: Annotated[float, Field(gt=0)] = 0.01
+    """Of its logarithm: 0.01 is one percent."""
+
+    def of(self, metric: str) -> float:
+        """The margin of a metric."""
+        return float(getattr(self, metric))
+
+
 class StatisticsConfig(_Strict):
     """How arms are compared."""
 
@@ -210,6 +239,7 @@ class StatisticsConfig(_Strict):
     replicates: Annotated[int, Field(ge=100)] = 2000
     comparisons: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
     """Pairs of arms, in place of the default ones (see docs/sweeps.md)."""
+    margins: Margins = Margins()
     expected_accuracy: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Guess of the arms' accuracy, for the smallest detectable difference before the run."""
 
@@ -234,7 +264,6 @@ class SweepConfig(_Strict):
     evaluation: Annotated[list[TaskConfig], Field(min_length=1)]
     retention: list[TaskConfig] = []
     statistics: StatisticsConfig = StatisticsConfig()
-    engine: Literal["local"] = "local"
     cache: str = "memory"
     """Of the frozen prefix: ``none``, ``memory`` or ``disk:DIR``."""
     cache_limit: int | str | None = None
@@ -278,18 +307,28 @@ def _faults_across(config: SweepConfig) -> list[str]:
     return faults
 
 
-def parse_config(values: Mapping[str, Any], *, where: str = "the sweep's configuration") -> SweepConfig:
+def _ignore(note: str) -> None:
+    """Nobody listens."""
+
+
+def parse_config(values: Mapping[str, Any], *, where: str = "the sweep's configuration",
+                 note: Callable[[str], None] = _ignore) -> SweepConfig:
     """Validate a configuration.
 
     Args:
         values: As read from YAML.
         where: Name of the source in messages.
+        note: Told of keys that mean nothing any more.
 
     Raises:
         SettingsError: with every fault, one a line, each with the path of its key.
     """
+    values = dict(values)
+    if values.get("engine") == "local":
+        note(f"{where}: the key 'engine' is not needed any more; leave it out.")
+        del values["engine"]
     try:
-        config = SweepConfig.model_validate(dict(values))
+        config = SweepConfig.model_validate(values)
     except ValidationError as error:
         raise _refusal(where, _lines_of(error)) from None
     if faults := _faults_across(config):
@@ -317,70 +356,30 @@ def _lines_of(error: ValidationError) -> list[str]:
             shown = repr(fault["input"])
             if not isinstance(fault["input"], dict | list) and len(shown) <= 60 and shown not in text:
                 text = f"{text} (found {shown})"
-        lines[f"{path or 'the file'}: {text}"] = None
+        lines[f"{shortened(path) or 'the file'}: {printable(text)}"] = None
     return list(lines)
 
 
-# ---------------------------------------------------------------- YAML
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 01100 is text (YAML 1.1 reads an octal number) and 5e-4 a number; no key twice."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    k: [r for r in v if r[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"),
-                              list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-               r"|[0-9][0-9_]*[eE][-+]?[0-9]+)$"), list("-+0123456789."))
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
-        seen.add(key)
-    found: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
-    return found
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(text: str) -> Any:
-    """YAML with masks and powers of ten as people write them.
-
-    Example:
-        >>> read_yaml("{mask: 01100, rate: 5e-4, n: 100}")
-        {'mask': '01100', 'rate': 0.0005, 'n': 100}
-    """
-    return yaml.load(text, Loader=_Loader)
-
-
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *,
+                note: Callable[[str], None] = _ignore) -> SweepConfig:
     """A configuration file with ``KEY=VALUE`` overrides (``training.epochs=1``, ``evaluation.0.samples=20``).
+
+    Args:
+        path: The YAML file.
+        overrides: Keys to set.
+        note: Told of keys that mean nothing any more.
 
     Raises:
         SettingsError: no such file, not YAML, or any fault in it (all are listed).
     """
-    path = Path(path).expanduser()
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"configuration {path}: {error.strerror or error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"configuration {path} is not YAML: {' '.join(str(error).split())}.") from None
+    path = user_path(path, error=SettingsError)
+    values = read_yaml(path, error=SettingsError)
     if not isinstance(values, dict):
         raise SettingsError(f"configuration {path} holds no keys; start from a file in recipes/.")
     faults = [fault for text in overrides if (fault := _override(values, text))]
     if faults:
         raise _refusal(f"--set for {path}", faults)
-    return parse_config(values, where=str(path))
+    return parse_config(values, where=str(path), note=note)
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:
@@ -388,15 +387,15 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     if not equals or not key.strip():
         return f"{text!r} is not KEY=VALUE, such as training.epochs=1"
     try:
-        value = read_yaml(raw)
-    except yaml.YAMLError:
-        return f"{key}: {raw!r} is not a YAML value"
+        value = parse_yaml(raw, where=key, error=SettingsError)
+    except SettingsError as error:
+        return str(error)
     place: Any = values
     *parents, last = key.strip().split(".")
     for i, part in enumerate([*parents, last]):
         at_end = i == len(parents)
         if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
+            if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) >= len(place):
                 return f"{key}: {'.'.join(parents[:i])} has entries 0 to {len(place) - 1}, not {part!r}"
             if at_end:
                 place[int(part)] = value

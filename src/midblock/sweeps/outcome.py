@@ -16,10 +16,13 @@ from midblock.figures import lines as line_figure
 from midblock.figures import metric_label, scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
 from midblock.results import Interval, Table
-from midblock.sweeps.arms import BASE, Arm
+from midblock.sweeps.arms import BASE
+from midblock.sweeps.claims import claims
 from midblock.sweeps.config import SweepConfig
+from midblock.sweeps.planning import SweepPlan
 from midblock.sweeps.records import RunRecord
-from midblock.sweeps.statistics import ArmInfo, SweepStatistics, analyse, infos_of
+from midblock.sweeps.scores import ArmInfo, infos_of
+from midblock.sweeps.statistics import SweepStatistics, analyse
 from midblock.sweeps.verdict import verdict
 
 if TYPE_CHECKING:
@@ -43,9 +46,9 @@ class SweepResult:
     records: list[RunRecord]
 
     @classmethod
-    def of(cls, config: SweepConfig, arms: Sequence[Arm], records: Sequence[RunRecord]) -> SweepResult:
+    def of(cls, config: SweepConfig, plan: SweepPlan, records: Sequence[RunRecord]) -> SweepResult:
         """The result of these runs."""
-        return cls(config, infos_of(arms), list(records))
+        return cls(config, infos_of(plan.arms, plan.work), list(records))
 
     @cached_property
     def statistics(self) -> SweepStatistics:
@@ -75,25 +78,26 @@ class SweepResult:
             table.add("segment", self._layer(arm), row["metric"], _side(arm),
                       Interval(row["value"], row["low"], row["high"], row["n"]),
                       **self._extra(arm, row["task"], row["role"], None),
-                      **_more(learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own)))
+                      learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own))
         for record in self.records:
             for label in stats.matrices:
                 extra = self._extra(record.arm, label, stats.matrices[label].role, record.seed)
                 metric = stats.matrices[label].metric
-                rate = {"learning_rate": record.learning_rate}
+                rate: dict[str, Any] = {"learning_rate": record.learning_rate}
                 if record.status == "failed":
                     table.add_undefined("segment", self._layer(record.arm), metric, _side(record.arm),
-                                        record.reason, **_more(**extra, **rate))
+                                        record.reason, **extra, **rate)
                 elif record.seed is not None:
                     scored = record.tasks[label]
                     table.add("segment", self._layer(record.arm), metric, _side(record.arm), scored.value,
-                              n=len(scored.items), **_more(**extra, **rate, **_means([record])))
+                              n=len(scored.items), **extra, **rate, **_means([record]))
         for row in stats.comparisons.to_dict(orient="records"):
             metric = "log_perplexity" if row["metric"] == "perplexity" else row["metric"]
             table.add("segment", self._layer(row["a"]), metric, "difference",
                       Interval(row["difference"], row["low"], row["high"], row["n_items"]),
                       **self._extra(row["a"], row["task"], row["family"], None), versus=row["b"],
-                      p=row["p"], p_holm=row["p_holm"], effect_size=row["effect_size"], effect=row["effect"],
+                      p=row["p"], p_holm=row["p_holm"], conclusion=row["conclusion"], effect_size=row["effect_size"],
+                      effect=row["effect"],
                       test=row["test"], n_seeds=row["n_seeds"])
         return table
 
@@ -102,8 +106,13 @@ class SweepResult:
         """`table` as a data frame."""
         return self.table.frame()
 
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """The paper's findings as hypotheses, each with what this sweep says of it."""
+        return claims(self.statistics, self.infos, self.config.statistics.alpha)
+
     def summary(self) -> str:
-        """The verdict in plain language."""
+        """The verdict in plain language: the answer, then at most ten lines."""
         return verdict(self.statistics, self.infos, self.records, self.config)
 
     def overview(self) -> pd.DataFrame:
@@ -186,6 +195,7 @@ class SweepResult:
         stats = self.statistics
         names = [run.write_table(self.table).name,
                  run.write_table(stats.comparisons, "comparisons.csv").name,
+                 run.write_table(self.claims, "claims.csv").name,
                  run.write_table(stats.ranking, "ranking.csv").name,
                  run.write_table(stats.pareto, "pareto.csv").name,
                  run.write_table(self.overview(), "arms.csv").name,
@@ -199,7 +209,8 @@ class SweepResult:
         for name, figure in self.figures().items():
             names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
         run.update(files=names, results={"failed": {r.key: r.reason for r in self.failed},
-                                         "undefined_statistics": stats.undefined})
+                                         "undefined_statistics": stats.undefined,
+                                         "missing": {f"{t}, {a}": m for (t, a), m in stats.missing.items()}})
         return names
 
     def _layer(self, arm: str) -> str:
@@ -216,15 +227,11 @@ class SweepResult:
         return next((r.reason for r in self.failed if r.arm == arm), "no run of this arm has a score")
 
 
-def _more(**columns: Any) -> dict[str, Any]:
-    return columns
-
-
 def _side(arm: str) -> str:
     return "base" if arm == BASE else "sft"
 
 
-def _means(records: Sequence[RunRecord]) -> dict[str, float | None]:
+def _means(records: Sequence[RunRecord]) -> dict[str, Any]:
     """Tokens per second, seconds and peak memory of runs, averaged (memory: the largest)."""
     speed = [float(r.training["tokens_per_second"]) for r in records
              if isinstance(r.training.get("tokens_per_second"), int | float)]

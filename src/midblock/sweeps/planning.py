@@ -1,43 +1,41 @@
 """Before anything is spent: what every arm trains, how long and how much memory it takes, and the
 smallest difference that the chosen items and seeds can show.
 
-Times are estimates. The work is counted in floating point operations of the blocks that must run
-(2 per parameter and token forward; as many again for the gradient of activations, and of trained
-full matrices), the frozen prefix once per group of arms that share it, the head on labelled tokens.
-The rate is a matrix product timed on this machine, of which `EFFICIENCY` is reached in training and
-`DECODING` of it in generation, one token at a time. Expect them to be right within a factor of two.
+Costs of training are those of `midblock.tuning.estimate`, which `midblock tune --dry-run` prints too; here the frozen
+prefix counts once per group of arms that share it, and scoring is added. A generated token reads all weights for one
+token of each row, so that generation reaches only `DECODING` of a product's rate.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from scipy import stats as scipy_stats
 
 from midblock.evaluation import find_task
 from midblock.models import Anatomy, find_anatomy
 from midblock.stats import minimum_detectable_difference
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
-from midblock.sweeps.config import SweepConfig
-from midblock.sweeps.statistics import default_pairs, infos_of
+from midblock.sweeps.comparisons import default_pairs
+from midblock.sweeps.config import StatisticsConfig, SweepConfig
+from midblock.sweeps.data import SweepData, token_rows
+from midblock.sweeps.scores import infos_of
+from midblock.tuning.estimate import Cost, estimate, matmul_rate
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
-    from midblock.sweeps.engine import SweepData
 
-__all__ = ["SweepPlan", "model_outline", "plan_sweep"]
+__all__ = ["Outline", "SweepPlan", "clock", "equivalence_margin", "model_outline", "outline_of", "plan_sweep"]
 
-EFFICIENCY = 0.45
-"""Share of a plain matrix product's rate that training and scoring reach (small matrices, norms, attention)."""
+EFFICIENCY = 0.65
+"""Share of a plain matrix product's rate that training and scoring reach (docs/performance.md)."""
 DECODING = 0.15
-"""The same for generation, which reads all weights for one token of each row."""
-ACTIVATIONS = 24
-"""Numbers of width d kept for the backward pass per token and block."""
+"""The same for generation."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ class Outline:
     tokenizer: Any
     dtype: torch.dtype
     device: torch.device
-    params: int
 
 
 def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
@@ -60,14 +57,12 @@ def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow
                                            allow_pickle=allow_pickle)
     device = resolve_device(config.device)
     return Outline(find_anatomy(model), load_tokenizer(folder, spec=config.model),
-                   resolve_dtype(config.dtype, stored, device), device,
-                   sum(p.numel() for p in model.parameters()))
+                   resolve_dtype(config.dtype, stored, device), device)
 
 
 def outline_of(loaded: LoadedModel) -> Outline:
     """The same of a model that is loaded already."""
-    return Outline(loaded.anatomy, loaded.tokenizer, loaded.dtype, loaded.device,
-                   sum(p.numel() for p in loaded.model.parameters()))
+    return Outline(loaded.anatomy, loaded.tokenizer, loaded.dtype, loaded.device)
 
 
 @dataclass
@@ -80,8 +75,10 @@ class SweepPlan:
         frame: One row per arm and learning rate: blocks, rank, parameters, mismatch to the budget,
             steps, estimated seconds per run and peak bytes.
         detectable: One row per evaluation task: the smallest difference of two arms found with the
-            configured power, paired and unpaired, for one comparison and after Holm's first step.
+            configured power, paired and unpaired, for one comparison and after Holm's first step; and the
+            smallest margin within which equally good arms are shown to be as good.
         seconds: Estimated time of all runs by key.
+        work: Estimated operations of each arm's training alone, its prefix included.
         comparisons: Number of comparisons between arms over all evaluation tasks.
     """
 
@@ -90,6 +87,7 @@ class SweepPlan:
     frame: pd.DataFrame
     detectable: pd.DataFrame
     seconds: dict[str, float]
+    work: dict[str, float]
     comparisons: int
 
     @property
@@ -119,24 +117,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def flops_per_second(dtype: torch.dtype, device: torch.device, width: int) -> float:
-    """Rate of a matrix product (256, d) x (d, 4d) on this machine; a tenth of a second."""
-    width = min(width, 4096)
-    a = torch.randn(256, width, device=device).to(dtype)
-    b = torch.randn(width, 4 * width, device=device).to(dtype)
-    best = math.inf
-    a @ b
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 256 * width * 4 * width / best
-
-
 def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepPlan:
     """Arms, costs and detectable differences.
 
@@ -144,44 +124,74 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
         SettingsError: arms that do not fit the model (all are listed).
         DataError: the training rows cannot be tokenised.
     """
-    from midblock.sweeps.engine import token_rows
-
     arms = expand_arms(config, outline.anatomy)
     jobs = jobs_of(arms, config.seeds)
     rows = token_rows(data.train, outline.tokenizer, config.train)
-    tokens = rows.num_tokens
-    labelled = sum(sum(b - a for a, b in r.supervised) or len(r) for r in rows)
-    rate = flops_per_second(outline.dtype, outline.device, outline.anatomy.hidden_size)
-    costs = _Costs(config, outline, tokens, labelled, len(rows), rate, _scoring_flops(config, outline, data))
-    seconds: dict[str, float] = {}
-    seen: set[int] = set()
-    for job in jobs:
-        if job.arm is None:
-            seconds[job.key] = costs.scoring_seconds(0)
-            continue
-        first = job.arm.plan.first_block
-        seconds[job.key] = costs.run_seconds(job.arm, prefix_known=first in seen and config.cache != "none")
-        seen.add(first)
+    steps = config.training.settings(1e-4, 0).num_steps(len(rows))
+    epochs = steps * config.training.batch_size * config.training.accumulate / len(rows)
+    costs = {arm.name: estimate(
+        arm.plan, outline.anatomy, [len(r) for r in rows],
+        sum(sum(b - a for a, b in r.supervised) or len(r) for r in rows), batch_size=config.training.batch_size,
+        dtype=outline.dtype, cached=config.cache != "none",
+        checkpointing=config.training.gradient_checkpointing) for arm in arms}
+    rate = EFFICIENCY * matmul_rate(outline.device, outline.dtype)
+    seconds = _seconds(config, jobs, costs, epochs, _scoring(outline, data), rate)
     table = []
     for arm in arms:
         for lr in arm.learning_rates:
             own = [seconds[j.key] for j in jobs if j.arm is arm and j.learning_rate == lr]
             plan = arm.plan
             table.append({
-                "arm": arm.name, "method": plan.method, "map": plan.depth_map(), "rank": plan.rank,
+                "arm": arm.name, "method": arm.method, "map": plan.depth_map(), "rank": plan.rank,
                 "scaling": plan.scaling, "learning_rate": lr, "params": plan.params, "mismatch": plan.mismatch,
-                "steps": costs.steps, "seconds": sum(own) / len(own), "peak_bytes": costs.peak_bytes(arm)})
-    return SweepPlan(arms, jobs, pd.DataFrame(table), *_power(config, arms, data, seconds))
-
-
-def _power(config: SweepConfig, arms: Sequence[Arm], data: SweepData, seconds: dict[str, float]
-           ) -> tuple[pd.DataFrame, dict[str, float], int]:
-    pairs = config.statistics.comparisons or default_pairs(infos_of(arms))
+                "steps": steps, "seconds": sum(own) / len(own), "peak_bytes": costs[arm.name].memory_bytes})
+    pairs = config.statistics.comparisons or default_pairs(infos_of(arms, {}))
     tests = max(1, len(pairs) * len(config.evaluation))
+    return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests), seconds,
+                     {name: cost.total_flops(epochs) for name, cost in costs.items()}, tests)
+
+
+def _seconds(config: SweepConfig, jobs: Sequence[Job], costs: dict[str, Cost], epochs: float,
+             scoring: Sequence[tuple[float, float, bool, int]], rate: float) -> dict[str, float]:
+    """Estimated time of every run; a prefix that an earlier run cached costs nothing."""
+    found: dict[str, float] = {}
+    cached: set[int] = set()
+    for job in jobs:
+        first = 0 if job.arm is None else job.arm.plan.first_block
+        known = first in cached and config.cache != "none"
+        training = 0.0
+        if job.arm is not None:
+            cost = costs[job.name]
+            training = cost.epoch_flops * epochs if known else cost.total_flops(epochs)
+            cached.add(first)
+        found[job.key] = (training + sum(head + block * (blocks - (first if known and resumes else 0))
+                                         for head, block, resumes, blocks in scoring)) / rate
+    return found
+
+
+def _scoring(outline: Outline, data: SweepData) -> list[tuple[float, float, bool, int]]:
+    """Per task: operations of the head, of one block, whether scoring resumes behind a shared prefix, and blocks."""
+    anatomy = outline.anatomy
+    block = sum(p.numel() for b in anatomy.blocks for p in b.parameters()) / anatomy.num_blocks
+    head = anatomy.hidden_size * anatomy.vocab_size
+    found = []
+    for label, task in data.tasks.items():
+        spec, items = find_task(task.task), data.items[label]
+        texts = [e.text for e in items.examples[:50]]
+        mean = sum(len(outline.tokenizer(t)["input_ids"]) for t in texts) / max(1, len(texts))
+        scored = spec.kind in ("perplexity", "answer_loss")
+        read = len(items) * (min(mean, task.max_length or 1024) if scored else mean)
+        new = 0.0 if scored else (task.max_new_tokens or spec.max_new_tokens or 0) * len(items) * EFFICIENCY / DECODING
+        found.append((2 * head * (read if scored else new), 2 * block * (read + new), scored, anatomy.num_blocks))
+    return found
+
+
+def _detectable(config: SweepConfig, data: SweepData, tests: int) -> pd.DataFrame:
     wanted = config.statistics
     rows = []
     for task in config.evaluation:
-        binary = find_task(task.task).metric == "accuracy"
+        spec = find_task(task.task)
+        binary = spec.metric == "accuracy"
         row: dict[str, Any] = {"task": task.label, "items": len(data.items[task.label]), "seeds": len(config.seeds),
                                "unit": "share" if binary else "sd of the items' scores"}
         for paired in (True, False):
@@ -189,83 +199,31 @@ def _power(config: SweepConfig, arms: Sequence[Arm], data: SweepData, seconds: d
                 row[f"{'paired' if paired else 'unpaired'}, {name}"] = minimum_detectable_difference(
                     row["items"], len(config.seeds), wanted.expected_accuracy, paired=paired, binary=binary,
                     alpha=wanted.alpha, power=wanted.power, comparisons=m)
+        row["as good within"] = equivalence_margin(row["items"], row["seeds"], wanted, binary=binary, tests=tests)
         rows.append(row)
-    return pd.DataFrame(rows), seconds, tests
+    return pd.DataFrame(rows)
 
 
-def _scoring_flops(config: SweepConfig, outline: Outline, data: SweepData) -> dict[str, tuple[float, float]]:
-    """Per task: operations that all blocks and the head take when scoring (whole, per block)."""
-    found = {}
-    block = _block_params(outline.anatomy)
-    head = outline.anatomy.hidden_size * outline.anatomy.vocab_size
-    for label, task in data.tasks.items():
-        spec = find_task(task.task)
-        items = data.items[label]
-        texts = [e.text for e in items.examples[:50]]
-        mean = sum(len(outline.tokenizer(t)["input_ids"]) for t in texts) / max(1, len(texts))
-        if spec.kind in ("perplexity", "answer_loss"):
-            tokens = len(items) * min(mean, task.max_length or 1024)
-            found[label] = (tokens * 2 * head, tokens * 2 * block)
-        else:
-            new = (task.max_new_tokens or spec.max_new_tokens or 0) * len(items) / DECODING * EFFICIENCY
-            found[label] = (new * 2 * head, (new + len(items) * mean) * 2 * block)
-    return found
+def equivalence_margin(items: int, seeds: int, wanted: StatisticsConfig, *, binary: bool, tests: int) -> float:
+    """Smallest margin within which two equally good arms are shown to be as good, with the configured power.
 
+    (z(1 - alpha/m) + z((1 + power)/2)) times the standard error of their paired difference, the power of two
+    one-sided tests at a true difference of 0.
 
-def _block_params(anatomy: Anatomy) -> float:
-    return sum(sum(p.numel() for p in b.parameters()) for b in anatomy.blocks) / anatomy.num_blocks
+    Args:
+        items: Scored in both arms.
+        seeds: Trained per arm.
+        wanted: Level, power and the guess of the accuracy.
+        binary: Right/wrong scores; otherwise the unit is the scores' standard deviation over items.
+        tests: m, comparisons in the family.
 
-
-@dataclass
-class _Costs:
-    config: SweepConfig
-    outline: Outline
-    tokens: int
-    labelled: int
-    rows: int
-    rate: float
-    scoring: Mapping[str, tuple[float, float]]
-
-    @property
-    def steps(self) -> int:
-        return self.config.training.settings(1e-4, 0).num_steps(self.rows)
-
-    @property
-    def epochs(self) -> float:
-        training = self.config.training
-        return self.steps * training.batch_size * training.accumulate / self.rows
-
-    def run_seconds(self, arm: Arm, *, prefix_known: bool) -> float:
-        anatomy = self.outline.anatomy
-        block, first = _block_params(anatomy), arm.plan.first_block
-        behind = anatomy.num_blocks - first
-        passes = 0.0 if prefix_known else self.epochs if self.config.cache == "none" else min(1.0, self.epochs)
-        prefix = 2 * self.tokens * block * first * passes
-        suffix = 4 * self.tokens * block * behind * self.epochs
-        weights = (2 if arm.plan.method == "full" else 6) * self.tokens * arm.plan.params * self.epochs
-        head = 4 * self.labelled * anatomy.hidden_size * anatomy.vocab_size * self.epochs
-        return (prefix + suffix + weights + head) / (self.rate * EFFICIENCY) + self.scoring_seconds(
-            first if prefix_known else 0)
-
-    def scoring_seconds(self, first: int) -> float:
-        blocks = self.outline.anatomy.num_blocks
-        total = 0.0
-        for label, (head, block) in self.scoring.items():
-            task = next(t for t in (*self.config.evaluation, *self.config.retention) if t.label == label)
-            shared = first if find_task(task.task).kind in ("perplexity", "answer_loss") else 0
-            total += head + block * (blocks - shared)
-        return total / (self.rate * EFFICIENCY)
-
-    def peak_bytes(self, arm: Arm) -> int:
-        anatomy, training = self.outline.anatomy, self.config.training
-        size = torch.finfo(self.outline.dtype).bits // 8
-        longest = min(self.config.train.max_length, max(1, round(2 * self.tokens / self.rows)))
-        tokens = training.batch_size * longest
-        behind = 1 if training.gradient_checkpointing else anatomy.num_blocks - arm.plan.first_block
-        activations = tokens * anatomy.hidden_size * ACTIVATIONS * size * behind
-        optimizer = arm.plan.params * 4 * 4  # float32 weight, gradient and two moments
-        kept = arm.plan.first_block and self.config.cache == "memory"
-        cache = self.tokens * anatomy.hidden_size * size if kept else 0
-        logits = (1 << 23) * 4 * 2
-        return int(self.outline.params * size + optimizer + activations + cache + logits)
-
+    Example:
+        >>> round(equivalence_margin(200, 1, StatisticsConfig(), binary=True, tests=1), 3)
+        0.134
+    """
+    p = wanted.expected_accuracy
+    error = minimum_detectable_difference(items, seeds, binary=False, sd=math.sqrt(p * (1 - p)) if binary else 1.0,
+                                          alpha=wanted.alpha, power=wanted.power)
+    normal = scipy_stats.norm.ppf
+    error /= float(normal(1 - wanted.alpha / 2) + normal(wanted.power))
+    return error * float(normal(1 - wanted.alpha / tests) + normal((1 + wanted.power) / 2))

@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from midblock.errors import OutputError
 from midblock.provenance import read_written, write_sealed
+from midblock.reading import faults_of
 
 __all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
 
 FOLDER = "results"
 _ADVICE = "remove it, then repeat the command with --resume"
+
+
+def _numbers(values: Any) -> Any:
+    """JSON has no NaN: a missing score is null."""
+    return [math.nan if v is None else v for v in values] if isinstance(values, list) else values
+
+
+Numbers = Annotated[list[float], BeforeValidator(_numbers)]
 
 
 @dataclass
@@ -36,11 +47,16 @@ class TaskScores:
     metric: str
     higher_is_better: bool
     items: list[str]
-    scores: list[float]
-    tokens: list[float] | None
+    scores: Numbers
+    tokens: Numbers | None
     value: float
     seconds: float
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, values in (("scores", self.scores), ("tokens", self.tokens)):
+            if values is not None and len(values) != len(self.items):
+                raise ValueError(f"{len(values)} {name} for {len(self.items)} items")
 
 
 @dataclass
@@ -72,8 +88,11 @@ class RunRecord:
         return self.arm if self.seed is None else f"{self.arm}__lr{self.learning_rate:g}__seed{self.seed}"
 
 
+_RECORD = TypeAdapter(RunRecord)
+
+
 def write_record(folder: Path, record: RunRecord) -> Path:
-    """Write ``results/KEY.json`` atomically and return its path.
+    """Write ``results/KEY.json`` atomically, sealed with its digest, and return its path.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -91,12 +110,13 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     """
     found = {}
     for path in sorted((folder / FOLDER).glob("[!.]*.json")):
+        stored = read_written(path, advice=_ADVICE)
         try:
-            stored = read_written(path, advice=_ADVICE)
-            tasks = {name: TaskScores(**{**t, "scores": [math.nan if v is None else v for v in t["scores"]]})
-                     for name, t in stored.pop("tasks").items()}
-            record = RunRecord(**stored, tasks=tasks)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{path} is not the result of a run of a sweep ({error}); {_ADVICE}.") from None
+            record = _RECORD.validate_python(stored)
+        except ValidationError as error:
+            raise OutputError(f"{path} is not the result of a run of a sweep ({'; '.join(faults_of(error))}); "
+                              f"{_ADVICE}.") from None
+        if record.key != path.stem:
+            raise OutputError(f"{path} holds the result of {record.key}; {_ADVICE}.")
         found[record.key] = record
     return found

@@ -12,7 +12,8 @@ from midblock.provenance import RunFolder
 from midblock.results import json_ready
 from midblock.sweeps.arms import Job
 from midblock.sweeps.config import SweepConfig, dump_config, load_config
-from midblock.sweeps.engine import Engine, SweepData, load_sweep_data, make_engine
+from midblock.sweeps.data import SweepData, load_sweep_data
+from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.outcome import SweepResult
 from midblock.sweeps.planning import SweepPlan, model_outline, outline_of, plan_sweep
 from midblock.sweeps.records import RunRecord, read_records, write_record
@@ -53,7 +54,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
           given: dict[str, object] | None = None, loaded: LoadedModel | None = None,
           trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress = silent,
           listener: Callable[[SweepState], None] | None = None,
-          engine: Callable[[SweepConfig, LoadedModel, SweepData], Engine] = make_engine) -> SweepResult:
+          engine: Callable[[SweepConfig, LoadedModel, SweepData], Engine] = LocalEngine) -> SweepResult:
     """Train and score every arm of a configuration and compare them.
 
     Args:
@@ -103,7 +104,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
 
         if todo:
             engine(config, loaded, data).run(todo, finished, progress=progress)
-        result = SweepResult.of(config, plan.arms, [records[j.key] for j in plan.jobs])
+        result = SweepResult.of(config, plan, [records[j.key] for j in plan.jobs])
         result.write(run)
         return result
 

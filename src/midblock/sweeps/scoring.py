@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midblock.capture import run_blocks, why_not_resume
 from midblock.data import Batch, Dataset
-from midblock.evaluation import EvalResult, evaluate, find_task, model_limit, task_data
+from midblock.evaluation import EvalResult, evaluate, find_task, model_limit
 from midblock.evaluation.likelihood import score_tokens
 from midblock.models.attention import dense_attention
 from midblock.progress import Progress, silent
@@ -26,15 +26,10 @@ from midblock.tuning.kernels import lean_lora
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["Scorer", "load_task_data"]
+__all__ = ["Scorer"]
 
 _TOKEN_BATCH = {"perplexity": 8, "answer_loss": 16}
 _MAX_LENGTH = 1024
-
-
-def load_task_data(task: TaskConfig) -> Dataset:
-    """The items of a task, the same for every arm."""
-    return task_data(task.task, task.data, samples=task.samples, seed=task.seed)
 
 
 class Scorer:

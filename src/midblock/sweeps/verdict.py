@@ -1,335 +1,278 @@
-"""The outcome in plain language: what the data support, what they contradict, and what they cannot tell."""
+"""The outcome for a person: the answer first, then at most ten lines; everything else is in tables.
+
+The text rests on `SweepStatistics` alone and holds no wall-clock time, so that an interrupted and resumed sweep ends
+with the same words as one that ran through.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
 from midblock.sweeps.arms import BASE
+from midblock.sweeps.claims import claims
+from midblock.sweeps.comparisons import baseline_of, detectable_after
 from midblock.sweeps.config import SweepConfig
+from midblock.sweeps.pareto import COSTS
 from midblock.sweeps.records import RunRecord
-from midblock.sweeps.statistics import ArmInfo, SweepStatistics, detectable_after, region_of
+from midblock.sweeps.scores import ArmInfo, TaskMatrix
+from midblock.sweeps.statistics import SweepStatistics
+from midblock.sweeps.sufficiency import MIN_ITEMS, MIN_STEPS
 
-__all__ = ["verdict"]
+__all__ = ["MAX_LINES", "Answer", "amount", "answer", "verdict"]
+
+MAX_LINES = 10
+"""Lines below the answer."""
+_TASKS = 2
+"""Evaluation tasks that are told in words; the others are in the tables."""
+_SHOWN = 6
+"""Arms named in one list."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Which arm to use."""
+
+    arm: str | None
+    """The arm; None where the sweep is too small to say."""
+    text: str
+    """One line."""
 
 
 def verdict(stats: SweepStatistics, infos: Mapping[str, ArmInfo], records: Sequence[RunRecord],
             config: SweepConfig) -> str:
-    """Several paragraphs for a reader; every sentence rests on a row of `SweepStatistics`."""
-    writer = _Writer(stats, infos, config)
-    parts = [writer.setting(records), writer.failures(records)]
-    for task in config.evaluation:
-        parts.append(writer.task(task.label))
-    parts.append(writer.retention())
-    parts.append(writer.claims())
-    if stats.undefined:
-        parts.append("Could not be computed:\n" + "\n".join(f"- {u}" for u in stats.undefined))
-    return "\n\n".join(p for p in parts if p)
+    """The answer and at most `MAX_LINES` lines; every one rests on a row of `SweepStatistics`."""
+    chosen = answer(stats, infos, config)
+    lines = [_next(stats, chosen, config), _setting(stats, infos, config), _caution(infos)]
+    if failed := [r for r in records if r.status == "failed"]:
+        names = _list([r.key for r in failed])
+        lines.append(f"{len(failed)} of {len(records)} runs failed and have no score: {names}.")
+    matrices = list(stats.matrices.values())
+    lines += [_task(stats, m, infos, config) for m in matrices if m.role == "evaluation"][:_TASKS]
+    if kept := [m for m in matrices if m.role == "retention"]:
+        lines.append(_retention(stats, kept, infos))
+    lines.append(_claims(stats, infos, config))
+    if chosen.arm is not None:
+        lines.append(_unbeaten(stats))
+    return "\n".join([chosen.text, *[line for line in lines if line][:MAX_LINES]])
 
 
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "undefined"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+# ---------------------------------------------------------------- the answer
 
 
-def _with_p(value: float) -> str:
-    text = _p(value)
-    return f"Holm p {text}"
+def answer(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> Answer:
+    """Which arm to use, from the comparisons with the baseline on the first evaluation task.
+
+    The best of the arms that beat the baseline; where none does, the cheapest to train of those that are no worse
+    within the margin and cheaper than it; else the baseline. An arm that is not shown to be better than the untuned
+    model is never chosen.
+    """
+    task = config.evaluation[0].label
+    baseline = baseline_of(infos)
+    matrix = stats.matrices.get(task)
+    rows = stats.family("evaluation", task)
+    if matrix is None or baseline is None or not matrix.trained:
+        return Answer(None, f"No answer: no trained arm has a score on {task}.")
+    if (task, baseline) in stats.missing:
+        return Answer(None, f"Too small to judge. Missing: {_missing(stats, task)}.")
+    learned = {str(r["a"]) for _, r in stats.family("gain", task).iterrows() if r["conclusion"] == "better"}
+    against = rows[(rows["b"] == baseline) & rows["a"].isin(learned)]
+    better = against[against["conclusion"] == "better"]
+    if len(better):
+        best = better.loc[(better["difference"] * matrix.sign).idxmax()]
+        return Answer(str(best["a"]), f"Use {best['a']}: better than {_arm(baseline, infos)} on {task} by "
+                      f"{_at_least(best, matrix, config)}{_work(str(best['a']), baseline, infos)}.")
+    cheaper = [r for _, r in against.iterrows() if r["conclusion"] in ("as good", "no worse")
+               and infos[str(r["a"])].work < infos[baseline].work]
+    if cheaper:
+        row = min(cheaper, key=lambda r: (infos[str(r["a"])].work, -float(r["difference"]) * matrix.sign))
+        return Answer(str(row["a"]), f"Use {row['a']}: at most {amount(matrix.metric, max(float(row['worst']), 0.0))} "
+                      f"worse than {_arm(baseline, infos)} on {task} with {1 - config.statistics.alpha:.0%} confidence"
+                      f"{_work(str(row['a']), baseline, infos)}.")
+    if not learned:
+        return Answer(None, f"No answer: no arm is shown to be better on {task} than the untuned model.")
+    margin = amount(matrix.metric, config.statistics.margins.of(matrix.metric))
+    return Answer(baseline, f"Use {baseline} (the baseline): no other arm is shown to be better on {task}, or cheaper "
+                  f"and at most {margin} worse.")
 
 
-def _amount(metric: str, value: float, *, signed: bool = False) -> str:
-    """A difference in the unit that a reader expects."""
+def _missing(stats: SweepStatistics, task: str) -> str:
+    """What the arms of a task lack, each once."""
+    found = dict.fromkeys(part for (t, _), text in stats.missing.items() if t == task for part in text.split("; "))
+    return _list(list(found))
+
+
+def _work(arm: str, baseline: str, infos: Mapping[str, ArmInfo]) -> str:
+    share = infos[arm].work / infos[baseline].work
+    return "" if math.isnan(share) else f", in about {share:.0%} of its training time (counted in operations)"
+
+
+def _next(stats: SweepStatistics, chosen: Answer, config: SweepConfig) -> str:
+    """The command that helps further."""
+    task = config.evaluation[0]
+    changes = []
+    lacking = "; ".join(text for (t, _), text in stats.missing.items() if t == task.label)
+    if chosen.arm is None or chosen.arm == config.arms.baseline:
+        seeds = max(3, len(config.seeds) + (0 if lacking else 2))
+        if "seeds" in lacking or not lacking:
+            changes.append(f"--set seeds=[{','.join(str(s) for s in range(seeds))}]")
+        items = len(stats.matrices[task.label].items) if task.label in stats.matrices else 0
+        if "items of" in lacking:
+            changes.append(f"--set evaluation.0.samples={max(200, 2 * MIN_ITEMS)}")
+        elif not lacking and items:
+            changes.append(f"--set evaluation.0.samples={2 * items}")
+        if "training steps" in lacking or "still falls" in lacking:
+            steps = config.training.steps
+            changes.append(f"--set training.steps={max(10 * MIN_STEPS, 2 * steps)}" if steps is not None else
+                           f"--set training.epochs={2 * (config.training.epochs or 1):g}")
+        return f"Next: midblock sweep config.yaml {' '.join(changes)} --out NEW" if changes else ""
+    plan = next((e for e in config.arms.explicit if e.name == chosen.arm), None)
+    where = f"--mask {chosen.arm}" if set(chosen.arm) <= {"0", "1"} else (
+        f"--mask {plan.mask}" if plan is not None and plan.mask else "with the plan in plan.csv")
+    return f"Next: midblock tune {config.model} --data {config.train.data} {where} --out NEW"
+
+
+# ---------------------------------------------------------------- the lines
+
+
+def _setting(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
+    seeds = len(config.seeds)
+    items = ", ".join(f"{m.task} {len(m.items)}" for m in stats.matrices.values())
+    return (f"{len(infos)} arms on {config.model}, {seeds} seed{'s' if seeds > 1 else ''}, items: {items or 'none'}; a "
+            f"difference counts where Holm's p is below {config.statistics.alpha:g}.")
+
+
+def _caution(infos: Mapping[str, ArmInfo]) -> str:
+    base = infos.get(baseline_of(infos) or "")
+    if base is None:
+        return ""
+    unequal = [f"{a.name} {a.params:,}" for a in infos.values() if abs(a.params / base.params - 1) > 0.05]
+    text = f"Not at equal parameters (the baseline has {base.params:,}): {_list(unequal)}." if unequal else ""
+    if len({a.method for a in infos.values()}) > 1:
+        text += " Methods have learning rates of their own; differences between them hold for these rates."
+    return text.strip()
+
+
+def _task(stats: SweepStatistics, matrix: TaskMatrix, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
+    """One evaluation task: its arms against the baseline, and what would have been seen."""
+    baseline = baseline_of(infos)
+    head = f"{matrix.task} ({matrix.metric}, {len(matrix.items)} items)"
+    rows = stats.family("evaluation", matrix.task)
+    rows = rows[rows["b"] == baseline]
+    if rows.empty:
+        return f"{head}: nothing to compare."
+    told = _conclusions(rows, matrix, infos)
+    smallest = detectable_after(stats.comparisons, family="evaluation", task=matrix.task,
+                                confidence=config.statistics.confidence, alpha=config.statistics.alpha,
+                                power=config.statistics.power)
+    seen = f"; differences below {amount(matrix.metric, smallest)} are easily missed"
+    if math.isnan(smallest) or (rows["conclusion"] == "too small").all():
+        seen = ""
+    return f"{head}, against {_arm(str(baseline), infos)} {_score(stats, matrix.task, str(baseline))}: {told}{seen}."
+
+
+def _score(stats: SweepStatistics, task: str, arm: str) -> str:
+    row = stats.scores[(stats.scores["task"] == task) & (stats.scores["arm"] == arm)]
+    return f"{row['value'].iloc[0]:.3g}" if len(row) else ""
+
+
+def _conclusions(rows: pd.DataFrame, matrix: TaskMatrix, infos: Mapping[str, ArmInfo]) -> str:
+    margin = amount(matrix.metric, float(rows["margin"].iloc[0]))
+    words = {"better": "better", "worse": "worse", "as good": f"as good within {margin}",
+             "no worse": f"at most {margin} worse", "open": "not distinguishable", "too small": "too small to judge"}
+    parts = []
+    for conclusion, word in words.items():
+        own = rows[rows["conclusion"] == conclusion]
+        if own.empty:
+            continue
+        names = [f"{_arm(str(r['a']), infos)} {amount(matrix.metric, float(r['difference']), signed=True)}"
+                 if conclusion in ("better", "worse") else _arm(str(r["a"]), infos) for _, r in own.iterrows()]
+        parts.append(f"{word}: {_list(names)}")
+    return "; ".join(parts)
+
+
+def _retention(stats: SweepStatistics, matrices: Sequence[TaskMatrix], infos: Mapping[str, ArmInfo]) -> str:
+    baseline = baseline_of(infos)
+    told = []
+    for matrix in matrices:
+        rows = stats.family("retention", matrix.task)
+        if rows.empty:
+            continue
+        lost = rows[(rows["b"] == BASE) & (rows["conclusion"] == "worse")]
+        forgets = _list([f"{r['a']} {amount(matrix.metric, float(r['difference']), signed=True)}"
+                         for _, r in lost.iterrows()]) or "none shown"
+        less = rows[(rows["b"] == baseline) & (rows["conclusion"] == "better")]["a"]
+        text = f"{matrix.task}: forget: {forgets}"
+        text += f"; less than {baseline}: {_list([str(a) for a in less])}" if len(less) else ""
+        if (rows["conclusion"] == "too small").all():
+            text = f"{matrix.task}: too small to judge"
+        told.append(text)
+    return f"Retention ({matrices[0].metric} against the untuned model). {'. '.join(told)}." if told else ""
+
+
+def _claims(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
+    found = claims(stats, infos, config.statistics.alpha)
+    if found.empty:
+        return ""
+    by_claim: dict[str, list[str]] = {}
+    for task, claim, said in zip(found["task"], found["claim"], found["verdict"], strict=True):
+        by_claim.setdefault(claim, []).append(said if len(config.evaluation) == 1 else f"{said} ({task})")
+    return "The paper's claims: " + "; ".join(f"{c}: {', '.join(s)}" for c, s in by_claim.items()) + "."
+
+
+def _unbeaten(stats: SweepStatistics) -> str:
+    rows = stats.pareto
+    if rows.empty:
+        return ""
+    rows = rows[rows["task"] == rows["task"].iloc[0]]
+    views = [f"{word}: {_list(names)}" for cost, word in COSTS.items()
+             if (names := [str(a) for a in rows.loc[rows[f"front_{cost}"].astype(bool), "arm"]])]
+    return f"By their means no other arm is better on both gain and {'; '.join(views)}." if views else ""
+
+
+# ---------------------------------------------------------------- words
+
+
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _arm(name: str, infos: Mapping[str, ArmInfo]) -> str:
+    """An arm as a reader knows it."""
+    info = infos[name]
+    if info.is_baseline and info.mask and set(info.mask) == {"1"}:
+        return f"all layers ({name})"
+    return f"{info.region} ({name})" if info.region and not info.is_baseline else name
+
+
+def amount(metric: str, value: float, *, signed: bool = False) -> str:
+    """A difference in the unit that a reader expects.
+
+    Args:
+        metric: ``accuracy`` (value: share of the items), ``perplexity`` (difference of log perplexity) or ``loss``.
+        value: The difference.
+        signed: With a plus sign where it is positive.
+
+    Example:
+        >>> amount("accuracy", 0.025), amount("loss", 0.5, signed=True), amount("perplexity", 0.01)
+        ('2.5 points', '+0.500 nats', '1.0% of the perplexity')
+    """
     sign = "+" if signed else ""
     if metric == "accuracy":
-        return f"{value * 100:{sign}.1f}"
-    if metric == "perplexity":  # of log perplexities
-        return f"{(math.exp(value) - 1) * 100:{sign}.1f}%"
-    return f"{value:{sign}.3f}"
+        return f"{value * 100:{sign}.1f} points"
+    if metric == "perplexity":
+        return f"{math.expm1(value) * 100:{sign}.1f}% of the perplexity"
+    return f"{value:{sign}.3f} nats"
 
 
-def _unit(metric: str) -> str:
-    return {"accuracy": " points", "perplexity": " of the perplexity"}.get(metric, " nats per token")
-
-
-def _interval(metric: str, low: float, high: float, confidence: float) -> str:
-    if math.isnan(low) or math.isnan(high):
-        return "no interval"
-    return f"{confidence:.0%} interval {_amount(metric, low)} to {_amount(metric, high)}"
-
-
-class _Writer:
-    def __init__(self, stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> None:
-        self.stats = stats
-        self.infos = infos
-        self.config = config
-        self.alpha = config.statistics.alpha
-        self.confidence = config.statistics.confidence
-
-    # ------------------------------------------------------------ words
-
-    def arm(self, name: str) -> str:
-        """An arm as a reader knows it."""
-        if name == BASE:
-            return "the untuned model"
-        info = self.infos[name]
-        how = "full-rank " if info.method == "full" else ""
-        if info.is_baseline:
-            word = "all-layer" if info.mask and set(info.mask) == {"1"} else "the baseline"
-            return f"{word} ({name})"
-        if info.is_random:
-            return f"{how}random blocks ({name})"
-        region = region_of(info)
-        return f"{how}{region} ({name})" if region else f"{how}{name}".strip()
-
-    def found(self, row: pd.Series) -> bool:
-        """Whether a comparison counts as a difference after Holm's correction."""
-        return bool(row["p_holm"] < self.alpha)
-
-    def sentence(self, row: pd.Series) -> str:
-        """One comparison."""
-        metric, difference = str(row["metric"]), float(row["difference"])
-        a, b = self.arm(str(row["a"])), self.arm(str(row["b"]))
-        low, high = float(row["low"]), float(row["high"])
-        effect = ""
-        if not math.isnan(float(row["effect_size"])):
-            name = {"cohens_h": "Cohen's h", "cohens_d": "Cohen's d"}.get(str(row["effect"]), str(row["effect"]))
-            effect = f", {name} {abs(float(row['effect_size'])):.2f}"
-        if not self.found(row):
-            return (f"{a} against {b}: not distinguishable at this n (difference "
-                    f"{_amount(metric, difference, signed=True)}{_unit(metric)}, "
-                    f"{_interval(metric, low, high, self.confidence)}, {_with_p(float(row['p_holm']))}).")
-        better = row["better"] > 0
-        winner, loser = (a, b) if better else (b, a)
-        if difference < 0:  # told as a positive amount
-            difference, low, high = -difference, -high, -low
-        return (f"{winner} beats {loser} by {_amount(metric, difference)}{_unit(metric)}, "
-                f"{_interval(metric, low, high, self.confidence)}, {_with_p(float(row['p_holm']))}{effect}.")
-
-    # ------------------------------------------------------------ paragraphs
-
-    def setting(self, records: Sequence[RunRecord]) -> str:
-        seeds = len(self.config.seeds)
-        items = ", ".join(f"{m.task} {len(m.items)}" for m in self.stats.matrices.values())
-        tests = int(self.stats.family("evaluation")["p"].notna().sum()) if len(self.stats.comparisons) else 0
-        text = (f"{len(self.infos)} arms on {self.config.model}, {seeds} seed{'s' if seeds > 1 else ''}; items: "
-                f"{items or 'none'}. A difference counts as found where its p value, adjusted by Holm over all "
-                f"{tests} comparisons between arms, is below {self.alpha:g}; intervals are not adjusted.")
-        if seeds == 1:
-            text += (" With one seed the tests speak about other items only: another seed could give another "
-                     "order.")
-        base = next((a for a in self.infos.values() if a.is_baseline), None)
-        if base is not None:
-            unequal = [f"{a.name} {a.params:,}" for a in self.infos.values() if abs(a.params / base.params - 1) > 0.05]
-            if unequal:
-                text += (f" Not at equal parameters (the baseline has {base.params:,}): {', '.join(unequal)}; "
-                         "differences from these may come from size as well as from place.")
-        if len({a.method for a in self.infos.values()}) > 1:
-            text += (" Arms of different methods have learning rates of their own; a difference between methods "
-                     "holds for these rates only.")
-        rates = self.stats.rates
-        if any(len({r.learning_rate for r in records if r.arm == a and r.status == "done"}) > 1 for a in rates):
-            text += " Learning rates were chosen per arm by validation loss: " + ", ".join(
-                f"{a} {r:g}" for a, r in rates.items()) + "."
-        return text
-
-    def failures(self, records: Sequence[RunRecord]) -> str:
-        failed = [r for r in records if r.status == "failed"]
-        if not failed:
-            return ""
-        lines = [f"- {r.key}: {r.reason}" for r in failed]
-        return f"{len(failed)} of {len(records)} runs failed and have no score:\n" + "\n".join(lines)
-
-    def task(self, task: str) -> str:
-        matrix = self.stats.matrices.get(task)
-        if matrix is None:
-            return f"{task}: no run has a score."
-        lines = [f"{task} ({matrix.metric}, {'higher' if matrix.higher_is_better else 'lower'} is better; "
-                 f"{len(matrix.items)} items)"]
-        lines += self._gains(task)
-        rows = self.stats.family("evaluation")
-        rows = rows[rows["task"] == task] if not rows.empty else rows
-        found = [r for _, r in rows.iterrows() if self.found(r)]
-        open_ = [r for _, r in rows.iterrows() if not self.found(r)]
-        lines.append("Differences that the data support:" if found else
-                     "No difference between arms is supported by the data.")
-        lines += [f"- {self.sentence(r)}" for r in found]
-        if open_:
-            lines.append("Differences that the data do NOT support:")
-            lines += [f"- {self.sentence(r)}" for r in open_]
-        smallest = detectable_after(self.stats.comparisons, family="evaluation", task=task,
-                                    confidence=self.confidence, alpha=self.alpha,
-                                    power=self.config.statistics.power)
-        if not math.isnan(smallest):
-            lines.append(f"With these items and seeds a true difference of about {_amount(matrix.metric, smallest)}"
-                         f"{_unit(matrix.metric)} would be found with a chance of "
-                         f"{self.config.statistics.power:.0%} after correction; smaller ones are easily missed, so "
-                         "\"not distinguishable\" does not mean equal.")
-        lines += self._ranking(task)
-        lines += self._shape(task)
-        lines += self._unbeaten(task)
-        return "\n".join(lines)
-
-    def _gains(self, task: str) -> list[str]:
-        rows = self.stats.family("gain")
-        rows = rows[rows["task"] == task] if not rows.empty else rows
-        if rows.empty:
-            return []
-        better = [str(r["a"]) for _, r in rows.iterrows() if self.found(r) and r["better"] > 0]
-        worse = [str(r["a"]) for _, r in rows.iterrows() if self.found(r) and r["better"] < 0]
-        rest = [str(a) for a in rows["a"] if a not in better and a not in worse]
-        text = f"Against the untuned model {len(better)} of {len(rows)} arms are better"
-        if worse:
-            text += f", worse: {', '.join(worse)}"
-        if rest:
-            text += f", not distinguishable: {', '.join(rest)}"
-        return [text + f" (Holm over {int(self.stats.family('gain')['p'].notna().sum())} tests)."]
-
-    def _ranking(self, task: str) -> list[str]:
-        if self.stats.ranking.empty:
-            return []
-        rows = self.stats.ranking[self.stats.ranking["task"] == task]
-        if len(rows) < 2:
-            return []
-        top = rows.sort_values("best", ascending=False).head(3)
-        told = ", ".join(f"{self.arm(str(r['arm']))} in {r['best']:.0%}" for _, r in top.iterrows()
-                         if r["best"] >= 0.005)
-        first = top.iloc[0]
-        sure = "" if first["best"] >= self.confidence else " The data do not single out a best arm."
-        return [f"Best under resampling of items and seeds: {told}.{sure}"]
-
-    def _shape(self, task: str) -> list[str]:
-        if self.stats.inverted_u.empty:
-            return []
-        lines = []
-        for _, row in self.stats.inverted_u[self.stats.inverted_u["task"] == task].iterrows():
-            how = "full-rank updates" if row["method"] == "full" else str(row["method"]).upper().replace("LORA", "LoRA")
-            if row["p"] < self.alpha:
-                lines.append(f"Inverted U over the {row['segments']} segments ({how}): supported, arms get better "
-                             f"with depth and then worse (p {_p(float(row['p']))}), peak near depth {row['peak']:.2f}.")
-            else:
-                lines.append(f"Inverted U over the {row['segments']} segments ({how}): NOT supported "
-                             f"(p {_p(float(row['p']))}); the best single segment is {row['best']}.")
-        return lines
-
-    def _unbeaten(self, task: str) -> list[str]:
-        if self.stats.pareto.empty:
-            return []
-        rows = self.stats.pareto[self.stats.pareto["task"] == task]
-        views = []
-        for column, word in (("front_forgetting", "retention"), ("front_params", "parameters"),
-                             ("front_train_seconds", "training time")):
-            names = [str(a) for a in rows.loc[rows[column].fillna(False).astype(bool), "arm"]]
-            if names:
-                views.append(f"{word}: {', '.join(names)}")
-        return [f"By their means no other arm is better on both gain and {'; '.join(views)}."] if views else []
-
-    def _change(self, row: pd.Series) -> str:
-        metric = str(row["metric"])
-        return (f"{self.arm(str(row['a']))}: {_amount(metric, float(row['difference']), signed=True)}{_unit(metric)}, "
-                f"{_interval(metric, float(row['low']), float(row['high']), self.confidence)}, "
-                f"{_with_p(float(row['p_holm']))}.")
-
-    def retention(self) -> str:
-        rows = self.stats.family("retention")
-        if rows.empty:
-            return ""
-        lines = []
-        for task in dict.fromkeys(rows["task"]):
-            own = rows[(rows["task"] == task)]
-            against = own[own["b"] == BASE]
-            metric = str(own["metric"].iloc[0])
-            lost = [r for _, r in against.iterrows() if self.found(r) and r["better"] < 0]
-            gained = [r for _, r in against.iterrows() if self.found(r) and r["better"] > 0]
-            lines.append(f"Retention on {task} ({metric}, change from the untuned model; Holm over "
-                         f"{int(rows['p'].notna().sum())} tests)")
-            for name, part in (("Forgets:", lost), ("Improves:", gained)):
-                if part:
-                    lines.append(name)
-                    lines += [f"- {self._change(r)}" for r in part]
-            same = [str(r["a"]) for _, r in against.iterrows() if not self.found(r)]
-            if same:
-                lines.append(f"No change shown for {', '.join(same)}.")
-            others = [r for _, r in own[own["b"] != BASE].iterrows() if self.found(r)]
-            if others:
-                lines.append("Against the baseline:")
-                lines += [f"- {self.sentence(r).replace(' beats ', ' keeps more than ')}" for r in others]
-            elif len(own) > len(against):
-                lines.append("No arm is shown to keep more or less than the baseline.")
-        return "\n".join(lines)
-
-    # ------------------------------------------------------------ the paper's claims
-
-    def claims(self) -> str:
-        """The paper's findings as hypotheses, each with what this sweep says."""
-        lines = []
-        for task in (t.label for t in self.config.evaluation):
-            rows = self.stats.family("evaluation")
-            own = rows[rows["task"] == task] if not rows.empty else rows
-            if own.empty:
-                continue
-            for text, left, right in (
-                    ("tuning a middle segment beats tuning all layers at equal parameters", self._middle,
-                     self._baseline),
-                    ("a middle segment beats the last one", self._middle, self._late),
-                    ("a middle segment beats the first one", self._middle, self._early),
-                    ("a middle segment beats random blocks", self._middle, self._random)):
-                if said := self._judge(own, left, right):
-                    lines.append(f"- {task}: {text}: {said}")
-        kept = self.stats.family("retention")
-        for task in dict.fromkeys(kept["task"]) if not kept.empty else []:
-            if said := self._judge(kept[kept["task"] == task], self._middle, self._baseline):
-                lines.append(f"- {task}: middle segments forget less than all layers: {said}")
-        return "The paper's claims as hypotheses:\n" + "\n".join(lines) if lines else ""
-
-    def _middle(self, name: str) -> bool:
-        return name in self.infos and self.infos[name].method != "full" and region_of(self.infos[name]) == "middle"
-
-    def _late(self, name: str) -> bool:
-        return name in self.infos and region_of(self.infos[name]) == "late"
-
-    def _early(self, name: str) -> bool:
-        return name in self.infos and region_of(self.infos[name]) == "early"
-
-    def _random(self, name: str) -> bool:
-        return name in self.infos and self.infos[name].is_random
-
-    def _baseline(self, name: str) -> bool:
-        return name in self.infos and self.infos[name].is_baseline
-
-    def _judge(self, rows: pd.DataFrame, left: object, right: object) -> str:
-        assert callable(left)
-        assert callable(right)
-        won: list[tuple[str, str]] = []
-        lost: list[tuple[str, str]] = []
-        open_: list[tuple[str, str]] = []
-        for _, row in rows.iterrows():
-            a, b = str(row["a"]), str(row["b"])
-            if left(a) and right(b):
-                subject, sign = (a, b), 1
-            elif left(b) and right(a):
-                subject, sign = (b, a), -1
-            else:
-                continue
-            place = open_ if not self.found(row) else won if row["better"] * sign > 0 else lost
-            place.append(subject)
-        if not (won or lost or open_):
-            return ""
-
-        def names(pairs: Iterable[tuple[str, str]]) -> str:
-            return ", ".join(a if right == self._baseline else f"{a} against {b}" for a, b in pairs)
-
-        total = len(won) + len(lost) + len(open_)
-        if won and not lost:
-            head = "supported" if len(won) == total else "supported in part"
-        elif lost and not won:
-            head = "contradicted" if len(lost) == total else "NOT supported"
-        elif won:
-            head = "mixed"
-        else:
-            head = "NOT supported, not distinguishable at this n"
-        detail = [f"{word}: {names(part)}" for word, part in
-                  (("better", won), ("worse", lost), ("not distinguishable", open_)) if part]
-        return f"{head} ({'; '.join(detail)})."
+def _at_least(row: pd.Series, matrix: TaskMatrix, config: SweepConfig) -> str:
+    """Size of a difference in the better direction, with what it is at least over all comparisons of the family."""
+    size = amount(matrix.metric, float(row["difference"]) * matrix.sign)
+    if not row["worst"] < 0:  # the corrected interval can be wider than the test
+        return size
+    return (f"{size} (at least {amount(matrix.metric, -float(row['worst']))} with "
+            f"{1 - config.statistics.alpha:.0%} confidence)")

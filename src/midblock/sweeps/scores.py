@@ -1,0 +1,203 @@
+"""Scores of a sweep's runs as arrays: arm by seed by item, the chosen learning rates, intervals of arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from midblock.errors import DataError
+from midblock.results import Interval
+from midblock.segments import depth, zone
+from midblock.stats import hierarchical_bootstrap, percentile_interval, wilson_interval
+from midblock.sweeps.arms import BASE, Arm
+from midblock.sweeps.records import RunRecord
+
+__all__ = ["ArmInfo", "TaskMatrix", "arm_interval", "choose_rates", "infos_of", "score_rows", "task_matrices"]
+
+FloatArray = npt.NDArray[np.float64]
+Role = Literal["evaluation", "retention"]
+Region = Literal["early", "middle", "late"]
+
+
+@dataclass(frozen=True)
+class ArmInfo:
+    """What the statistics need to know of an arm."""
+
+    name: str
+    method: str
+    mask: str | None
+    blocks: tuple[int, ...]
+    num_blocks: int
+    params: int
+    is_baseline: bool = False
+    is_random: bool = False
+    work: float = math.nan
+    """Operations of its training, estimated (`midblock.tuning.estimate`)."""
+
+    @property
+    def depth(self) -> float:
+        """Mean relative depth of the trained blocks, 0..1."""
+        return sum(depth(b, self.num_blocks) for b in self.blocks) / len(self.blocks)
+
+    @property
+    def region(self) -> Region | None:
+        """Part of the depth that the arm tunes, where it is one part alone.
+
+        The zone of its mean depth; a middle arm leaves out the first and the last block, so that all layers and
+        both ends together are of no region. Random blocks are of none.
+        """
+        if self.is_random:
+            return None
+        centre = zone(self.depth)
+        at_an_end = self.blocks[0] == 0 or self.blocks[-1] == self.num_blocks - 1
+        return None if centre == "middle" and at_an_end else centre
+
+    @property
+    def segment(self) -> tuple[str, int, int] | None:
+        """(method, K, index) of one segment of K >= 2 alone."""
+        if self.mask is None or len(self.mask) < 2 or self.mask.count("1") != 1:
+            return None
+        return self.method, len(self.mask), self.mask.index("1")
+
+
+def infos_of(arms: Sequence[Arm], work: Mapping[str, float]) -> dict[str, ArmInfo]:
+    """The arms as the statistics see them, by name."""
+    return {a.name: ArmInfo(a.name, a.method, a.plan.mask, a.plan.blocks, a.plan.num_blocks, a.plan.params,
+                            a.is_baseline, a.is_random, work.get(a.name, math.nan)) for a in arms}
+
+
+@dataclass
+class TaskMatrix:
+    """Scores of one task: arm -> (seeds, items); a seed that failed is a row of NaN.
+
+    Perplexities are held as log perplexity: each item's mean loss weighted by its share of the
+    tokens, so that the mean over items is the mean over tokens.
+    """
+
+    task: str
+    role: Role
+    metric: str
+    higher_is_better: bool
+    items: tuple[str, ...]
+    scores: dict[str, FloatArray]
+
+    @property
+    def binary(self) -> bool:
+        """Right or wrong."""
+        return self.metric == "accuracy"
+
+    @property
+    def sign(self) -> float:
+        """1 where a larger score is better, else -1."""
+        return 1.0 if self.higher_is_better else -1.0
+
+    @property
+    def trained(self) -> dict[str, FloatArray]:
+        """Without the untuned model, and without arms of which every seed failed."""
+        return {a: s for a, s in self.scores.items() if a != BASE and not np.isnan(s).all()}
+
+    def seeds(self, arm: str) -> int:
+        """Seeds of an arm with scores."""
+        return int((~np.isnan(self.scores[arm]).any(axis=1)).sum())
+
+
+def choose_rates(records: Sequence[RunRecord], arms: Sequence[str]) -> dict[str, float]:
+    """The learning rate of each arm: the lowest mean validation loss over seeds; the only one without a grid.
+
+    A rate of which a seed failed is chosen only if the others failed as often.
+    """
+    by_arm: dict[str, dict[float, list[RunRecord]]] = {arm: {} for arm in arms}
+    for record in records:
+        if record.arm in by_arm and record.learning_rate is not None:
+            by_arm[record.arm].setdefault(record.learning_rate, []).append(record)
+    return {arm: min(by_rate, key=lambda rate, runs=by_rate: _cost(runs[rate]))  # type: ignore[misc]
+            for arm, by_rate in by_arm.items() if by_rate}
+
+
+def _cost(runs: Sequence[RunRecord]) -> tuple[int, float]:
+    """Failed runs and mean validation loss of one learning rate."""
+    failed = sum(r.status == "failed" for r in runs)
+    losses = [r.validation_loss for r in runs if r.status == "done" and r.validation_loss is not None]
+    return failed, float(np.mean(losses)) if losses else math.inf
+
+
+def task_matrices(records: Sequence[RunRecord], arms: Sequence[str], seeds: Sequence[int], *,
+                  evaluation: Sequence[str], retention: Sequence[str],
+                  rates: Mapping[str, float]) -> dict[str, TaskMatrix]:
+    """Scores of every task by arm, seed and item.
+
+    Raises:
+        DataError: two runs were scored on different items.
+    """
+    by_key = {(r.arm, r.seed, r.learning_rate): r for r in records if r.status == "done"}
+    found: dict[str, TaskMatrix] = {}
+    for task in (*evaluation, *retention):
+        done = [r.tasks[task] for r in by_key.values() if task in r.tasks]
+        if not done:
+            continue
+        first = done[0]
+        if any(t.items != first.items for t in done):
+            raise DataError(f"{task}: the runs were scored on different items; they cannot be compared. Start the "
+                            "sweep again in a new folder.")
+        scores = {}
+        if (BASE, None, None) in by_key:
+            scores[BASE] = np.repeat(_row(by_key[BASE, None, None], task, len(first.items))[None, :], len(seeds),
+                                     axis=0)
+        for arm in arms:
+            scores[arm] = np.stack([_row(by_key.get((arm, s, rates.get(arm))), task, len(first.items))
+                                    for s in seeds])
+        found[task] = TaskMatrix(task, "evaluation" if task in evaluation else "retention", first.metric,
+                                 first.higher_is_better, tuple(first.items), scores)
+    return found
+
+
+def _row(record: RunRecord | None, task: str, size: int) -> FloatArray:
+    """Scores of one run, (items,); NaN where it has none."""
+    if record is None or task not in record.tasks:
+        return np.full(size, np.nan)
+    scored = record.tasks[task]
+    values = np.asarray(scored.scores, dtype=np.float64)
+    if scored.metric != "perplexity":
+        return values
+    tokens = np.asarray(scored.tokens, dtype=np.float64)
+    return np.asarray(values * tokens / tokens.mean(), dtype=np.float64)
+
+
+def arm_interval(scores: FloatArray, *, binary: bool, confidence: float, replicates: int) -> Interval:
+    """Mean over seeds and items with the percentile interval of the hierarchical bootstrap.
+
+    Where all scores are equal (nothing right, say) a bootstrap would claim certainty: right/wrong
+    scores then get Wilson's interval over items.
+
+    Args:
+        scores: (seeds, items); NaN rows (failed seeds) are left out.
+    """
+    there = scores[~np.isnan(scores).any(axis=1)]
+    if not there.size:
+        return Interval(math.nan)
+    items = there.shape[1]
+    value = float(there.mean())
+    if binary and bool((there == there[0, 0]).all()):
+        return wilson_interval(int(there[0].sum()), items, confidence)
+    if items < 2:
+        return Interval(value, n=items)
+    return percentile_interval(value, hierarchical_bootstrap(there, replicates), confidence, n=items)
+
+
+def score_rows(matrix: TaskMatrix, confidence: float, replicates: int) -> list[dict[str, Any]]:
+    """One row per arm: its score with interval, perplexities in their own unit."""
+    rows = []
+    for arm, scores in matrix.scores.items():
+        # the untuned model has no seeds: its rows are copies
+        own = scores[:1] if arm == BASE else scores
+        e = arm_interval(own, binary=matrix.binary, confidence=confidence, replicates=replicates)
+        values = [math.exp(v) if matrix.metric == "perplexity" else v for v in (e.value, e.low, e.high)]
+        rows.append({"role": matrix.role, "task": matrix.task, "metric": matrix.metric, "arm": arm,
+                     "value": values[0], "low": values[1], "high": values[2], "n": len(matrix.items),
+                     "n_seeds": 0 if arm == BASE else matrix.seeds(arm)})
+    return rows
