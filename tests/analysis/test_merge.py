@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from analysis_helpers import loaded, tiny_data
 from families import FAMILIES
@@ -23,7 +24,7 @@ from midblock.analysis.merge import (
 from midblock.capture import model_inputs, run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import BlockRangeError, DataError, OutputError, PairMismatchError, SettingsError
-from midblock.models import load_model
+from midblock.models import find_anatomy, load_model
 from midblock.segments import segment_bounds
 from midblock.settings import MergeSettings
 
@@ -285,6 +286,35 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(PairMismatchError, match=r"correspond.*lm_head"), interpolated(
             loaded("llama_tied", 0), untied, (0.5,)):
         pass
+
+
+def zamba2(seed: int):
+    """One attention block that several depths share."""
+    torch.manual_seed(seed)
+    model = tf.Zamba2ForCausalLM(tf.Zamba2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        layers_block_type=["hybrid", "mamba", "mamba", "hybrid"], num_mem_blocks=1, mamba_d_state=8, mamba_ngroups=1,
+        n_mamba_heads=8, mamba_headdim=8, chunk_size=8, adapter_rank=4, pad_token_id=0)).eval()
+    return dataclasses.replace(loaded("llama"), model=model, anatomy=find_anatomy(model), name=f"zamba2 {seed}")
+
+
+@pytest.mark.parametrize("alphas", [(0.5, 0.0, 1.0, 0.5), (1.0, 0.3, 0.3, 1.0), (0.7,)])
+def test_blocks_that_share_a_weight_are_scored_as_they_are_saved(alphas, tmp_path):
+    base, sft = zamba2(0), zamba2(1)
+    inputs = model_inputs(base.model, batch_of(base))
+    before = bits(base.model)
+    with interpolated(base, sft, alphas):
+        want = logits(base.model, inputs)
+    assert all(torch.equal(before[n], p) for n, p in base.model.named_parameters())
+    again = load_model(save_merged(base, sft, alphas, tmp_path / "merged"))
+    assert torch.equal(logits(again.model, inputs), want)
+
+
+def test_different_shares_of_one_weight_are_refused(tmp_path):
+    base, sft = zamba2(0), zamba2(1)
+    with pytest.raises(SettingsError, match=r"blocks 0,3 share .*alphas differ \(0, 0.5\)"):
+        merge(base, sft, alphas=(0.5, 0.5, 0.5, 0.0), save=tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 
 from analysis_helpers import loaded, tiny_data
 from midblock.analysis.swap import swap
@@ -182,3 +183,42 @@ def test_the_plan_of_runs_gives_the_same_scores_as_runs_from_the_start(pair, mon
 def test_a_mask_that_does_not_fit_is_refused(pair):
     with pytest.raises(BlockRangeError, match="4 blocks"):
         swap(*pair, data=tiny_data(3), masks=("100000",), samples=3)
+
+
+def gemma4_with_shared_keys_and_values(seed):
+    torch.manual_seed(seed)
+    return tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.1, sliding_window=8, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=128, num_kv_shared_layers=2, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"])).eval()
+
+
+@pytest.mark.parametrize("family", ["t5", "gemma4"])
+def test_models_that_cannot_be_resumed_are_run_whole_and_that_is_recorded(family, monkeypatch):
+    base = loaded("t5" if family == "t5" else "llama", 0)
+    sft = loaded("t5" if family == "t5" else "llama", 1)
+    if family == "gemma4":
+        base, sft = (replace(m, model=made, anatomy=find_anatomy(made)) for m, made in (
+            (base, gemma4_with_shared_keys_and_values(0)), (sft, gemma4_with_shared_keys_and_values(1))))
+        monkeypatch.setattr("midblock.analysis.stages.check_fit", lambda models: None)
+    data = tiny_data(4)
+    result = swap(base, sft, data=data, segments=2, samples=4, batch_size=2, max_length=64)
+    assert any("cannot" not in reason and "block 2" in reason for reason in result.counts["not_resumed"])
+    for recipient, donor, name in ((base, sft, "base"), (sft, base, "sft")):
+        for mask in ("10", "01"):
+            model = copy.deepcopy(recipient.model)
+            anatomy = find_anatomy(model)
+            for b in segment_blocks(mask, 4):
+                anatomy.blocks[b].load_state_dict(donor.anatomy.blocks[b].state_dict())
+            total = count = 0
+            for row in tokenize(data.sample(4, 0), base.tokenizer, max_length=64).rows:
+                batch, = make_batches([row], batch_size=1, pad_id=0)
+                with torch.inference_mode():
+                    logits = model(**model_inputs(model, batch)).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum").item()
+                count += len(logits)
+            row = result.frame[(result.frame.recipient == name) & (result.frame["head"] == name)
+                               & (result.frame.layer == mask) & (result.frame.metric == "loss")
+                               & (result.frame.side == name)]
+            assert row["value"].item() == pytest.approx(total / count, rel=1e-5)

@@ -590,3 +590,49 @@ def test_a_stack_of_experts_counts_as_its_experts_one_by_one(tmp_path, workers, 
                 change = (after[name].double() - tensor.double()).numpy()
                 total += sum(np.linalg.norm(c) for c in change) if tensor.ndim == 3 else np.linalg.norm(change)
         assert cell(frame, "weight_change", kind="block", layer=block, matrix="all") == pytest.approx(total, rel=2e-6)
+
+
+@pytest.mark.parametrize("larger", ["base", "sft"])
+@pytest.mark.parametrize("spectra", [False, True])
+def test_vocabularies_of_different_size_are_compared_over_their_common_rows(pair, tmp_path, larger, spectra):
+    """Two tokens were added on one side: embeddings and head have 2 more rows there."""
+    folder = tmp_path / "larger"
+    source = pair[0] if larger == "base" else pair[1]
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    vocabulary = [n for n in state if n in ("model.embed_tokens.weight", "lm_head.weight")]
+    for name in vocabulary:
+        state[name] = torch.cat([state[name], torch.full_like(state[name][:2], 9.0)])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 2}))
+    stages = (folder, pair[1]) if larger == "base" else (pair[0], folder)
+    got, want = weights(*stages, spectra=spectra), weights(*pair, spectra=spectra)
+    changes = [f[f["side"] == "difference"].reset_index(drop=True) for f in (got.frame, want.frame)]
+    assert changes[0].drop(columns="value").equals(changes[1].drop(columns="value"))
+    np.testing.assert_allclose(changes[0]["value"], changes[1]["value"], rtol=1e-6)
+    rows = config["vocab_size"]
+    for name in vocabulary:
+        assert any(n.startswith(f"{name} is compared over the first {rows} rows") and f"{larger} {rows + 2}" in n
+                   for n in got.counts["notes"])
+
+
+def test_an_adapter_with_an_enlarged_vocabulary_is_measured(tmp_path):
+    model = FAMILIES["llama"]()
+    base = saved(model, tmp_path / "base")
+    torch.manual_seed(3)
+    grown = copy.deepcopy(model)
+    grown.resize_token_embeddings(model.config.vocab_size + 2)
+    wrapped = get_peft_model(grown, LoraConfig(r=2, target_modules=["q_proj"],
+                                               modules_to_save=["embed_tokens", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    frame = weights(base, tmp_path / "adapter", spectra=False).frame
+    size = model.config.vocab_size * 32
+    for layer in ("embeddings", "head"):
+        assert cell(frame, "weight_change", layer=layer) == pytest.approx(0.1 * math.sqrt(size), rel=1e-4)
+        assert frame[(frame.metric == "weight_change") & (frame.layer == layer)]["n"].item() == size
+    assert (frame[(frame.metric == "weight_change") & (frame.matrix == "q")]["value"] > 0).all()

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from midblock.errors import OutputError, PairMismatchError, SettingsError
 from midblock.models import LoadedModel, save_checkpoint
 from midblock.progress import Progress, silent
 from midblock.results import Table
-from midblock.segments import segment_bounds
+from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
 
 if TYPE_CHECKING:
@@ -117,6 +117,43 @@ def _pairs_of(base: nn.Module, sft: nn.Module) -> list[tuple[str, nn.Parameter, 
     return [(name, p, other[name]) for name, p in own.items()]
 
 
+class _Weight(NamedTuple):
+    """A weight that is merged, and its share."""
+
+    name: str
+    base: nn.Parameter
+    sft: nn.Parameter
+    alpha: float
+    block: int | None
+    """None outside the blocks, and where several blocks share it."""
+
+
+def _weights(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], alpha_rest: float | None) -> list[_Weight]:
+    """The weights whose share is not 0.
+
+    Raises:
+        PairMismatchError: weights that do not correspond.
+        SettingsError: blocks that share a weight are given different shares.
+    """
+    anatomy = base.anatomy
+    share_of = block_alphas(alphas, anatomy.num_blocks)
+    rest = sum(alphas) / len(alphas) if alpha_rest is None else alpha_rest
+    blocks_of: dict[int, list[int]] = {}
+    for b, block in enumerate(anatomy.blocks):
+        for parameter in block.parameters():
+            blocks_of.setdefault(id(parameter), []).append(b)
+    found = []
+    for name, p, q in _pairs_of(base.model, sft.model):
+        blocks = blocks_of.get(id(p), [])
+        shares = {share_of[b] for b in blocks} or {rest}
+        if len(shares) > 1:
+            raise SettingsError(f"blocks {format_blocks(blocks)} share {name}, but their alphas differ "
+                                f"({', '.join(f'{a:g}' for a in sorted(shares))}); give all of them one share.")
+        if (alpha := shares.pop()) != 0:
+            found.append(_Weight(name, p, q, alpha, blocks[0] if len(blocks) == 1 else None))
+    return found
+
+
 @contextlib.contextmanager
 def interpolated(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], alpha_rest: float | None = None
                  ) -> Iterator[LoadedModel]:
@@ -138,19 +175,15 @@ def interpolated(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], a
     Raises:
         BlockRangeError: more segments than blocks.
         PairMismatchError: weights that do not correspond.
+        SettingsError: blocks that share a weight are given different shares.
     """
-    share_of = _shares(base, alphas, alpha_rest)
-    parameters = _pairs_of(base.model, sft.model)
-    originals = [(p, p.data) for _, p, _ in parameters]
+    weights = _weights(base, sft, alphas, alpha_rest)
+    originals = [(w.base, w.base.data) for w in weights]
     handles: list[Any] = []
-    fractional: dict[int, list[tuple[nn.Parameter, nn.Parameter, Tensor]]] = {}
+    fractional: dict[tuple[int, float], list[tuple[nn.Parameter, nn.Parameter, Tensor]]] = {}
     room: dict[tuple[Any, ...], Tensor] = {}
     try:
-        for name, p, q in parameters:
-            block = base.anatomy.block_of(name)
-            alpha = share_of(block)
-            if alpha == 0:
-                continue
+        for name, p, q, alpha, block in weights:
             if alpha == 1:
                 p.data = q.data
             elif block is None:
@@ -160,10 +193,10 @@ def interpolated(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], a
                 key = (inside, p.shape, p.dtype, p.device)
                 if key not in room:  # blocks run one after another and share it
                     room[key] = _like(p.data)
-                fractional.setdefault(block, []).append((p, q, room[key]))
-        for block, members in fractional.items():
+                fractional.setdefault((block, alpha), []).append((p, q, room[key]))
+        for (block, alpha), members in fractional.items():
             module = base.anatomy.blocks[block]
-            fill, give_back = _hooks(members, share_of(block))
+            fill, give_back = _hooks(members, alpha)
             handles.append(module.register_forward_pre_hook(fill))
             # prepended: other hooks end the forward at the last block by an exception
             handles.append(module.register_forward_hook(give_back, prepend=True))
@@ -195,13 +228,6 @@ def _hooks(members: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]], alpha: 
     return fill, give_back
 
 
-def _shares(base: LoadedModel, alphas: Sequence[float], alpha_rest: float | None) -> Callable[[int | None], float]:
-    """Function from a block (None: outside the blocks) to its share."""
-    of_block = block_alphas(alphas, base.anatomy.num_blocks)
-    rest = sum(alphas) / len(alphas) if alpha_rest is None else alpha_rest
-    return lambda block: rest if block is None else of_block[block]
-
-
 def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], folder: Path | str,
                 alpha_rest: float | None = None) -> Path:
     """Write the merged model as a checkpoint that `load_model` and transformers load.
@@ -226,25 +252,23 @@ def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], fo
         PairMismatchError: weights that do not correspond.
     """
     folder = Path(folder).expanduser()
-    share_of = _shares(base, alphas, alpha_rest)
-    changed = [(name, p, q, alpha) for name, p, q in _pairs_of(base.model, sft.model)
-               if (alpha := share_of(base.anatomy.block_of(name))) != 0]
+    changed = _weights(base, sft, alphas, alpha_rest)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.base.", dir=folder.parent) as aside:
             kept = Path(aside) / "weights.safetensors"
             if changed:
-                save_file({name: p.data.contiguous() for name, p, _, _ in changed}, kept)
+                save_file({w.name: w.base.data.contiguous() for w in changed}, kept)
             try:
                 with torch.no_grad():
-                    for _, p, q, alpha in changed:
-                        interpolate_(p.data, p.data, q.data, alpha)
+                    for w in changed:
+                        interpolate_(w.base.data, w.base.data, w.sft.data, w.alpha)
                 return save_checkpoint(base.model, base.tokenizer, folder)
             finally:
                 if changed:
                     with safe_open(kept, framework="pt") as stored, torch.no_grad():
-                        for name, p, _, _ in changed:
-                            p.data.copy_(stored.get_tensor(name))
+                        for w in changed:
+                            w.base.data.copy_(stored.get_tensor(w.name))
     except SafetensorError as error:
         raise OutputError(f"cannot write beside {folder}: {error}.") from error
     except OSError as error:
@@ -365,9 +389,8 @@ def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
     keys = list(by_name)
     pairs = comparisons(keys)
     for setting in wanted:
-        block_alphas(setting, by_name[keys[0]].anatomy.num_blocks)  # a wrong number must not cost the others' time
-    for later, earlier in pairs:
-        _pairs_of(by_name[earlier].model, by_name[later].model)
+        for later, earlier in pairs:  # a fault must not cost the others' time
+            _weights(by_name[earlier], by_name[later], setting, chosen.alpha_rest)
     folders = _folders(save, wanted, pairs)
     table, counts = Table(), dict[str, Any]()
     if data is not None:

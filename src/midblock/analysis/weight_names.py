@@ -107,6 +107,9 @@ class Stage:
             raise CheckpointError(f"{folder} is quantised ({method}): its stored integers are not weights. "
                                   "Dequantise it first.")
         self.changed: dict[str, str] = {}  # base weight -> its name as the adapter has it
+        # modules saved in full, and embeddings that PEFT saves beside their adapter: name -> stored name
+        self.saved_in_full: dict[str, str] = {full: name for name in (self.adapter.names() if self.adapter else ())
+                                              if (full := _full_name(name)) is not None}
 
     @property
     def source(self) -> Checkpoint:
@@ -124,11 +127,10 @@ class Stage:
         if self.adapter is None or weight.name not in self.changed:
             return Operand(stored)
         key = self.changed[weight.name]
-        # modules saved in full, and embeddings that PEFT saves beside their adapter
-        full = next((n for n in self.adapter.names() if _full_name(n) == key), None)
+        full = self.saved_in_full.get(key)
         if full is not None:
             stored = _slab(self.adapter, full)
-            if self.adapter.shape(full) != weight.shape:
+            if not _begins_with(self.adapter.shape(full), weight.shape):
                 raise AdapterError(_no_fit(self.adapter, key, self.adapter.shape(full), weight))
         factors = self.factors(weight)
         if factors is not None:
@@ -137,6 +139,12 @@ class Stage:
             return Operand(stored)
         base = self.checkpoint.read(self.own_names[weight.name]).float()
         return Operand(None, whole=base + self.adapter.delta(key, base))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of what this stage has in place of a base weight."""
+        if self.adapter is not None and name in self.changed and (full := self.saved_in_full.get(self.changed[name])):
+            return self.adapter.shape(full)
+        return self.checkpoint.shape(self.own_names[name])
 
     def factors(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         """Thin factors of an adapter's change in the weight's layout; None where it is not of low rank."""
@@ -157,6 +165,11 @@ class Stage:
 def _slab(checkpoint: Checkpoint, name: str) -> Slab:
     path, offset = checkpoint.location(name)
     return Slab(path, offset, checkpoint.dtype(name), name, checkpoint)
+
+
+def _begins_with(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor has at least the wanted rows, each of the wanted size."""
+    return len(shape) == len(wanted) and tuple(shape[1:]) == tuple(wanted[1:]) and shape[0] >= wanted[0]
 
 
 def _full_name(name: str) -> str | None:
@@ -238,7 +251,7 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
     tied = anatomy.tied if anatomy is not None else head not in base
     reference = base.names()
     has_head = any(head in s.checkpoint
-                   or (s.adapter is not None and head in map(_full_name, s.adapter.names())) for s in stages)
+                   or head in s.saved_in_full for s in stages)
     if head not in base and tied and has_head:
         reference.append(head)
     left_out: set[str] = set()
@@ -261,13 +274,13 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
                 "of one architecture and size.")
         left_out.update(lost, extra)
         _map_adapter(stage, reference)
+    notes: list[str] = []
     beyond = {n for n in (*reference, *left_out) if layout.lies_beyond(n)}
     left_out -= beyond
     found = []
     for name in reference:
         if name in left_out or name in beyond:
             continue
-        shape = base.shape(stages[0].own_names[name])
         dtypes = [s.checkpoint.dtype(s.own_names[name]) for s in stages]
         if not all(d.is_floating_point for d in dtypes):
             if name in parameters:
@@ -276,17 +289,24 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
                     "weights cannot be compared; dequantise the checkpoint first.")
             left_out.add(name)
             continue
-        for stage in stages[1:]:
-            other = stage.checkpoint.shape(stage.own_names[name])
-            if other != shape:
-                raise PairMismatchError(
-                    f"{name} has the shape {shape} in {stages[0].checkpoint.folder} and {other} in "
-                    f"{stage.checkpoint.folder}; base and tuned checkpoint must be of one architecture and "
-                    "size.")
         block = layout.block_of(name)
         kind = kind_of(name) if block is not None else layout.part_of(name)
+        shapes = {stage.name: stage.shape(name) for stage in stages}
+        shape = min(shapes.values())
+        for stage in stages[1:]:
+            # a vocabulary that was enlarged has more rows; those that all have are compared
+            fits = _begins_with(shapes[stage.name], shape) if kind in ("embeddings", "head") else (
+                shapes[stage.name] == shapes[stages[0].name])
+            if not fits:
+                raise PairMismatchError(
+                    f"{name} has the shape {shapes[stages[0].name]} in {stages[0].source.folder} and "
+                    f"{shapes[stage.name]} in {stage.source.folder}; base and tuned checkpoint must be of one "
+                    "architecture and size.")
+        if len(set(shapes.values())) > 1:
+            rows = ", ".join(f"{stage} {size[0]:,}" for stage, size in shapes.items())
+            notes.append(f"{name} is compared over the first {shape[0]:,} rows, which all stages have (rows: {rows}).")
         found.append(Weight(name, shape, block, kind, _fused_axis(name, kind, shape, config)))
-    plan = Plan(found, layout.num_blocks, tied and not has_head, config, sorted(left_out))
+    plan = Plan(found, layout.num_blocks, tied and not has_head, config, sorted(left_out), notes)
     if plan.left_out:
         plan.notes.append(f"{len(plan.left_out)} stored tensors are not weights and were left out: "
                           f"{', '.join(plan.left_out[:3])}{' ...' if len(plan.left_out) > 3 else ''}.")

@@ -317,9 +317,9 @@ def _spectrum(stages: Sequence[Stage], weight: Weight, pair: Pair) -> Tensor:
     strip = max(1, (1 << 20) // smaller)
     gram = torch.zeros(smaller, smaller, dtype=torch.float64)
     read_later, read_earlier = _strips(later), _strips(earlier)
-    everything = slice(None)
+    everything = slice(smaller)
     for lo in range(0, max(rows, columns), strip):
-        part = slice(lo, lo + strip)
+        part = slice(lo, min(lo + strip, max(rows, columns)))  # what is stored may have more rows (a vocabulary)
         where = (part, everything) if columns <= rows else (everything, part)
         difference = read_later(where) - read_earlier(where)
         if columns <= rows:
