@@ -207,16 +207,31 @@ def unchanged(name: str, side: str = "pair") -> float:
     return _KNOWN[name].unchanged if side == "pair" and name in _KNOWN else 0.0
 
 
-def moved(name: str, side: str, value: float) -> float:
-    """Distance of a value from "no change"; 0 where a similarity differs by rounding alone (1e-9).
+def moved(name: str, side: str, value: float, *, size: float = 0.0, width: int = 1,
+          samples: int = 1) -> float:
+    """Distance of a value from "no change"; 0 where rounding alone can take it that far.
+
+    That is size * eps * sqrt(terms), the probabilistic bound of a sum's rounding error (Higham & Mary, SIAM J. Sci.
+    Comput. 41, 2019, theorem 2.4, lambda = 2). Token-level measures are float32 sums over the hidden size, the others
+    float64 sums over samples and hidden size.
+
+    Args:
+        name: A measure.
+        side: ``pair`` or ``difference``.
+        value: Its value.
+        size: Of the two values that a difference is of; a similarity's is 1.
+        width: Hidden size.
+        samples: That were pooled.
 
     Example:
-        >>> moved("cka", "pair", 0.75), moved("cka", "pair", 1 - 1e-12), moved("mean_shift", "pair", 1e-12)
+        >>> moved("cka", "pair", 0.75), moved("cka", "pair", 1 - 1e-15, width=500), moved("mean_shift", "pair", 1e-12)
         (0.25, 0.0, 1e-12)
     """
     same = unchanged(name, side)
+    tokens = name in _KNOWN and _KNOWN[name].level == "token"
+    eps, terms = (2.0**-23, width) if tokens else (2.0**-52, width * samples)
     distance = abs(value - same)
-    return 0.0 if same and distance <= 1e-9 else distance
+    return 0.0 if distance <= max(size, same) * eps * terms**0.5 else distance
 
 
 def label_of(name: str, *, unit: str | None = None) -> str:

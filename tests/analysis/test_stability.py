@@ -11,10 +11,11 @@ from scipy import stats as scipy_stats
 
 from analysis_helpers import loaded, tiny_data
 from midblock.analysis import stability
-from midblock.analysis.profile import profile
+from midblock.analysis.profile import ProfileResult, ProfileSettings, profile
 from midblock.analysis.stability import profile_seeds
 from midblock.errors import SettingsError
 from midblock.quantities import unchanged
+from midblock.results import Estimate, Table
 
 SMALL = {"samples": 8, "token_samples": 4, "max_length": 48, "replicates": 40}
 KEY = ["kind", "layer", "metric", "side", "stage"]
@@ -135,3 +136,24 @@ def test_damaged_state_is_measured_again_and_told(pair, tmp_path):
     fresh = profile_seeds(*pair, data=tiny_data(8), seeds=2, **SMALL)
     pd.testing.assert_frame_equal(again.frame, fresh.frame)
     assert any("seed-0.json carries no digest" in line for line in told)
+
+
+@pytest.mark.parametrize("metric", ["cka_debiased", "cka", "cosine", "token_cosine"])
+@pytest.mark.parametrize("away", [1, 100])
+def test_rounding_is_no_change_and_more_than_rounding_is_one(metric, away):
+    """Planted: every hidden state as far from 1 as rounding takes it, or a hundred times as far, with every seed."""
+    counts = {"hidden_size": 64, "pooled_samples": 8}
+    by_hand = {"token_cosine": 2**-23 * 8}.get(metric, 2**-52 * 512**0.5)
+    tables = []
+    for seed in range(3):
+        table = Table()
+        for h in range(5):
+            table.add("hidden", h, metric, "pair", Estimate(1 - by_hand * away * (1 - 0.01 * seed), 0, 1, 8),
+                      stage="sft-base")
+        tables.append(table)
+    combined = stability._combine(tables, [0, 1, 2], ProfileSettings(), ["base", "sft"],
+                                  {"width": 64, "samples": 8})
+    assert ((combined.frame()["p"] == 1).all()) == (away == 1)
+    for table in (combined, tables[0]):
+        regions = ProfileResult(table, ["base", "sft"], 5, ProfileSettings(), counts).regions()
+        assert regions["largest at hidden"].isna().all() == (away == 1)

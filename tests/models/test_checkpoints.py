@@ -96,11 +96,13 @@ def test_embedded_model_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 # -- GGUF --------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, *, pre: str = "smollm") -> dict[str, np.ndarray]:
+def write_gguf(path: Path, *, pre: str = "smollm", file_type: int | None = None) -> dict[str, np.ndarray]:
     """A tiny LLaMA as GGUF, written with the gguf package; returns the tensors as written."""
     d, ff, heads, vocab, layers = 32, 64, 4, 64, 2
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(d)
@@ -177,6 +179,18 @@ def test_gguf_digits_are_split_as_the_file_says(tmp_path: Path, cache: Path) -> 
     whole = [piece for piece, _ in plain.backend_tokenizer.pre_tokenizer.pre_tokenize_str("AB 12")]
     assert whole == ["AB", "\u012012"]
     assert digits.model_max_length == 128
+
+
+@pytest.mark.parametrize(("file_type", "precision"), [
+    (None, torch.float32), (gguf.LlamaFileType.ALL_F32, torch.float32), (gguf.LlamaFileType.MOSTLY_F16, torch.float16),
+    (gguf.LlamaFileType.MOSTLY_BF16, torch.bfloat16), (gguf.LlamaFileType.MOSTLY_Q8_0, torch.bfloat16),
+    (gguf.LlamaFileType.MOSTLY_Q4_1, torch.bfloat16)])
+def test_the_precision_of_a_gguf_is_that_of_its_weights(tmp_path: Path, cache: Path, file_type: int | None,
+                                                        precision: torch.dtype) -> None:
+    write_gguf(tmp_path / "m.gguf", file_type=file_type)
+    folder = resolve_checkpoint(tmp_path / "m.gguf")
+    assert checkpoints.precision_of(folder) == precision
+    assert Checkpoint(folder).main_dtype() == torch.float32  # exactly what is in the file, whatever it is loaded in
 
 
 def test_gguf_with_other_content_is_converted_anew(tmp_path: Path, cache: Path) -> None:

@@ -24,7 +24,7 @@ from midblock.errors import (
     SettingsError,
     UnsafeCheckpointError,
 )
-from midblock.models import check_fit, load_chain, load_model, load_pair, resolve_device, resolve_dtype, save_checkpoint
+from midblock.models import check_fit, choose_dtype, load_chain, load_model, load_pair, save_checkpoint
 from midblock.models.load import check_finite_weights
 
 
@@ -77,9 +77,11 @@ def test_describe_is_json_and_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stored", "asked", "gets"), [
     (torch.float32, "auto", torch.float32), (torch.bfloat16, "auto", torch.bfloat16),
-    (torch.float16, "auto", torch.bfloat16), (torch.bfloat16, "float32", torch.float32),
+    (torch.float16, "auto", None), (torch.bfloat16, "auto", None), (torch.bfloat16, "float32", torch.float32),
     (torch.float32, torch.bfloat16, torch.bfloat16), (torch.float32, "float16", torch.float16)])
-def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, gets: torch.dtype) -> None:
+def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, gets: torch.dtype | None) -> None:
+    """Without a dtype: what the rule takes on this machine."""
+    gets = gets or choose_dtype("auto", stored=stored, device=torch.device("cpu")).dtype
     loaded = load_model(saved(tmp_path / "m", dtype=stored), dtype=asked, device="cpu")
     assert loaded.dtype == gets
     assert {p.dtype for p in loaded.model.parameters()} == {gets}
@@ -87,11 +89,12 @@ def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, ge
 
 @pytest.mark.parametrize(("stored", "asked", "gets"), [
     (("float32", "bfloat16"), "auto", torch.float32), (("bfloat16", "float32"), "auto", torch.float32),
-    (("bfloat16", "float16"), "auto", torch.float32), (("bfloat16", "bfloat16"), "auto", torch.bfloat16),
-    (("float16", "float16"), "auto", torch.bfloat16), (("bfloat16", "float16", "bfloat16"), "auto", torch.float32),
+    (("bfloat16", "float16"), "auto", torch.float32), (("bfloat16", "bfloat16"), "auto", None),
+    (("float16", "float16"), "auto", None), (("bfloat16", "float16", "bfloat16"), "auto", torch.float32),
     (("float32", "bfloat16"), "bfloat16", torch.bfloat16)])
 def test_stages_stored_in_different_formats_are_loaded_in_one_that_holds_all(
-        tmp_path: Path, stored: tuple[str, ...], asked: str, gets: torch.dtype) -> None:
+        tmp_path: Path, stored: tuple[str, ...], asked: str, gets: torch.dtype | None) -> None:
+    gets = gets or choose_dtype("auto", stored=torch.bfloat16, device=torch.device("cpu")).dtype
     specs = [str(saved(tmp_path / f"m{i}", dtype=getattr(torch, name))) for i, name in enumerate(stored)]
     chain = load_chain(specs, dtype=asked, device="cpu")
     assert {m.dtype for m in chain} == {gets}
@@ -106,16 +109,10 @@ def test_stages_stored_in_different_formats_are_loaded_in_one_that_holds_all(
 def test_loaded_stages_of_different_formats_are_refused(tmp_path: Path) -> None:
     base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", dtype=torch.bfloat16)
     loaded = [load_model(folder, device="cpu") for folder in (base, sft)]
-    with pytest.raises(PairMismatchError, match=r"number formats, float32 and bfloat16.*load_chain"):
+    with pytest.raises(PairMismatchError, match=r"dtypes, float32 and bfloat16.*load_chain"):
         check_fit(loaded)
     # a folder beside a loaded model takes that one's
     assert [m.dtype for m in resolve_stages(loaded[1], str(base), None)] == [torch.bfloat16] * 2
-
-
-def test_auto_dtype_on_an_accelerator_is_the_checkpoints_own() -> None:
-    assert resolve_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16
-    assert resolve_dtype("auto", torch.float32, torch.device("mps")) == torch.float32
-    assert resolve_dtype("auto", torch.int8, torch.device("cuda")) == torch.float32
 
 
 @pytest.mark.parametrize(("option", "value"), [
@@ -123,11 +120,6 @@ def test_auto_dtype_on_an_accelerator_is_the_checkpoints_own() -> None:
 def test_unknown_dtype_and_device_come_before_any_file(option: str, value: str) -> None:
     with pytest.raises(SettingsError, match=value):
         load_model("no/such", **{option: value})
-
-
-def test_auto_device_is_a_device() -> None:
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    assert resolve_device("cpu") == torch.device("cpu")
 
 
 def test_pickle_loads_when_asked(tmp_path: Path) -> None:

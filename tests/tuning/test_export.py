@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, token_ids
 from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
 from midblock.models import load_model, save_checkpoint
-from midblock.tuning import attach, make_plan, merged_weights, training_dtype, tune, vllm_note, with_weights
+from midblock.tuning import attach, make_plan, merged_weights, tune, vllm_note, with_weights
 from midblock.tuning.export import VLLM_RANKS, export_adapter, pad_adapter
 from midblock.tuning.run import load_4bit
 from midblock.tuning.trainer import TrainSettings
@@ -172,13 +172,6 @@ def test_4bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPa
                         lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
     with pytest.raises(SettingsError, match=r"midblock\[quantized\]"):
         load_4bit("smollm2")
-
-
-def test_the_dtype_to_train_in() -> None:
-    assert training_dtype("cpu", "float32") == "float32"
-    assert training_dtype("cpu") in ("bfloat16", "float32")
-    assert (training_dtype("cpu") == "bfloat16") == (torch.cpu._is_avx512_bf16_supported()
-                                                    or torch.cpu._is_amx_tile_supported())
 
 
 def test_a_merged_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, tiny_tokenizer: Any) -> None:

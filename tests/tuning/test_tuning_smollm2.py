@@ -8,7 +8,7 @@ import pytest
 
 from midblock.data import load_data
 from midblock.models import load_model
-from midblock.tuning import TrainSettings, training_dtype, tune
+from midblock.tuning import TrainSettings, tune
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ def test_tuning_lowers_the_held_out_loss(name: str, smollm2_folder: Path, tmp_pa
                                          request: pytest.FixtureRequest) -> None:
     if name == "gsm8k":
         request.getfixturevalue("data_dir")
-    base = load_model(smollm2_folder, dtype=training_dtype())
+    base = load_model(smollm2_folder)
     result = tune(base, load_data(name, split="train"), mask="01100", samples=96, max_length=256,
                   settings=TrainSettings(epochs=2), eval_data=name, eval_samples=24, out=tmp_path, merge=True)
     change = result.held_out["difference"]
@@ -31,8 +31,8 @@ def test_tuning_lowers_the_held_out_loss(name: str, smollm2_folder: Path, tmp_pa
 def test_tuned_arithmetic_is_answered_rightly(smollm2_folder: Path, tmp_path: Path) -> None:
     from midblock.evaluation import evaluate
 
-    base = load_model(smollm2_folder, dtype=training_dtype())
+    base = load_model(smollm2_folder)
     before = evaluate(base, "arithmetic", samples=40)
     result = tune(base, "arithmetic", mask="01100", samples=300, settings=TrainSettings(epochs=2), out=tmp_path)
-    after = evaluate(load_model(result.adapter, dtype=training_dtype()), "arithmetic", samples=40)
+    after = evaluate(load_model(result.adapter), "arithmetic", samples=40)
     assert after.estimate.low > before.estimate.high

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +46,26 @@ class ProfileResult:
         """The tidy table (`midblock.results`), with the columns ``stage`` and ``data``."""
         return self.table.frame()
 
+    @property
+    def sums(self) -> dict[str, int]:
+        """How long the sums behind the values are, for `midblock.quantities.moved`."""
+        return {"width": self.counts["hidden_size"], "samples": self.counts["pooled_samples"]}
+
     def regions(self) -> pd.DataFrame:
         """Means over early, middle and late hidden states (`segments.zone`), and the largest.
 
         One row per metric: of the pair score, or of the difference between the stages.
         """
         frame = self.frame
+        own = frame[frame["side"].isin(self.stages)]
+        sizes = own["value"].abs().groupby([own["layer"], own["metric"]]).max()
         frame = frame[frame["side"].isin(["difference", "pair"])]
         rows = []
         for (stage, metric), part in frame.groupby(["stage", "metric"], sort=False):
-            # the largest change: farthest from "no change", which is 1 for similarities
-            away = part["value"].map(partial(moved, str(metric), part["side"].iloc[0]))
+            # the largest change: farthest from "no change", and farther than rounding takes it
+            away = pd.Series([moved(str(metric), side, value, size=sizes.get((h, metric), 0.0), **self.sums)
+                              for h, side, value in zip(part["layer"], part["side"], part["value"], strict=True)],
+                             index=part.index)
             peak = part.loc[away.idxmax()] if away.notna().any() and away.max() > 0 else None
             rows.append({"stage": stage, "metric": metric, "side": part["side"].iloc[0],
                          **zone_means(part["layer"], part["value"], self.num_hidden - 1),
@@ -183,7 +191,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     counts = {"pooled_samples": len(pooled_ids), "token_samples": len(token_ids),
               "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
               "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
-              "batches": len(batches)}
+              "batches": len(batches), "hidden_size": anatomy.hidden_size}
     return ProfileResult(table, keys, num_hidden, chosen, counts)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +151,8 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     least = {name: int(min(c[name] for c in counts)) for name in ("pooled_samples", "token_samples")}
     total = {**counts[0], **least, "truncated": max(c.get("truncated", 0) for c in counts),
              "seeds": numbers, "share_drawn": min(1.0, wanted / max(1, len(dataset.examples))), "by_seed": counts}
-    return StabilityResult(_combine(tables, numbers, chosen), keys, models[0].anatomy.num_blocks + 1, chosen, numbers,
-                           total)
+    found = StabilityResult(Table(), keys, models[0].anatomy.num_blocks + 1, chosen, numbers, total)
+    return replace(found, table=_combine(tables, numbers, chosen, keys, found._as_profile().sums))
 
 
 def _named(progress: Progress, which: str) -> Progress:
@@ -174,7 +174,8 @@ def _read_seed(path: Path, progress: Progress) -> tuple[Table, dict[str, Any]] |
         return None
 
 
-def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSettings) -> Table:
+def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSettings, stages: Sequence[str],
+             sums: Mapping[str, int]) -> Table:
     """One row for each row of the profiles: mean over seeds, interval, and test where it is a change."""
     values: dict[tuple[Any, ...], list[float]] = {}
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -189,11 +190,16 @@ def _combine(tables: Sequence[Table], seeds: Sequence[int], settings: ProfileSet
             reasons.setdefault(key, str(reason["reason"]))
     tests: dict[tuple[Any, ...], stats.TTest] = {}
     families: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    sizes: dict[tuple[int, str], float] = {}
+    for (_, layer, metric, side, _), found in values.items():
+        if side in stages:
+            sizes[layer, metric] = max(sizes.get((layer, metric), 0.0), *map(abs, found))
     for key, found in values.items():
-        _, _, metric, side, stage = key
+        _, layer, metric, side, stage = key
         if side in ("difference", "pair"):
             same = unchanged(metric, side)
-            near = [v if moved(metric, side, v) else same for v in found]
+            size = sizes.get((layer, metric), 0.0)
+            near = [v if moved(metric, side, v, size=size, **sums) else same for v in found]
             tests[key] = stats.one_sample_t(near, same, settings.confidence)
             families.setdefault((metric, side, stage), []).append(key)
     adjusted: dict[tuple[Any, ...], float] = {}

@@ -92,6 +92,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         _quiet_third_parties()
     console.reset()
     signalled: list[Ended] = []
+    console.show_log()
     try:
         check_words(words)
         with signals_end_as_interrupts(signalled):

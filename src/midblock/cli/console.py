@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import sys
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
 
 __all__ = ["emit_json", "error", "format_figure", "is_json", "is_quiet", "note", "print_table", "progress_bar",
-           "reset", "say", "set_json", "set_quiet", "warn"]
+           "reset", "say", "set_json", "set_quiet", "show_log", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -75,6 +76,32 @@ def say(text: str = "") -> None:
 
             text = wrapped(text, width)
         print(text)
+
+
+class _Log(logging.Handler):
+    """What the library logs (the dtype that auto took, a conversion), each line once, on stderr unless ``--quiet``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if not is_quiet() and line not in self.shown:
+            _to_stderr(line)
+        self.shown.add(line)
+
+
+_log = _Log()
+
+
+def show_log() -> None:
+    """Show the library's log on stderr from now on."""
+    logger = logging.getLogger("midblock")
+    logger.setLevel(logging.INFO)
+    if _log not in logger.handlers:
+        logger.addHandler(_log)
+    _log.shown.clear()
 
 
 def warn(text: str) -> None:

@@ -74,7 +74,7 @@ def demo(
         "--out", metavar="DIR", help="Folder for everything that the demo writes; must be empty.")] = Path("demo"),
     scale: Annotated[float, typer.Option(
         "--scale", metavar="X", min=0.05, help="Multiply samples and steps: 1 takes minutes on two cores.")] = 1.0,
-    dtype: Dtype = DtypeName.bfloat16,
+    dtype: Dtype = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,

@@ -53,7 +53,7 @@ def examples(*lines: str) -> str:
 
 
 class DtypeName(StrEnum):
-    """Number formats that weights can be loaded in."""
+    """Dtypes that weights can be loaded in."""
 
     auto = "auto"
     float32 = "float32"
@@ -111,9 +111,9 @@ BatchSize = Annotated[int, typer.Option(
     "--batch-size", metavar="N", min=1, help="Samples in one batch. Results do not depend on it.")]
 
 Dtype = Annotated[DtypeName, typer.Option(
-    "--dtype", help="Number format of the weights. auto: the checkpoint's own on a GPU; on a CPU "
-                    "bfloat16 for 16-bit checkpoints, else float32. Checkpoints of different formats are "
-                    "compared in one that holds both.")]
+    "--dtype", help="Dtype of the weights. auto: 16 bits for 16-bit checkpoints where this device multiplies faster in "
+                    "them (measured once and remembered) or float32 would not fit into memory, else float32. "
+                    "Checkpoints of different dtypes are compared in one that holds both.")]
 
 Tokenizer = Annotated[TokenizerOf, typer.Option(
     "--tokenizer", help="own: checkpoints whose tokenizers differ are refused; base: the first one's is used for all.")]

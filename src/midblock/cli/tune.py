@@ -144,8 +144,9 @@ def tune(
                                      "unless --resume.")] = Path("runs/tune"),
     resume: Resume = False,
     dtype: Annotated[DtypeName, typer.Option(
-        "--dtype", help="Number format of the frozen weights; what is trained is float32. auto: bfloat16 on "
-                        "hardware that gains (GPUs, CPUs with AVX512-BF16 or AMX).")] = DtypeName.auto,
+        "--dtype", help="Dtype of the frozen weights; what is trained is float32. auto: 16 bits for 16-bit "
+                        "checkpoints where this device multiplies faster in them (measured once and remembered) or "
+                        "float32 would not fit into memory, else float32.")] = DtypeName.auto,
     device: Device = "auto",
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -159,7 +160,7 @@ def tune(
     completion (or the assistant) says. Afterwards a check proves that only the chosen weights moved.
     """
     from midblock.errors import SettingsError
-    from midblock.tuning import TrainSettings, load_plan, training_dtype
+    from midblock.tuning import TrainSettings, load_plan
 
     if schedule not in ("linear", "cosine", "constant"):
         raise SettingsError(f"--schedule {schedule!r} is not one of linear, cosine, constant.")
@@ -175,7 +176,7 @@ def tune(
     if given_plan is not None and (mask or blocks or random_blocks or rank or budget):
         raise SettingsError("--plan says where to train and at which rank; leave out --mask, --blocks, "
                             "--random-blocks, --rank and --budget.")
-    load_options = {"dtype": training_dtype(device, dtype.value), "device": device,
+    load_options = {"dtype": dtype.value, "device": device,
                     "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     data_options = {"samples": samples, "max_length": max_length, "chat": chat, "all_tokens": all_tokens}
     if dry_run:
@@ -237,7 +238,7 @@ def _dry_run(model: str, data: str, plan: Plan | None, plan_options: dict[str, A
              wanted: TrainSettings, cache: str, load_options: dict[str, Any]) -> None:
     """The plan and its estimates, from the model's config alone: no weight is read."""
     from midblock.data import load_data, tokenize
-    from midblock.models import find_anatomy, load_tokenizer, resolve_device, resolve_dtype
+    from midblock.models import choose_dtype, find_anatomy, load_tokenizer, resolve_device, text_config
     from midblock.models.summary import model_skeleton
     from midblock.tuning import make_plan, require_plan_fits
 
@@ -246,7 +247,8 @@ def _dry_run(model: str, data: str, plan: Plan | None, plan_options: dict[str, A
     anatomy = find_anatomy(skeleton)
     solved = make_plan(anatomy, **plan_options) if plan is None else require_plan_fits(plan, anatomy)
     place = resolve_device(load_options["device"])
-    number = resolve_dtype(load_options["dtype"], stored, place)
+    number = choose_dtype(load_options["dtype"], stored=stored, device=place, config=text_config(skeleton),
+                          parameters=sum(p.numel() for p in skeleton.parameters())).dtype
     dataset = load_data(data, split="train").sample(data_options["samples"], wanted.seed)
     rows = tokenize(dataset, load_tokenizer(folder), max_length=data_options["max_length"],
                     supervised=not data_options["all_tokens"], chat=data_options["chat"],

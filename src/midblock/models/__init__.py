@@ -20,6 +20,7 @@ from midblock.models.checkpoints import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
 from midblock.models.load import (
     LoadedModel,
     check_fit,
@@ -27,8 +28,6 @@ from midblock.models.load import (
     load_model,
     load_pair,
     load_tokenizer,
-    resolve_device,
-    resolve_dtype,
 )
 from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
 from midblock.models.sharing import SharedParts, shared_parts, shared_read_outs
@@ -36,6 +35,7 @@ from midblock.models.sharing import SharedParts, shared_parts, shared_read_outs
 __all__ = [
     "Anatomy",
     "Checkpoint",
+    "DtypeChoice",
     "KnownPair",
     "LoadedModel",
     "Projection",
@@ -43,6 +43,7 @@ __all__ = [
     "attention_of",
     "check_fit",
     "check_read_out",
+    "choose_dtype",
     "find_anatomy",
     "fingerprint",
     "kind_of",
@@ -56,7 +57,6 @@ __all__ = [
     "quiet",
     "resolve_checkpoint",
     "resolve_device",
-    "resolve_dtype",
     "save_checkpoint",
     "shared_parts",
     "shared_read_outs",

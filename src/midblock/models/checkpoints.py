@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -22,7 +23,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from midblock.errors import (
     OutputError,
     UnsafeCheckpointError,
 )
+from midblock.models.dtypes import DTYPES
 from midblock.provenance import atomic_path, cache_dir, sha256_of
 
 __all__ = [
@@ -53,8 +55,9 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
+_ORIGIN = "midblock.json"  # in a converted folder: the GGUF file, and the dtype that holds its precision
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-_CONVERSION = 1  # raise it when the conversion of a GGUF file changes: older caches are left aside
+_CONVERSION = 2  # raise it when the conversion of a GGUF file changes: older caches are left aside
 _LOG = logging.getLogger("midblock")
 
 _DTYPES = {
@@ -197,8 +200,9 @@ def _convert_gguf(path: Path, spec: str) -> Path:
     """Convert a GGUF file into a safetensors folder in the cache, once, and return the folder.
 
     Weights are stored as float32: dequantised values (scale times integer plus offset) are not
-    representable in 16 bits. Safe when several processes do it at once: one converts under a
-    file lock, the others wait, and the folder appears whole by a rename.
+    exactly representable in 16 bits. Their precision is far below that of 16 bits, though, which the
+    folder says (`precision_of`), so that ``--dtype auto`` may take either. Safe when several processes do
+    it at once: one converts under a file lock, the others wait, and the folder appears whole by a rename.
     """
     stem = re.sub(r"[^\w.\-]+", "_", path.stem)
     root = cache_dir() / "converted"
@@ -245,7 +249,19 @@ def _write_converted(path: Path, folder: Path, spec: str) -> None:
     if limit and tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = limit
     _split_digits(path, tokenizer)
-    save_checkpoint(model, tokenizer, folder)
+    origin = {"file": path.name, "precision": _GGUF_PRECISION.get(_gguf_number(path, b"general.file_type"), "bfloat16")}
+    save_checkpoint(model, tokenizer, folder, files={_ORIGIN: json.dumps(origin)})
+
+
+def precision_of(folder: Path) -> torch.dtype:
+    """The dtype that holds a checkpoint's weights as exactly as they are known, from its headers.
+
+    It is the one that most of its bytes are stored in; of a converted GGUF file that of its own weights, and
+    bfloat16 where they are quantised.
+    """
+    if (folder / _ORIGIN).is_file():
+        return DTYPES.get(_read_json(folder / _ORIGIN).get("precision", ""), torch.float32)
+    return Checkpoint(folder).main_dtype()
 
 
 def _split_digits(path: Path, tokenizer: Any) -> None:
@@ -255,6 +271,18 @@ def _split_digits(path: Path, tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+# llama.cpp's file types of weights that are not quantised
+_GGUF_PRECISION = {0: "float32", 1: "float16", 32: "bfloat16", None: "float32"}
+
+
+def _gguf_number(path: Path, key: bytes) -> int | None:
+    """An unsigned 32-bit field of a GGUF file's metadata."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        name = len(key).to_bytes(8, "little") + key + (4).to_bytes(4, "little")
+        start = data.find(name)
+        return None if start < 0 else int.from_bytes(data[start + len(name):start + len(name) + 4], "little")
 
 
 def _gguf_string(path: Path, key: bytes) -> str | None:
@@ -491,6 +519,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(self.nbytes_of(name) for name in self._entries)
 
+    @property
+    def numel(self) -> int:
+        """Numbers in all floating-point tensors."""
+        return sum(math.prod(self.shape(name)) for name in self._entries if self.dtype(name).is_floating_point)
+
     def nbytes_of(self, name: str) -> int:
         """Bytes of one tensor."""
         start, end = self._entry(name)["data_offsets"]
@@ -696,7 +729,8 @@ def _adapter_key(name: str) -> tuple[str, str]:
 # writing
 
 
-def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str) -> Path:
+def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
+                    files: Mapping[str, str] | None = None) -> Path:
     """Write a model and its tokenizer as a safetensors folder that appears whole or not at all.
 
     A tied head is stored once and stays tied; a head that training has untied is stored and the
@@ -706,6 +740,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str) -> Pat
         model: A transformers model (merge an adapter first).
         tokenizer: Its tokenizer; None writes none.
         folder: Absent or empty.
+        files: Further text files by name.
 
     Returns:
         The folder.
@@ -733,6 +768,8 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str) -> Pat
             model.save_pretrained(temporary, max_shard_size="5GB")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         _check_written(model, temporary)
         temporary.chmod(0o777 & ~_umask())
         for path in temporary.iterdir():  # safetensors writes files that only their owner can read

@@ -41,9 +41,11 @@ from midblock.models.checkpoints import (
     _read_json,
     fingerprint,
     is_adapter_folder,
+    precision_of,
     quiet,
     resolve_checkpoint,
 )
+from midblock.models.dtypes import DTYPES, DtypeChoice, choose_dtype, config_value, dtype_name, resolve_device
 from midblock.provenance import sha256_of
 
 __all__ = [
@@ -54,12 +56,7 @@ __all__ = [
     "load_model",
     "load_pair",
     "load_tokenizer",
-    "resolve_device",
-    "resolve_dtype",
 ]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class LoadedModel:
@@ -80,6 +77,8 @@ class LoadedModel:
     """Folder of the PEFT adapter, if one was loaded."""
     notes: tuple[str, ...] = ()
     """What loading left aside (weights of another tower, say); for run.json."""
+    dtype_reason: str = "as asked"
+    """Why it was loaded in this dtype."""
     _fingerprint: str | None = field(default=None, repr=False)
 
     @property
@@ -101,62 +100,9 @@ class LoadedModel:
             "blocks": self.anatomy.num_blocks, "hidden_size": self.anatomy.hidden_size,
             "vocab_size": self.anatomy.vocab_size, "tied_head": self.anatomy.tied,
             "parameters": self.anatomy.causal_lm.num_parameters(),
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device),
+            "dtype": dtype_name(self.dtype), "dtype_reason": self.dtype_reason, "device": str(self.device),
             "adapter": None if self.adapter is None else str(self.adapter), "notes": list(self.notes),
         }
-
-
-# ---------------------------------------------------------------------------------------------
-# settings
-
-
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:0``, ``mps``.
-
-    Raises:
-        SettingsError: another word, or a device that this machine does not have.
-    """
-    text = str(device)
-    if text == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        found = torch.device(text)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
-        raise SettingsError(f"device {text!r} is unknown; use auto, cpu, cuda, cuda:0 or mps.")
-    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
-        raise SettingsError(f"device {text!r}: this machine shows {torch.cuda.device_count()} CUDA devices; "
-                            "use --device cpu or auto.")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise SettingsError(f"device {text!r} is not available on this machine; use --device cpu or auto.")
-    return found
-
-
-def resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to load in.
-
-    ``auto``: the checkpoint's own on an accelerator; on a CPU bfloat16 for a 16-bit checkpoint and
-    float32 for any other.
-
-    Raises:
-        SettingsError: another word than auto, float32, bfloat16, float16.
-
-    Example:
-        >>> resolve_dtype("auto", torch.float16, torch.device("cpu"))
-        torch.bfloat16
-    """
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise SettingsError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
-    if device.type != "cpu" and stored in DTYPES.values():
-        return stored
-    return torch.bfloat16 if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,7 +110,7 @@ def resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.d
 
 
 def load_model(
-    spec: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
+    spec: str | Path, *, dtype: str | torch.dtype | DtypeChoice = "auto", device: str | torch.device = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, adapter: str | Path | None = None,
     merge: bool = True, check_finite: bool = True, revision: str | None = None,
     attn_implementation: str | None = None, name: str | None = None,
@@ -174,7 +120,7 @@ def load_model(
     Args:
         spec: Hub id, local folder, ``*.gguf`` file, ``smollm2``, or the folder of a PEFT adapter
             (its base model is loaded too).
-        dtype: See `resolve_dtype`.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see `choose_dtype`, whose result is taken too.
         device: See `resolve_device`.
         trust_remote_code: Run the Python code that a checkpoint brings along.
         allow_pickle: Read ``.bin`` weights.
@@ -195,7 +141,8 @@ def load_model(
         SettingsError: an unknown dtype or device.
     """
     place = resolve_device(device)
-    resolve_dtype(dtype, torch.float32, place)  # a wrong word must not cost a download first
+    if not isinstance(dtype, DtypeChoice):  # a wrong word must not cost a download first
+        choose_dtype(dtype, stored=torch.float32, device=place)
     text = str(spec)
     folder = resolve_checkpoint(text, revision=revision, allow_pickle=allow_pickle,
                                 trust_remote_code=trust_remote_code)
@@ -211,8 +158,10 @@ def load_model(
         if not (adapter_folder / "adapter_config.json").is_file():
             raise AdapterError(f"adapter {str(adapter)!r} holds no adapter_config.json.")
     config = _read_config(folder, text, trust_remote_code)
-    load_dtype = resolve_dtype(dtype, _stored_dtype(folder, config), place)
-    model, notes = _build(folder, config, text, load_dtype, trust_remote_code, _pickled(folder),
+    choice = dtype if isinstance(dtype, DtypeChoice) else choose_dtype(
+        dtype, stored=_stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),
+        parameters=_parameters_in(folder))
+    model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, _pickled(folder),
                           attn_implementation)
     model.to(place)
     model.eval()
@@ -228,8 +177,8 @@ def load_model(
     _check_vocabulary(tokenizer, anatomy, text)
     return LoadedModel(
         model=model, tokenizer=tokenizer, anatomy=anatomy, spec=text,
-        name=name or (adapter_folder or Path(text)).name, folder=folder, dtype=load_dtype,
-        device=place, adapter=adapter_folder, notes=notes)
+        name=name or (adapter_folder or Path(text)).name, folder=folder, dtype=choice.dtype,
+        dtype_reason=choice.reason, device=place, adapter=adapter_folder, notes=notes)
 
 
 def _base_of_adapter(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
@@ -253,11 +202,16 @@ def _pickled(folder: Path) -> bool:
 
 
 def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
-    """Number format of most weights; every header is checked on the way."""
+    """See `precision_of`; every header is checked on the way."""
     if not _pickled(folder):
-        return Checkpoint(folder).main_dtype()
+        return precision_of(folder)
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _parameters_in(folder: Path) -> int:
+    """Numbers stored in a checkpoint; 0 where only a pickle would tell."""
+    return 0 if _pickled(folder) else Checkpoint(folder).numel
 
 
 def _read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
@@ -507,8 +461,8 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
                **options: Any) -> list[LoadedModel]:
     """Load the stages of one model (base, sft, dpo ...) and check that they fit together.
 
-    Configs are compared before any weight is read. With dtype ``auto``, stages that are stored in different number
-    formats are all loaded in one that holds each exactly, so that no difference is the rounding of one side.
+    Configs are compared before any weight is read. With dtype ``auto``, stages that are stored in different
+    dtypes are all loaded in one that holds each exactly, so that no difference is the rounding of one side.
 
     Args:
         specs: MODEL specs, the base first.
@@ -529,17 +483,18 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
     if len(stage_names) != len(specs) or len(set(stage_names)) != len(specs):
         raise SettingsError(f"{len(specs)} models need {len(specs)} different names, got {stage_names}.")
     options.pop("name", None)
-    number_formats = _compare_configs(list(specs), stage_names, options)
+    stored_dtypes, config, parameters = _compare_configs(list(specs), stage_names, options)
     if options.get("dtype", "auto") == "auto":
-        plain = (f if f in DTYPES.values() else torch.float32 for f in number_formats)  # float8, int8
-        options["dtype"] = resolve_dtype("auto", functools.reduce(torch.promote_types, plain),
-                                         resolve_device(options.get("device", "auto")))
+        plain = (f if f in DTYPES.values() else torch.float32 for f in stored_dtypes)  # float8, int8
+        options["dtype"] = choose_dtype(
+            "auto", stored=functools.reduce(torch.promote_types, plain), config=config, parameters=parameters,
+            device=resolve_device(options.get("device", "auto")), models=len(specs))
     loaded = [load_model(spec, name=name, **options)
               for spec, name in zip(specs, stage_names, strict=True)]
-    if len(set(number_formats)) > 1:
-        for stage, stored in zip(loaded, number_formats, strict=True):
+    if len(set(stored_dtypes)) > 1:
+        for stage, stored in zip(loaded, stored_dtypes, strict=True):
             if stored != stage.dtype:
-                stage.notes += (f"stored in {str(stored).removeprefix('torch.')}",)
+                stage.notes += (f"stored in {dtype_name(stored)}",)
     check_fit(loaded, compare_tokenizers=tokenizer == "own")
     if tokenizer == "base":
         for stage in loaded[1:]:
@@ -565,12 +520,17 @@ _SIZES = {
 }
 
 
-def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]) -> list[torch.dtype]:
-    """Compare what configs alone tell, so that a mismatch costs no loading; the number formats that are stored."""
+def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]
+                     ) -> tuple[list[torch.dtype], Any, int]:
+    """Compare what configs alone tell, so that a mismatch costs no loading.
+
+    Returns:
+        The dtypes that are stored, the first model's text config, and its number of parameters.
+    """
     keep = {k: options[k] for k in ("revision", "allow_pickle", "trust_remote_code") if k in options}
     trust = bool(options.get("trust_remote_code"))
     reference: Any = None
-    number_formats = []
+    stored_dtypes, parameters = [], 0
     for spec, name in zip(specs, names, strict=True):
         folder = resolve_checkpoint(spec, **keep)
         if is_adapter_folder(folder):
@@ -578,17 +538,17 @@ def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]
             folder = _base_of_adapter(folder, **keep_base)
         whole = _read_config(folder, spec, trust)
         config = whole.get_text_config(decoder=True)
-        number_formats.append(_stored_dtype(folder, whole))
+        stored_dtypes.append(_stored_dtype(folder, whole))
         if reference is None:
-            reference = config
+            reference, parameters = config, _parameters_in(folder)
             continue
         differing = [f"{what} {ours!r} against {theirs!r}" for key, what in _SIZES.items()
-                     if (ours := getattr(reference, key, None)) != (theirs := getattr(config, key, None))]
+                     if (ours := config_value(reference, key)) != (theirs := config_value(config, key))]
         if differing:
             raise PairMismatchError(
                 f"{names[0]} ({specs[0]}) and {name} ({spec}) are not of one architecture and size: "
                 f"{'; '.join(differing)}.{_hint(differing)}")
-    return number_formats
+    return stored_dtypes, reference, parameters
 
 
 def _hint(differing: list[str]) -> str:
@@ -599,7 +559,7 @@ def _hint(differing: list[str]) -> str:
 
 
 def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True) -> None:
-    """Check that loaded stages have equal parts, number formats, weights of equal shape, and equal tokenizers.
+    """Check that loaded stages have equal parts, dtypes, weights of equal shape, and equal tokenizers.
 
     Raises:
         PairMismatchError: says which stage differs from the first, and in what.
@@ -617,8 +577,8 @@ def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True)
                 raise PairMismatchError(f"{pair} differ in {what}: {ours} against {theirs}. Name two "
                                         "checkpoints of one model.")
         if base.dtype != other.dtype:
-            ours, theirs = (str(m.dtype).removeprefix("torch.") for m in (base, other))
-            raise PairMismatchError(f"{pair} were loaded in different number formats, {ours} and {theirs}, and their "
+            ours, theirs = (dtype_name(m.dtype) for m in (base, other))
+            raise PairMismatchError(f"{pair} were loaded in different dtypes, {ours} and {theirs}, and their "
                                     "difference would be one of rounding too. Load both with one dtype, or by "
                                     "load_chain.")
         # A tied head is a name less, not another architecture: compare what both have, then blocks.

@@ -50,14 +50,15 @@ class Outline:
 
 def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
     """Anatomy and tokenizer of the sweep's model without reading its weights."""
-    from midblock.models.load import load_tokenizer, resolve_device, resolve_dtype
+    from midblock.models import choose_dtype, load_tokenizer, resolve_device, text_config
     from midblock.models.summary import model_skeleton
 
     model, stored, folder = model_skeleton(config.model, trust_remote_code=trust_remote_code,
                                            allow_pickle=allow_pickle)
     device = resolve_device(config.device)
-    return Outline(find_anatomy(model), load_tokenizer(folder, spec=config.model),
-                   resolve_dtype(config.dtype, stored, device), device)
+    choice = choose_dtype(config.dtype, stored=stored, device=device, config=text_config(model),
+                          parameters=sum(p.numel() for p in model.parameters()))
+    return Outline(find_anatomy(model), load_tokenizer(folder, spec=config.model), choice.dtype, device)
 
 
 def outline_of(loaded: LoadedModel) -> Outline:

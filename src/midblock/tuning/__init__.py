@@ -22,11 +22,11 @@ from midblock.tuning.plan import (
     require_plan_fits,
 )
 from midblock.tuning.prefix import FrozenPrefix
-from midblock.tuning.run import TuneResult, training_dtype, tune
+from midblock.tuning.run import TuneResult, tune
 from midblock.tuning.trainer import StepLog, TrainResult, TrainSettings, train
 
 __all__ = ["Attachment", "EngagementReport", "FrozenPrefix", "ModulePlan", "Plan", "PrefixCache", "StepLog",
            "TrainResult", "TrainSettings", "TuneResult", "attach", "budget_of", "check_engagement",
            "export_adapter", "frozen_digests", "full_blocks_for_budget", "load_plan", "lora_config", "make_plan",
            "merged_weights", "parse_bytes", "random_block_set", "require_plan_fits", "save_merged", "train",
-           "training_dtype", "tune", "vllm_note", "with_weights"]
+           "tune", "vllm_note", "with_weights"]

@@ -18,7 +18,7 @@ from midblock import stats
 from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
-from midblock.models import LoadedModel, load_model, quiet, resolve_device
+from midblock.models import LoadedModel, load_model, quiet
 from midblock.progress import Progress, silent
 from midblock.results import Interval, Table
 from midblock.tuning.adapter import Attachment, attach
@@ -40,7 +40,7 @@ from midblock.tuning.trainer import TrainResult, TrainSettings, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TuneResult", "load_4bit", "training_dtype", "tune"]
+__all__ = ["TuneResult", "load_4bit", "tune"]
 
 # tokens on which the check compares logits
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
@@ -157,7 +157,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, *, plan: Pla
         TrainingError: non-finite loss; the last good checkpoint is kept.
         AdapterError: the plan belongs to another model, or the engagement check failed.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype=training_dtype())
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
     settings = settings if settings is not None else TrainSettings()
     if seed is not None:
         settings = replace(settings, seed=seed)
@@ -213,26 +213,6 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, *, plan: Pla
         result.merge_difference = float(difference.max())
         result.merged = save_merged(loaded, weights, folder / "model", card=card(True))
     return result
-
-
-def training_dtype(device: str | torch.device = "auto", dtype: str = "auto") -> str:
-    """The number format to train in where ``dtype`` is ``auto``: bfloat16 on hardware that gains.
-
-    That is a GPU with bfloat16, or a CPU with AVX512-BF16 or AMX instructions (elsewhere PyTorch
-    emulates it, slower than float32). Trained parameters are float32 in either case.
-
-    Returns:
-        ``bfloat16``, or ``dtype`` as it is.
-    """
-    if dtype != "auto":
-        return dtype
-    place = resolve_device(device)
-    if place.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "auto"
-    if place.type != "cpu":
-        return "auto"
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bfloat16" if any(probe is not None and probe() for probe in probes) else "float32"
 
 
 def load_4bit(spec: str, **options: Any) -> LoadedModel:
