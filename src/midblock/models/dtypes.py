@@ -9,6 +9,7 @@ bfloat16 is 3 to 70 times slower than float32.)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,7 +17,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _LOG = logging.getLogger("midblock")
 _ROWS = 64
 _WIDTHS = (256, 1024)  # layers are timed at their own widths within these: enough to see the rate, and soon done
-_SECONDS = 0.03  # of repeating one product
+_SECONDS = 0.02  # of repeating one product
 _GAIN = 1.1  # how much faster 16-bit products must be to be worth their rounding
 _MEMORY_SHARE = 0.8  # of the device's memory that weights may fill
 
@@ -148,8 +149,9 @@ def choose_dtype(asked: str | torch.dtype, *, stored: torch.dtype, device: torch
 def _faster(narrow: torch.dtype, rates: Mapping[str, float], device: torch.device) -> DtypeChoice:
     half, full = rates[dtype_name(narrow)], rates["float32"]
     taken = narrow if half > _GAIN * full else torch.float32
-    return DtypeChoice(taken, f"matrix products on {_machine(device)[0]} reach {full / 1e9:.0f} GFLOP/s in float32 and "
-                              f"{half / 1e9:.{0 if half > 1e10 else 1}f} in {dtype_name(narrow)}")
+    where = f"{'a core of ' if device.type == 'cpu' else ''}{_machine(device)[0]}"
+    return DtypeChoice(taken, f"matrix products on {where} reach {full / 1e9:.3g} GFLOP/s in float32 and "
+                              f"{half / 1e9:.3g} in {dtype_name(narrow)}")
 
 
 def _can_multiply(dtype: torch.dtype, device: torch.device) -> bool:
@@ -187,7 +189,7 @@ def _product_shapes(config: Any) -> list[tuple[int, int]]:
 def product_rates(config: Any, device: torch.device, narrow: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """FLOP/s of a model's products (``x W'`` and the backward pass's ``g W``) in float32 and in ``narrow``.
 
-    Remembered in the cache folder by processor, its features, device and PyTorch version.
+    Of one core, on a CPU. Remembered in the cache folder by processor, its features, device and PyTorch version.
     """
     shapes = _product_shapes(config)
     key = sha256_of(*_machine(device), torch.__version__, dtype_name(narrow), json.dumps(shapes))
@@ -215,7 +217,7 @@ def _time_products(shapes: list[tuple[int, int]], device: torch.device, narrow: 
     rows = _ROWS if device.type == "cpu" else 16 * _ROWS
     seconds = {"float32": 0.0, dtype_name(narrow): 0.0}
     flops = sum(2 * 2 * rows * out * inside for out, inside in shapes)
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         for out, inside in shapes:
             for name in seconds:
                 weight, x, g = (torch.ones(shape, dtype=DTYPES[name], device=device)
@@ -226,13 +228,26 @@ def _time_products(shapes: list[tuple[int, int]], device: torch.device, narrow: 
 
 
 def _shortest(product: Callable[[], Tensor], device: torch.device) -> float:
-    best, started = math.inf, time.perf_counter()
-    while (before := time.perf_counter()) - started < _SECONDS or best == math.inf:
+    """Seconds of the fastest repeat; on a CPU of one thread's own time, which other programs do not lengthen."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    product()
+    best, started = math.inf, clock()
+    while (before := clock()) - started < _SECONDS or best == math.inf:
         product()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - before)
+        best = min(best, clock() - before)
     return best
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.lru_cache
