@@ -30,6 +30,7 @@ _EXPORTS = {
     "FrozenPrefix": "midblock.tuning",
     "evaluate": "midblock.evaluation",
     "sweep": "midblock.sweeps",
+    "study": "midblock.report.study",
 }
 _MODULES = ("metrics", "stats")
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from midblock.models import load_chain as load_chain
     from midblock.models import load_model as load_model
     from midblock.models import load_pair as load_pair
+    from midblock.report.study import study as study
     from midblock.segments import segment_blocks as segment_blocks
     from midblock.sweeps import sweep as sweep
     from midblock.tuning import FrozenPrefix as FrozenPrefix

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     a_run(folder / "a", "profile", profile_table(), summary="Late.")
     a_run(folder / "b", "profile", profile_table("early"), data="mmlu")
-    evil = {"base": {**MODELS["base"], "name": EVIL[2]}, "sft": {**MODELS["sft"], "name": EVIL[1]}}
+    evil = {"base": {**MODELS["base"], "spec": EVIL[2]}, "sft": {**MODELS["sft"], "spec": EVIL[1]}}
     a_run(folder / "c", "profile", profile_table("middle"), models=evil, data=EVIL[3])
     swap = swap_table()
     for row in swap.rows:

@@ -117,6 +117,14 @@ def test_a_model_against_itself_changed_nowhere(tmp_path: Path) -> None:
     assert "no change at any depth" in findings_of(runs, charts_of(runs)).answer[0]
 
 
+@pytest.mark.parametrize(("spec", "shown"), [
+    ("smollm2", "smollm2"), ("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-0425-1B"),
+    ("/data/runs/tuned/model", "tuned/model"), ("./mine", "mine"), ("a/b/c", "c"), ("C:\\models\\x.gguf", "x.gguf")])
+def test_models_are_named_as_people_do(spec: str, shown: str, tmp_path: Path) -> None:
+    a_run(tmp_path / "p", "profile", profile_table(), models={"base": {"spec": spec, "name": "base"}})
+    assert collect([tmp_path])[0][0].pair == shown
+
+
 def test_few_samples_are_said(tmp_path: Path) -> None:
     a_run(tmp_path / "p", "profile", profile_table(n=8))
     runs, _ = collect([tmp_path])
@@ -130,7 +138,7 @@ EVIL = ["<script>alert(1)</script>", "</script><script>alert(2)</script>", "<img
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_text_from_outside_never_becomes_markup(evil: str, tmp_path: Path) -> None:
-    models = {"base": {**MODELS["base"], "name": evil}, "sft": MODELS["sft"]}
+    models = {"base": {**MODELS["base"], "spec": evil}, "sft": MODELS["sft"]}
     table = profile_table()
     for row in table.rows:
         row["stage"] = evil

@@ -42,6 +42,7 @@ COMMANDS = (
     "importance",
     "overlap",
     "locate",
+    "study",
     "report",
     "demo",
 )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
 
 __all__ = ["emit_json", "error", "format_figure", "is_json", "is_quiet", "note", "print_table", "progress_bar",
-           "reset", "say", "set_json", "set_quiet", "show_log", "warn"]
+           "reset", "say", "set_json", "set_quiet", "show_log", "step", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -107,6 +107,12 @@ def show_log() -> None:
 def warn(text: str) -> None:
     """Print one warning on stderr, also under ``--json`` and ``--quiet``."""
     _to_stderr(f"Warning: {text}")
+
+
+def step(text: str) -> None:
+    """Print one line about what begins now on stderr; nothing with ``--quiet``."""
+    if not is_quiet():
+        _to_stderr(text)
 
 
 def error(text: str) -> None:

@@ -17,6 +17,7 @@ from midblock.results import BASE_COLUMNS
 
 __all__ = ["LeftOut", "Run", "collect"]
 
+_PLAIN_NAMES = ("model", "adapter", "merged", "checkpoint")
 _DEEPEST = 3  # folders of run folders inside each other
 
 
@@ -57,7 +58,7 @@ class Run:
     @property
     def pair(self) -> str:
         """The models in words, as the choice of a pair shows them."""
-        names = [str(m.get("name") or m.get("spec") or stage) for stage, m in self.models.items()]
+        names = [_model_name(str(m.get("spec") or m.get("name") or stage)) for stage, m in self.models.items()]
         return " → ".join(dict.fromkeys(names)) or self.folder.name
 
     @property
@@ -71,6 +72,14 @@ class Run:
         """Depth of the model, where it is recorded."""
         blocks = [m["blocks"] for m in self.models.values() if isinstance(m.get("blocks"), int)]
         return blocks[0] if blocks else None
+
+
+def _model_name(spec: str) -> str:
+    """A MODEL spec as people say it: hub ids as they are, of a path what tells it from others."""
+    parts = [p for p in spec.replace("\\", "/").split("/") if p]
+    if len(parts) < 2 or (len(parts) == 2 and not spec.startswith((".", "/", "~"))):
+        return spec
+    return "/".join(parts[-2:]) if parts[-1] in _PLAIN_NAMES else parts[-1]
 
 
 def collect(folders: Sequence[Path | str]) -> tuple[list[Run], list[LeftOut]]:
