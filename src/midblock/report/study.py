@@ -83,7 +83,8 @@ def read_study(path: Path | str) -> tuple[list[list[str]], list[str], StudySetti
     data = [data] if isinstance(data, str) else data
     if not isinstance(data, list) or not all(isinstance(d, str) for d in data):
         raise SettingsError(f"{path}: data must be a list of data specs.")
-    return pairs, data, StudySettings(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in rest.items()})
+    given: dict[str, Any] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
+    return pairs, data, StudySettings(**given)
 
 
 def plan_study(chains: Sequence[Sequence[str]], data: Sequence[str], out: Path, settings: StudySettings) -> list[Task]:
