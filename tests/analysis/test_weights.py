@@ -554,6 +554,12 @@ def test_hybrids_are_measured_and_a_note_says_that_sums_rest_on_other_matrices(n
     total = sum(float(np.linalg.norm((after[n].double() - t.double()).numpy())) for n, t in before.items()
                 if re.search(r"layers\.2\.", n) and t.ndim < 3)
     assert whole[2] >= total * (1 - 1e-6)
+    if name == "qwen3_next":  # linear attention counts with its in and out projections
+        parts = frame[(frame.metric == "weight_change") & (frame.layer == 0) & frame.matrix.isin(["linear_in", "o"])]
+        assert len(parts) == 2
+        assert cell(frame, "weight_change", kind="block", layer=0, matrix="qkvo") == pytest.approx(parts["value"].sum())
+    if name == "nemotron_h":
+        assert {"q", "k", "v", "o"} <= set(frame[frame.layer == 2]["matrix"])
     note = next(n for n in result.counts["notes"] if "rest on other matrices" in n)
     assert "weight_change_relative" in note
     assert re.search(r"in blocks [\d:,]*2", note)

@@ -249,6 +249,11 @@ def test_conv1d_is_seen_as_transposed() -> None:
     ("self_attn.q_proj.lora_A.default.weight", "adapter"),
     ("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "other"),
     ("mlp.experts.gate_up_proj_bias", "bias"),
+    ("backbone.layers.2.mixer.o_proj.weight", "o"),
+    ("mixer.out_proj.weight", "other"),
+    ("model.layers.0.self_attn.indexer.wk.weight", "other"),
+    ("model.layers.0.self_attn.indexer.wq_b.weight", "other"),
+    ("model.layers.0.self_attn.indexer.k_norm.weight", "norm"),
     ("", "other"),
 ])
 def test_kind_of(name: str, kind: str) -> None:

@@ -34,7 +34,7 @@ __all__ = ["ATTENTION_KINDS", "EXPERT_KINDS", "Operand", "Plan", "Slab", "Stage"
            "stage_of"]
 
 #: Kinds of matrices that the paper's equation 1 sums over.
-ATTENTION_KINDS = frozenset({"q", "k", "v", "kv", "o", "qkv"})
+ATTENTION_KINDS = frozenset({"q", "k", "v", "kv", "o", "qkv", "linear_in"})
 #: Kinds of matrices that some families keep in one tensor for all experts.
 EXPERT_KINDS = frozenset({"gate", "up", "down", "gate_up"})
 
@@ -290,7 +290,7 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
             left_out.add(name)
             continue
         block = layout.block_of(name)
-        kind = kind_of(name) if block is not None else layout.part_of(name)
+        kind = _kind_in_block(name) if block is not None else layout.part_of(name)
         shapes = {stage.name: stage.shape(name) for stage in stages}
         shape = min(shapes.values())
         for stage in stages[1:]:
@@ -321,6 +321,12 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
         plan.notes.append(f"q, k and v cannot be told apart in {min(whole)} and its like: they count as one "
                           "matrix in qkvo.")
     return plan
+
+
+def _kind_in_block(name: str) -> str:
+    kind = kind_of(name)
+    # Qwen3-Next, Qwen3.5: q, k and v of linear attention in one matrix, whose parts no config value tells apart
+    return "linear_in" if kind == "other" and re.search(r"attn\.in_proj_qkvz?\.weight$", name) else kind
 
 
 def _mixed_kinds(weights: Sequence[Weight]) -> str | None:

@@ -67,7 +67,8 @@ def _trial(model: nn.Module, anatomy: Anatomy, starts: Iterable[int]) -> dict[in
             states[h] = z.clone()
 
     training = [m for m in model.modules() if m.training]
-    handles = [block.register_forward_hook(lambda module, args, output: learn_outputs(module, output))
+    # prepended: the hook that ends a forward at the last block raises
+    handles = [block.register_forward_hook(lambda module, args, output: learn_outputs(module, output), prepend=True)
                for block in anatomy.blocks]
     try:
         for module in training:

@@ -81,6 +81,9 @@ def run_analysis(
     if not resume:
         RunFolder.check_free(out)
     chain = load_chain(models, names=keys, **load.model_dump())
+    for key, model in zip(keys, chain, strict=True):
+        for note in model.notes:
+            console.warn(f"{key}: {note}.")
     recorded = {"models": list(models), "names": keys, "data": data, **load.model_dump(), **dict(settings)}
     with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
             console.progress_bar() as progress:

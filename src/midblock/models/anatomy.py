@@ -528,7 +528,9 @@ _OUTSIDE_ATTENTION = {
 }
 _ATTENTION_LEAF = {leaf: kind for kind, leaves in _IN_ATTENTION.items() for leaf in leaves}
 _OTHER_LEAF = {leaf: kind for kind, leaves in _OUTSIDE_ATTENTION.items() for leaf in leaves}
-_UNMISTAKABLE = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "wqkv"}
+_UNMISTAKABLE = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "wqkv"}
+# a part of attention that chooses which tokens are attended to; the loss gives it no gradient (DeepSeek-V3.2)
+_INDEXER = re.compile(r"indexer", re.IGNORECASE)
 
 
 def kind_of(name: str) -> str:
@@ -565,6 +567,8 @@ def kind_of(name: str) -> str:
         return "bias"
     if _NORM.search(leaf):
         return "norm"
+    if _INDEXER.search(context):
+        return "other"
     if _ATTENTION.search(context) or leaf.lower() in _UNMISTAKABLE or leaf == "c_attn":
         kind = _ATTENTION_LEAF.get(leaf, _ATTENTION_LEAF.get(leaf.lower(), "other"))
         return f"cross_{kind}" if kind != "other" and _CROSS.search(context) else kind

@@ -47,6 +47,7 @@ from midblock.models.checkpoints import (
 )
 from midblock.models.dtypes import DTYPES, DtypeChoice, choose_dtype, config_value, dtype_name, resolve_device
 from midblock.provenance import sha256_of
+from midblock.segments import format_blocks
 
 __all__ = [
     "LoadedModel",
@@ -312,13 +313,21 @@ def _check_loading(model: nn.Module, info: dict[str, Any], spec: str) -> tuple[s
     if not extra:
         return ()
     anatomy = find_anatomy(model, verify=False)
-    beyond = [n for n in extra if (anatomy.block_of(n) is not None
-                                   or anatomy.block_of(f"{anatomy.body_path}.{n}") is not None)
-              and n.endswith((".weight", ".bias"))]
-    if beyond:
+
+    def block(name: str) -> int | None:
+        return next((b for n in (name, f"{anatomy.body_path}.{name}") if (b := anatomy.block_of(n)) is not None), None)
+
+    inside = {n: b for n in extra if (b := block(n)) is not None and n.endswith((".weight", ".bias"))}
+    if wrong := [n for n, b in inside.items() if b < anatomy.num_blocks]:
         raise CheckpointError(f"model {spec!r} holds weights in its blocks that its config has no place for: "
-                              f"{some(beyond)}. Config and weights are not of one model.")
-    return (f"weights left aside: {some(extra)}",)
+                              f"{some(wrong)}. Config and weights are not of one model.")
+    notes = []
+    if beyond := sorted(set(inside.values())):
+        notes.append(f"blocks {format_blocks(beyond)} left aside: they lie past the {anatomy.num_blocks} blocks that "
+                     "the config describes (multi-token prediction, say)")
+    if rest := [n for n in extra if n not in inside]:
+        notes.append(f"weights left aside: {some(rest)}")
+    return tuple(notes)
 
 
 def check_finite_weights(model: nn.Module, *, where: str = "model") -> None:
