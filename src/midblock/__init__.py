@@ -29,6 +29,7 @@ _EXPORTS = {
     "lora_config": "midblock.tuning",
     "FrozenPrefix": "midblock.tuning",
     "evaluate": "midblock.evaluation",
+    "evaluate_tasks": "midblock.evaluation",
     "sweep": "midblock.sweeps",
     "study": "midblock.report.study",
 }
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from midblock.analysis.weights import weights as weights
     from midblock.data import load_data as load_data
     from midblock.evaluation import evaluate as evaluate
+    from midblock.evaluation import evaluate_tasks as evaluate_tasks
     from midblock.models import find_anatomy as find_anatomy
     from midblock.models import load_chain as load_chain
     from midblock.models import load_model as load_model

@@ -468,10 +468,11 @@ def test_progress_reaches_its_total() -> None:
 
 @pytest.mark.parametrize(("task", "options", "message"), [
     ("gsm8x", {}, "did you mean gsm8k"), ("mmlu@3", {}, "not known"), ("answer_loss", {}, "--data"),
-    ("perplexity", {}, "--data"), ("humaneval", {}, "--allow-code-execution"),
-    ("pydocs", {"max_new_tokens": 5}, "generates nothing"), ("arithmetic", {"max_length": 5}, "--max-length"),
-    ("pydocs", {"shots": 2}, "few-shot"), ("arithmetic", {"shots": -1}, "0 or more"),
-    ("arithmetic", {"batch_size": 0}, "batch size"), ("arithmetic", {"samples": 0}, "1 or more"),
+    ("perplexity", {}, "--data"), ("humaneval", {}, "allow_code_execution"),
+    ("pydocs", {"max_new_tokens": 5}, "generates nothing"), ("arithmetic", {"max_length": 5}, "max_length"),
+    ("pydocs", {"shots": 2}, "few-shot"), ("arithmetic", {"shots": -1}, "shots must be at least 0"),
+    ("arithmetic", {"batch_size": 0}, "batch_size must be at least 1"),
+    ("arithmetic", {"samples": 0}, "samples must be at least 1"),
     ("pydocs", {"max_length": 100_000}, "at most 256"), ("arithmetic", {"max_new_tokens": 300}, "256 in all"),
     ("exact_match", {"data": tiny_data(2), "shots": 1}, "few-shot"),
 ])

@@ -369,7 +369,7 @@ def test_without_a_full_sandbox_it_is_refused_unless_asked_for(monkeypatch: pyte
     from midblock.evaluation import sandbox
 
     monkeypatch.setattr(sandbox, "ISOLATION", (*ISOLATION, "flying"))  # no system gives that
-    with pytest.raises(SettingsError, match=r"no full sandbox.*flying.*--allow-unsandboxed-code"):
+    with pytest.raises(SettingsError, match=r"no full sandbox.*flying.*allow_unsandboxed_code"):
         run_test("def f(): return 1", ONE)
     assert run_test("def f(): return 1", ONE, unsandboxed=True).passed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from analysis_helpers import loaded
 from midblock.analysis.gradients import supervised_batches
 from midblock.errors import OutputError, SettingsError
-from midblock.selection.choice import chosen_units, make_plans, parse_choice, top_units, write_plans
+from midblock.selection.choice import chosen_units, make_plans, parse_choice, write_plans
 from midblock.selection.gates import Gates, ScoreOptimizer, gated, update_norms, update_worths
-from midblock.selection.ila import ImportanceSettings, importance, loss_slope, units_of
+from midblock.selection.ila import SCORES, ImportanceResult, _table, importance
+from midblock.selection.ila_stages import ScoreSet, loss_slope
+from midblock.selection.units import top_units, units_of
+from midblock.settings import ImportanceSettings
 from midblock.tuning import load_plan, make_plan, require_plan_fits
 from midblock.tuning.adapter import attach
+from midblock.tuning.plan import ModulePlan
 from selection_helpers import QUICK, alphabet, lead, planted
 
 
@@ -236,8 +241,41 @@ def test_choices_keep_the_order_of_the_model() -> None:
 
 def test_settings_out_of_range_are_all_named() -> None:
     with pytest.raises(SettingsError) as caught:
-        ImportanceSettings(rank=0, epsilon=0.0, max_steps=10, at_steps=(20,))
-    assert all(word in str(caught.value) for word in ("--rank", "--epsilon", "--at-steps"))
+        ImportanceSettings(rank=0, epsilon=0.0, window=1)
+    for fault in ("rank must be at least 1", "epsilon must be more than 0", "window must be at least 2"):
+        assert fault in str(caught.value)
+    with pytest.raises(SettingsError, match="at_steps"):
+        ImportanceSettings(max_steps=10, at_steps=(20,))
+
+
+def _planted_result(values: dict[int, float], losses: list[float]) -> ImportanceResult:
+    """A result on 11 blocks of one matrix each, with a score per block and the controls' turned round."""
+    modules = tuple(ModulePlan(f"layers.{b}.q_proj", b, "q", 4, 4) for b in values)
+    plan = replace(make_plan(loaded("llama"), mask="1", rank=1), modules=modules, num_blocks=11, rank=1)
+    unit_of = {m.name: m.name for m in modules}
+    scores = {metric: [v if metric == "ila_score" else -v for v in values.values()] for metric in SCORES}
+    found = ScoreSet(20, True, scores, {}, losses)
+    settings = ImportanceSettings()
+    return ImportanceResult(_table(plan, unit_of, [found], settings, "d"), plan, unit_of, [found],
+                            [(0, 3.0), (10, 2.0), (20, 1.0)], "epsilon-stable", settings, "d")
+
+
+def test_the_summary_says_what_the_table_holds() -> None:
+    """Zones, best blocks, losses and overlaps with planted values: exchanging any two would show."""
+    values = {0: 1.0, 1: 3.0, 2: 10.0, 3: 20.0, 4: 30.0, 5: 50.0, 6: 20.0, 7: 20.0, 8: 10.0, 9: 7.0, 10: 9.0}
+    found = _planted_result(values, [5.0, *[3.0] * 18, 1.0])
+    text = found.summary()
+    frame = found.frame
+    own = frame[frame["metric"] == "ila_score"].set_index("layer")["value"]
+    assert own.to_dict() == values
+    # early: depth 0 and 0.1; late: 0.9 and 1; the borders 0.2 and 0.8 are the middle's
+    assert f"early, middle and late blocks: 2.00, {np.mean(list(values.values())[2:9]):.2f}, 8.00;" in text
+    assert "highest blocks: 5, 4, 3, 6, 7." in text
+    assert "3.000 -> 1.000 nats in 20 steps" in text
+    assert "mean loss of the first tenth 4.000, of the last 2.000 nats" in text
+    assert "taylor 0.00, taylor_base 0.00, update_norm 0.00, random 0.00" in text  # turned round: the other end
+    same = replace(found, sets=[replace(found.final, scores={m: list(values.values()) for m in SCORES})])
+    assert "taylor 1.00" in same.summary()
 
 
 def test_figures_and_table_are_complete() -> None:

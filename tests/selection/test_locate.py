@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from analysis_helpers import loaded, tiny_data
-from midblock import metrics
+from midblock import metrics, stats
 from midblock.analysis.gradients import supervised_batches
 from midblock.capture import run_blocks, run_layer_major
 from midblock.errors import BudgetError, SettingsError
+from midblock.results import Table
 from midblock.segments import segment_blocks
-from midblock.selection.locate import DEFAULT_RULE, RULES, locate, mask_of, propose, scores_of, width_for
-from midblock.selection.scores import BLOCK_SCORES, AdjacentStates, ScoreSettings, block_scores
+from midblock.selection.locate import RELIABLE, locate, mask_of, propose, reliability, scores_of, width_for
+from midblock.selection.scores import AdjacentStates, block_scores
+from midblock.settings.locate import BLOCK_SCORES, DEFAULT_RULE, RULES, ScoreSettings
 from midblock.tuning import make_plan
 from selection_helpers import alphabet, lead, planted
 
@@ -173,5 +175,28 @@ def test_a_budget_sets_the_width() -> None:
 
 
 def test_settings_out_of_range_are_named() -> None:
-    with pytest.raises(SettingsError, match=r"--samples.*--scores"):
+    with pytest.raises(SettingsError, match=r"samples must be at least 4.*beauty"):
         ScoreSettings(samples=2, scores=("beauty",))
+
+
+def test_few_samples_are_called_noise_and_many_are_not() -> None:
+    """Random data on a model whose blocks act alike say nothing about blocks; planted blocks are seen at once."""
+    few = locate(loaded("llama"), data=tiny_data(16), samples=4, gradient_samples=4, batch_size=2)
+    assert "Mostly noise" in few.summary()
+    assert {"cka_novelty", "rank_plateau"} <= {n for n, r in few.reliability.items() if r < RELIABLE}
+    clear = locate(planted(2), data=alphabet(), samples=16, gradient_samples=16, batch_size=2)
+    assert clear.reliability["block_influence"] > 0.9
+    assert clear.reliability["gradient_norm"] > 0.9
+    assert "block_influence 0" not in clear.summary().split("Mostly noise")[-1]
+    assert "weight_snr" not in clear.reliability
+
+
+def test_reliability_is_the_share_of_the_variance_that_is_not_noise() -> None:
+    """Scores of known noise: the estimate is near true variance / (true + error variance)."""
+    draw = np.random.default_rng(4)
+    blocks, n, true, noise = 400, 9, 1.0, 2.0
+    table = Table()
+    for b, level in enumerate(draw.normal(0, true, blocks)):
+        table.add("block", b, "fisher", "base", stats.mean_interval(level + draw.normal(0, noise, n)))
+    want = true ** 2 / (true ** 2 + noise ** 2 / n)
+    assert reliability(table.frame(), {})["fisher"] == pytest.approx(want, abs=0.06)

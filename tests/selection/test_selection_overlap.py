@@ -66,7 +66,7 @@ def test_what_cannot_be_compared() -> None:
     one = _selection("a", "x", draw.random(100))
     with pytest.raises(SettingsError, match="at least two"):
         overlap_of([one])
-    with pytest.raises(SettingsError, match="--share"):
+    with pytest.raises(SettingsError, match="share must be less than 1"):
         overlap_of([one, _selection("b", "y", draw.random(100))], share=1.0)
     other = Selection("b", "y", 0, 1, "ila_score", {"block 0": 1.0, "block 1": 2.0})
     with pytest.raises(SettingsError, match="one model"):

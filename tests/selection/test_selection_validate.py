@@ -13,7 +13,6 @@ from midblock.errors import OutputError, SettingsError
 from midblock.models.checkpoints import save_checkpoint
 from midblock.provenance import RunFolder
 from midblock.results import Table
-from midblock.selection.scores import BLOCK_SCORES
 from midblock.selection.validate import (
     Case,
     SweepGains,
@@ -23,6 +22,7 @@ from midblock.selection.validate import (
     validate,
     validate_cases,
 )
+from midblock.settings.locate import BLOCK_SCORES
 from selection_helpers import planted
 
 L = 10

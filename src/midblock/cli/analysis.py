@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from midblock.provenance import RunFolder
     from midblock.report import Result
     from midblock.settings import Settings
-    from midblock.settings.load import ChainLoadSettings
+    from midblock.settings.load import LoadSettings
 
 __all__ = ["Chain", "Names", "OneOrMore", "run_analysis", "split_names"]
 
@@ -37,7 +37,7 @@ def split_names(names: str | None) -> list[str] | None:
 
 def run_analysis(
     command: str, models: Sequence[str], *, names: str | None, data: str | None, seed: int, out: Path, resume: bool,
-    load: ChainLoadSettings, settings: Settings | Mapping[str, Any],
+    load: LoadSettings, settings: Settings | Mapping[str, Any],
     measure: Callable[[list[LoadedModel], list[str], Any, RunFolder, Progress], Result], least: int = 2,
 ) -> tuple[RunFolder, Any]:
     """Load the chain and the data, measure, and save the result in its run folder.

@@ -58,7 +58,8 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
                 faults.append(str(error).removesuffix("."))
         if faults:
             raise typer.BadParameter("; ".join(faults) + ".")
-        function(**values, **built)
+        with as_options():  # what the library finds wrong is told in the words of the command line too
+            function(**values, **built)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -99,7 +100,7 @@ def _option(name: str, field: FieldInfo, *, hidden: bool) -> inspect.Parameter:
     flag = kind is bool
     choices = choices_of(field)
     kind = kind if kind in (bool, int, float, Path) else str
-    default = None if hidden or (field.default is None and not flag) else _shown_default(field)
+    default = None if hidden else _shown_default(field)
     required = field.is_required() and not hidden
     limits = bounds_of(field)
     spelling = option_name(name)
@@ -118,5 +119,5 @@ def _shown_default(field: FieldInfo) -> Any:
     """The default as the command line spells it: sequences as words with commas."""
     default = field.get_default(call_default_factory=True)
     if isinstance(default, list | tuple):
-        return ",".join(str(v) for v in default)
+        return ",".join(str(v) for v in default) or None
     return default

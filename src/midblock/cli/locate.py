@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import show
-from midblock.cli.options import (
-    AllowPickle,
-    BatchSize,
-    Device,
-    Dtype,
-    DtypeName,
-    Json,
-    MaxLength,
-    Quiet,
-    Seed,
-    TrustRemoteCode,
-    examples,
-)
+from midblock.cli.command import expand
+from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.settings.base import name_of
+from midblock.settings.load import LoadSettings
+from midblock.settings.locate import LocateSettings, ScoreSettings
 
 __all__ = ["register"]
 
@@ -32,48 +24,21 @@ def register(app: typer.Typer) -> None:
         "midblock locate smollm2 --data arithmetic --out runs/locate",
         "midblock locate smollm2 --data gsm8k --share 0.4 --rule block_influence",
         "midblock locate smollm2 --data arithmetic --budget 900k --rank 16",
-        "midblock locate --validate runs/sweep-a runs/sweep-b --out runs/validate"))(locate)
+        "midblock locate --validate runs/sweep-a runs/sweep-b --out runs/validate"))(expand(locate))
 
 
 def locate(
     targets: Annotated[list[str], typer.Argument(
         metavar="MODEL | SWEEP_DIR...", show_default=False,
         help="A model: local folder, *.gguf, hub id, or smollm2. With --validate: folders of finished sweeps.")],
+    settings: LocateSettings, load: LoadSettings,
     data: Annotated[str | None, typer.Option(
         "--data", metavar="D", show_default=False,
         help="Data for the scores of hidden states and gradients (a registry name, a file, hf:NAME, arithmetic, "
              "pydocs). Without it only the weights are scored.")] = None,
     validate: Annotated[bool, typer.Option(
         "--validate", help="Compare every score with the measured gains of sweeps.")] = False,
-    out: Annotated[Path, typer.Option(
-        "--out", metavar="DIR", help="Folder for run.json, table.csv and figures; must be empty.")
-    ] = Path("runs/locate"),
-    rule: Annotated[str | None, typer.Option(
-        "--rule", metavar="NAME", show_default=False,
-        help="fixed-middle (default), cka-borders, uniform, random, or a score: block_influence, angular_distance, "
-             "cka_novelty, rank_plateau, weight_snr, gradient_norm, gradient_norm_relative, fisher, taylor.")] = None,
-    share: Annotated[float | None, typer.Option(
-        "--share", metavar="P", show_default=False, help="Share of the blocks to choose. Default: 0.6.")] = None,
-    budget: Annotated[str | None, typer.Option(
-        "--budget", metavar="PARAMS", show_default=False,
-        help="In place of --share: most trainable parameters at --rank (900k).")] = None,
-    rank: Annotated[int, typer.Option("--rank", metavar="R", min=1, help="LoRA rank behind --budget.")] = 16,
-    target_modules: Annotated[str, typer.Option(
-        "--target-modules", metavar="NAMES", help="Matrices behind --budget, separated by commas.")] = "q,k,v,o",
-    scores: Annotated[str | None, typer.Option(
-        "--scores", metavar="A,B,...", show_default=False, help="Compute only these scores. Default: all.")] = None,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Samples of the forward pass.")] = 32,
-    gradient_samples: Annotated[int, typer.Option(
-        "--gradient-samples", metavar="N", help="Samples of the backward pass.")] = 16,
-    max_length: MaxLength = 128,
-    batch_size: BatchSize = 4,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = "auto",
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    out: RunOut = Path("runs/locate"), as_json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Score every block without training and propose a contiguous range to tune.
 
@@ -81,57 +46,36 @@ def locate(
     it predicts: --validate says how much that is on your own sweeps.
     """
     from midblock.errors import SettingsError
-    from midblock.selection.scores import BLOCK_SCORES, ScoreSettings
+    from midblock.provenance import RunFolder
 
-    names = tuple(BLOCK_SCORES) if scores is None else tuple(s.strip() for s in scores.split(",") if s.strip())
-    wanted = ScoreSettings(samples=samples, gradient_samples=gradient_samples, max_length=max_length,
-                           batch_size=batch_size, seed=seed, scores=names)
-    where = {"dtype": dtype.value, "device": device, "trust_remote_code": trust_remote_code,
-             "allow_pickle": allow_pickle}
+    RunFolder.check_free(out)
     if validate:
-        given = [n for n, v in (("--data", data), ("--rule", rule), ("--share", share), ("--budget", budget))
-                 if v is not None]
-        if given:
-            raise SettingsError(f"{given[0]} does not go with --validate: model and data are those of each sweep.")
-        _validate(targets, out, wanted, where)
+        own = {"data": data} if data is not None else {
+            k: v for k, v in settings.given().items() if k not in ScoreSettings.model_fields}
+        if own:
+            raise SettingsError(f"{name_of(next(iter(own)))} does not go with --validate: model and data are those of "
+                                "each sweep.")
+        _validate(targets, out, ScoreSettings(**settings.given()), load)
         return
     if len(targets) != 1:
         raise SettingsError(f"locate takes one model, got {' '.join(targets)}; folders of sweeps need --validate.")
-    _locate(targets[0], data, out, wanted, where, rule=rule, share=share, budget=budget, rank=rank,
-            target_modules=[n.strip() for n in target_modules.split(",") if n.strip()])
+    _locate(targets[0], data, out, settings, load)
 
 
-def _recorded(settings: Any, **more: Any) -> dict[str, Any]:
-    return {**{f: getattr(settings, f) for f in settings.__dataclass_fields__}, **more}
-
-
-def _locate(model: str, data: str | None, out: Path, wanted: Any, where: dict[str, Any], *, rule: str | None,
-            share: float | None, budget: str | None, rank: int, target_modules: list[str]) -> None:
+def _locate(model: str, data: str | None, out: Path, settings: LocateSettings, load: LoadSettings) -> None:
     from midblock.data import load_data
-    from midblock.errors import SettingsError
     from midblock.models import load_model
     from midblock.provenance import RunFolder
     from midblock.report import save_result
-    from midblock.selection.locate import DEFAULT_RULE, RULES
     from midblock.selection.locate import locate as measure
-    from midblock.tuning.plan import budget_of
 
-    chosen = rule or DEFAULT_RULE
-    if chosen not in RULES:
-        raise SettingsError(f"--rule {chosen!r} is not known; choose among {', '.join(RULES)}.")
-    if share is not None and budget is not None:
-        raise SettingsError("both --share and --budget were given; give one of them.")
-    RunFolder.check_free(out)
-    dataset = None if data is None else load_data(data, seed=wanted.seed)
-    loaded = load_model(model, **where)
-    params = None if budget is None else budget_of(loaded.anatomy, budget, targets=target_modules)
-    settings = _recorded(wanted, model=model, data=data, rule=chosen, share=share, budget=budget, rank=rank,
-                         target_modules=target_modules, dtype=where["dtype"], device=where["device"])
-    with RunFolder(out, command="locate", settings=settings) as run, console.progress_bar() as progress:
+    dataset = None if data is None else load_data(data, seed=settings.seed)
+    loaded = load_model(model, **load.model_dump())
+    recorded = {"model": model, "data": data, **settings.model_dump(), **load.model_dump()}
+    with RunFolder(out, command="locate", settings=recorded) as run, console.progress_bar() as progress:
         run.record_inputs(models={"base": loaded.describe()}, data={} if dataset is None else dataset.describe())
-        result = measure(loaded, data=dataset, rule=chosen, share=share, budget=params, rank=rank,
-                         target_modules=target_modules, settings=wanted, progress=progress)
-        result.model, result.data = model, data or "D"
+        result = measure(loaded, data=dataset, settings=settings, progress=progress)
+        result.model, result.data = model, data or "D"  # as the next command wants them
         run.write_table(result.proposal_table(), "proposals.csv")
         save_result(run, result, fields={"counts": result.counts, "proposal": result.proposal.to_dict()},
                     progress=progress)
@@ -142,17 +86,15 @@ def _locate(model: str, data: str | None, out: Path, wanted: Any, where: dict[st
          proposals={n: p.to_dict() for n, p in result.proposals.items()})
 
 
-def _validate(folders: list[str], out: Path, wanted: Any, where: dict[str, Any]) -> None:
+def _validate(folders: list[str], out: Path, settings: ScoreSettings, load: LoadSettings) -> None:
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.selection.validate import validate as measure
 
-    RunFolder.check_free(out)
-    dtype = None if where["dtype"] == "auto" else where["dtype"]
     with console.progress_bar() as progress:
-        result = measure(folders, settings=wanted, progress=progress, **{**where, "dtype": dtype})
-    settings = _recorded(wanted, sweeps=folders, dtype=where["dtype"], device=where["device"])
-    with RunFolder(out, command="locate-validate", settings=settings) as run:
+        result = measure(folders, settings=settings, load=load, progress=progress)
+    recorded = {"sweeps": folders, **settings.model_dump(), **load.model_dump()}
+    with RunFolder(out, command="locate-validate", settings=recorded) as run:
         run.write_table(result.cases, "cases.csv")
         save_result(run, result, fields={"best_rule": result.best})
     console.print_table(result.overview(), title="What each score predicts")

@@ -1,7 +1,7 @@
 """Evaluation: scores of a model on tasks, through lm-evaluation-harness, item by item.
 
-`evaluate` scores one model on one task; `compare` pairs two results by item, `compare_logs` any two logs of
-lm-evaluation-harness or inspect; `TASKS` lists the tasks.
+`evaluate` scores one model on one task, `evaluate_tasks` a model and its base on several; `compare` pairs
+two results by item, `compare_logs` any two logs of lm-evaluation-harness or inspect; `TASKS` lists the tasks.
 """
 
 from midblock.evaluation.outcome import (
@@ -18,9 +18,10 @@ from midblock.evaluation.outcome import (
 from midblock.evaluation.paired import LogComparison, compare_logs, read_log
 from midblock.evaluation.run import check_options, evaluate, model_limit
 from midblock.evaluation.sandbox import Outcome, ProgramTest, run_test
+from midblock.evaluation.suite import TasksResult, evaluate_tasks
 from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
 
-__all__ = ["TASKS", "Comparison", "EvalResult", "LogComparison", "Outcome", "ProgramTest", "TaskSpec",
-           "check_options", "compare", "compare_logs", "evaluate", "file_name", "find_task", "item_ids",
-           "lm_eval_results", "model_limit", "perplexity_interval", "read_log", "read_result", "run_test", "task_data",
-           "write_lm_eval_files", "write_result"]
+__all__ = ["TASKS", "Comparison", "EvalResult", "LogComparison", "Outcome", "ProgramTest", "TaskSpec", "TasksResult",
+           "check_options", "compare", "compare_logs", "evaluate", "evaluate_tasks", "file_name", "find_task",
+           "item_ids", "lm_eval_results", "model_limit", "perplexity_interval", "read_log", "read_result", "run_test",
+           "task_data", "write_lm_eval_files", "write_result"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,11 +92,12 @@ class EvalResult:
             table.add("model", "all", "loss", side, data=self.task, estimate=Interval(
                 math.log(e.value), math.log(e.low), math.log(e.high), self.n))
 
-    def table(self, side: str = "base") -> Table:
+    @property
+    def frame(self) -> pd.DataFrame:
         """The tidy table of this result alone."""
         table = Table()
-        self.add_to(table, side)
-        return table
+        self.add_to(table, "base")
+        return table.frame()
 
     def summary(self) -> str:
         """One line for people."""
@@ -222,8 +224,9 @@ def lm_eval_results(results: Sequence[EvalResult], *, model_name: str, seconds: 
         for result in results:
             merged[key].update(result.results.get(key, {}))
     merged["config"] = {"model": "hf", "model_args": {"pretrained": model_name}, **(config or {})}
-    merged["lm_eval_version"] = metadata.version("lm_eval")
-    merged["transformers_version"] = metadata.version("transformers")
+    for package in ("lm_eval", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # perplexity and loss need no lm-eval
+            merged[f"{package}_version"] = metadata.version(package)
     merged["model_source"] = "hf"
     merged["model_name"] = model_name
     merged["task_hashes"] = {

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,50 +28,37 @@ from midblock.evaluation.tasks import (
 )
 from midblock.extras import require
 from midblock.progress import Progress, silent
+from midblock.settings.base import name_of
+from midblock.settings.evaluate import ScoringSettings
 
 if TYPE_CHECKING:
     from midblock.evaluation.harness import RowsTask
     from midblock.models import LoadedModel
 
-__all__ = ["CodeExecution", "check_options", "evaluate", "model_limit"]
+__all__ = ["check_options", "evaluate", "model_limit", "options_of"]
 
+_TOKEN_KINDS = ("perplexity", "answer_loss")
 _BATCH = {"multiple_choice": 16, "perplexity": 8, "answer_loss": 16}
 _GENERATION_ROWS, _CACHE_BYTES = 64, 4 << 30
 _MAX_LENGTH = 1024
 _IFEVAL_PACKAGES = ("langdetect", "nltk", "immutabledict")
 _CODE_SECONDS, _CODE_MEMORY_MB = 10.0, 1024
 
-CodeExecution = bool | Literal["unsandboxed"]
-"""May code that a model writes be run: no, in a full sandbox only, or on any system."""
 
-
-def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None = None,
-             samples: int | None = None, seed: int = 0, batch_size: int | None = None,
-             max_new_tokens: int | None = None, max_length: int | None = None, shots: int = 0,
-             chat: bool = False, allow_code_execution: CodeExecution = False,
-             progress: Progress = silent) -> EvalResult:
+def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None = None, progress: Progress = silent,
+             settings: ScoringSettings | None = None, **overrides: Any) -> EvalResult:
     """Score a model on a task.
 
     Equal arguments give the same items to every model, so that two results can be compared
-    item by item (`midblock.evaluation.compare`).
+    item by item (`midblock.evaluation.compare`); `evaluate_tasks` does that for several tasks.
 
     Args:
         loaded_model: From `midblock.load_model`, with or without an adapter.
         task: A name of `midblock.evaluation.TASKS`.
         data: A data spec or data set in place of the task's own.
-        samples: How many rows to draw; None takes all.
-        seed: Of the draw and of the choice of few-shot examples.
-        batch_size: Rows in a batch; None takes a default for the kind of task. In float32 the
-            scores do not depend on it; in 16 bits rounding can tip an answer.
-        max_new_tokens: Longest answer in tokens; None takes the task's.
-        max_length: For tasks that score tokens: rows are cut to this many (default 1,024 or the
-            model's limit).
-        shots: Few-shot examples from the data's train split (``dev`` for MMLU), for exact match
-            and multiple choice.
-        chat: Apply the tokenizer's chat template.
-        allow_code_execution: ``humaneval`` may run what the model writes: True, in a sandbox (refused where the
-            system gives no full one); ``"unsandboxed"``, also where it gives none.
         progress: Told how many rows are done.
+        settings: How it is scored; see `ScoringSettings`.
+        **overrides: Single fields of them.
 
     Returns:
         Value with interval, one score per item, and lm-evaluation-harness's records.
@@ -79,28 +66,26 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
     Raises:
         SettingsError: an unknown task, an option that the task does not have, code execution not
             allowed, a package missing that the task needs.
+        MissingExtraError: lm-eval is not installed and the task is scored through it.
         DataError: the data cannot be loaded or its rows lack what the task needs.
     """
-    spec = find_task(task)
-    check_options(task, batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length,
-                  shots=shots, allow_code_execution=allow_code_execution)
-    if chat and not getattr(loaded_model.tokenizer, "chat_template", None):
+    chosen = ScoringSettings.of(settings, overrides)
+    spec = check_options(task, chosen)
+    if chosen.chat and not getattr(loaded_model.tokenizer, "chat_template", None):
         raise SettingsError(f"the chat format was asked for, but the tokenizer of {loaded_model.name} has no "
                             "chat template; leave it out.")
-    dataset = task_data(task, data, samples=samples, seed=seed)
-    rows = batch_size or _BATCH.get(spec.kind) or _generation_rows(
-        loaded_model, max_new_tokens or spec.max_new_tokens or 0)
-    if spec.kind in ("perplexity", "answer_loss"):
-        limit = model_limit(loaded_model)
-        longest = min(_MAX_LENGTH, limit) if max_length is None else max_length
-        if longest > limit:
-            raise SettingsError(f"rows of {longest} tokens were asked for, {loaded_model.name} takes at most "
-                                f"{limit}; use a smaller --max-length.")
-        return score_tokens(loaded_model, task, dataset, batch_size=rows, max_length=longest, chat=chat,
-                            progress=progress)
-    longest = max_new_tokens or spec.max_new_tokens or 0
-    return _through_lm_eval(loaded_model, spec, task, dataset, rows, longest, shots, chat, seed,
-                            allow_code_execution == "unsandboxed", progress)
+    dataset = task_data(task, data, samples=chosen.samples, seed=chosen.seed)
+    longest = chosen.max_new_tokens or spec.max_new_tokens or 0
+    rows = chosen.batch_size or _BATCH.get(spec.kind) or _generation_rows(loaded_model, longest)
+    if spec.kind not in _TOKEN_KINDS:
+        return _through_lm_eval(loaded_model, spec, task, dataset, rows, longest, chosen, progress)
+    limit = model_limit(loaded_model)
+    width = min(_MAX_LENGTH, limit) if chosen.max_length is None else chosen.max_length
+    if width > limit:
+        raise SettingsError(f"rows of {width} tokens were asked for, {loaded_model.name} takes at most "
+                            f"{limit}; use a smaller {name_of('max_length')}.")
+    return score_tokens(loaded_model, task, dataset, batch_size=rows, max_length=width, chat=chosen.chat,
+                        progress=progress)
 
 
 def model_limit(loaded: LoadedModel) -> int:
@@ -124,45 +109,47 @@ def _generation_rows(loaded: LoadedModel, longest: int) -> int:
     return max(1, min(_GENERATION_ROWS, _CACHE_BYTES // (per_token * (512 + longest))))
 
 
-def check_options(task: str, *, batch_size: int | None = None, max_new_tokens: int | None = None,
-                  max_length: int | None = None, shots: int = 0, allow_code_execution: CodeExecution = False) -> None:
-    """Refuse what cannot work before any model is loaded; see `evaluate` for the options.
+def check_options(task: str, settings: ScoringSettings | None = None, **overrides: Any) -> TaskSpec:
+    """Refuse what cannot work before any model is loaded.
+
+    Args:
+        task: Its name.
+        settings: As for `evaluate`, like ``overrides``.
+
+    Returns:
+        The task.
 
     Raises:
         SettingsError: an unknown task, an option that it does not have, code execution not
             allowed, a package missing that the task needs.
-        MissingExtraError: lm-eval is not installed.
+        MissingExtraError: lm-eval is not installed and the task is scored through it.
     """
-    require("lm_eval", f"scoring the task {task}")
+    chosen = ScoringSettings.of(settings, overrides)
     spec = find_task(task)
-    for name, value in (("batch size", batch_size), ("number of new tokens", max_new_tokens),
-                        ("maximum length", max_length)):
-        if value is not None and value < 1:
-            raise SettingsError(f"{task}: a {name} of {value} was asked for; use 1 or more.")
-    if max_new_tokens is not None and spec.max_new_tokens is None:
-        raise SettingsError(f"task {task} generates nothing; --max-new-tokens does not apply to it.")
-    if max_length is not None and spec.kind not in ("perplexity", "answer_loss"):
-        raise SettingsError(f"task {task} does not cut rows; --max-length does not apply to it.")
-    if shots and spec.kind not in ("exact_match", "multiple_choice"):
-        raise SettingsError(f"task {task} takes no few-shot examples (--shots).")
-    if shots < 0:
-        raise SettingsError(f"{shots} few-shot examples were asked for; use 0 or more.")
+    takes = options_of(spec)
+    for name, why in (("max_new_tokens", "generates nothing"), ("max_length", "does not cut rows"),
+                      ("shots", "takes no few-shot examples")):
+        if getattr(chosen, name) and name not in takes:
+            raise SettingsError(f"task {task} {why}; {name_of(name)} does not apply to it.")
+    if spec.kind not in _TOKEN_KINDS:
+        require("lm_eval", f"scoring the task {task}")
     if spec.kind == "ifeval":
         _require_ifeval()
-    if spec.kind == "humaneval":
-        _require_permission(allow_code_execution)
-
-
-def _require_permission(allowed: CodeExecution) -> None:
-    if allowed not in (False, True, "unsandboxed"):
-        raise SettingsError(f"allow_code_execution {allowed!r} is neither true, false nor 'unsandboxed'.")
-    if not allowed:
-        raise SettingsError(
-            "task humaneval runs Python code that the model writes, in processes without network, files of yours, "
-            "or privileges, and with limits on time and memory. Allow it with --allow-code-execution "
-            "(allow_code_execution=True) if you accept the risk that remains.")
-    if allowed is True:
+    if spec.kind == "humaneval" and not chosen.allow_unsandboxed_code:
+        if not chosen.allow_code_execution:
+            raise SettingsError(
+                "task humaneval runs Python code that the model writes, in processes without network, files of yours, "
+                f"or privileges, and with limits on time and memory. Allow it with {name_of('allow_code_execution')} "
+                "if you accept the risk that remains.")
         require_sandbox()
+    return spec
+
+
+def options_of(spec: TaskSpec) -> set[str]:
+    """Which of the options that not every task has a task has."""
+    takes = {"max_new_tokens": spec.max_new_tokens is not None, "max_length": spec.kind in _TOKEN_KINDS,
+             "shots": spec.kind in ("exact_match", "multiple_choice")}
+    return {name for name, taken in takes.items() if taken}
 
 
 def _require_ifeval() -> None:
@@ -273,28 +260,27 @@ def _few_shot_data(dataset: Dataset, shots: int) -> Dataset | None:
 
 
 def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Dataset, batch_size: int,
-                     longest: int, shots: int, chat: bool, seed: int, unsandboxed: bool, progress: Progress
-                     ) -> EvalResult:
+                     longest: int, chosen: ScoringSettings, progress: Progress) -> EvalResult:
     from midblock.evaluation.harness import MemoryLM, run_lm_eval
 
     started = time.perf_counter()
-    examples = _few_shot_data(dataset, shots)
+    examples = _few_shot_data(dataset, chosen.shots)
     if spec.kind == "exact_match":
-        build, metric, chosen = _exact_match(dataset, examples, longest)
+        build, metric, counted = _exact_match(dataset, examples, longest)
     elif spec.kind == "multiple_choice":
-        build, metric, chosen = _multiple_choice(dataset, examples)
+        build, metric, counted = _multiple_choice(dataset, examples)
     elif spec.kind == "ifeval":
-        build, metric, chosen = _ifeval(dataset, longest)
+        build, metric, counted = _ifeval(dataset, longest)
     else:
-        build, metric, chosen = _humaneval(dataset, longest, unsandboxed, progress)
+        build, metric, counted = _humaneval(dataset, longest, chosen.allow_unsandboxed_code, progress)
     lm = MemoryLM(loaded, batch_size=batch_size, progress=progress, what=task)
     try:
-        found = run_lm_eval(lm, task, build, chat=chat, shots=shots, seed=seed,
+        found = run_lm_eval(lm, task, build, chat=chosen.chat, shots=chosen.shots, seed=chosen.seed,
                             allow_code=spec.kind == "humaneval")
     finally:
         lm.close()
     samples = [{**s, "item": s["doc"]["item"]} for s in found.pop("samples")[task]]
-    records = sorted((s for s in samples if s["filter"] == chosen), key=lambda s: int(s["doc_id"]))
+    records = sorted((s for s in samples if s["filter"] == counted), key=lambda s: int(s["doc_id"]))
     scores = np.array([float(s[metric]) for s in records])
     notes = [dataset.note] if dataset.note else []
     if lm.unfinished:
@@ -304,8 +290,8 @@ def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Da
         notes.append(f"{lm.cut_prompts} prompts were longer than the model takes and lost their beginning")
     if spec.kind == "humaneval":
         notes += _isolation_notes(records)
-    settings: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "shots": shots,
-                                "lm_eval_metric": f"{metric},{chosen}"}
+    settings: dict[str, Any] = {"batch_size": batch_size, "chat": chosen.chat, "shots": chosen.shots,
+                                "lm_eval_metric": f"{metric},{counted}"}
     if spec.max_new_tokens is not None:
         settings |= {"max_new_tokens": longest, "generated_tokens": lm.generated_tokens,
                      "unfinished": lm.unfinished}

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from midblock.errors import SettingsError
+from midblock.settings.base import name_of
 
 __all__ = ["ISOLATION", "Outcome", "ProgramTest", "require_sandbox", "run_test", "run_tests"]
 
@@ -118,7 +119,7 @@ def run_test(program: str, test: ProgramTest, *, seconds: float = 10.0, memory_m
         raise SettingsError(
             f"this system gives no full sandbox for a model's code: no isolation of {', '.join(missing)} (it needs "
             "Linux on x86_64 or aarch64 with user name spaces). Use a machine that has them, or a virtual machine "
-            "made for this and --allow-unsandboxed-code (allow_code_execution='unsandboxed').")
+            f"made for this and {name_of('allow_unsandboxed_code')}.")
     return outcome
 
 

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from midblock.errors import BudgetError, SettingsError
 from midblock.selection.ila import SCORES, ImportanceResult
+from midblock.selection.units import best_units, top_count
+from midblock.settings.base import name_of
 from midblock.tuning.plan import Plan, make_plan
 
-__all__ = ["Choice", "chosen_units", "make_plans", "parse_choice", "top_units", "write_plans"]
+__all__ = ["Choice", "chosen_units", "make_plans", "parse_choice", "write_plans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,6 @@ class Choice:
         return units - min(units - 1, round(units * self.share))
 
 
-def top_count(units: int, share: float) -> int:
-    """Units in the top share: the nearest whole number, at least 1."""
-    return min(units, max(1, math.floor(units * share + 0.5)))
-
-
 def parse_choice(text: str) -> Choice:
     """``top:0.3`` (train the best 30% only) or ``freeze-bottom:0.25`` (all but the worst 25%).
 
@@ -60,30 +57,14 @@ def parse_choice(text: str) -> Choice:
     except ValueError:
         share = math.nan
     if how not in ("top", "freeze-bottom") or not 0 < share < 1:
-        raise SettingsError(f"--apply {text!r} is neither top:SHARE nor freeze-bottom:SHARE with a share between "
-                            "0 and 1; write top:0.3 or freeze-bottom:0.25.")
+        raise SettingsError(f"{name_of('apply')} {text!r} is neither top:SHARE nor freeze-bottom:SHARE with a share "
+                            "between 0 and 1; write top:0.3 or freeze-bottom:0.25.")
     return Choice("top" if how == "top" else "freeze-bottom", share)
-
-
-def top_units(scores: Mapping[str, float], share: float) -> list[str]:
-    """The top share of units, in the order of the model; of equal scores the earlier unit wins.
-
-    Example:
-        >>> top_units({"a": 0.1, "b": 0.9, "c": 0.5, "d": 0.5}, 0.5)
-        ['b', 'c']
-    """
-    return _best(scores, top_count(len(scores), share))
 
 
 def chosen_units(scores: Mapping[str, float], choice: Choice) -> list[str]:
     """The units that a choice keeps, in the order of the model."""
-    return _best(scores, choice.count(len(scores)))
-
-
-def _best(scores: Mapping[str, float], count: int) -> list[str]:
-    ranked = sorted(scores, key=lambda unit: -scores[unit])
-    kept = set(ranked[:count])
-    return [unit for unit in scores if unit in kept]
+    return best_units(scores, choice.count(len(scores)))
 
 
 def make_plans(model: Any, result: ImportanceResult, choice: Choice, *, budget: int | str | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import t as t_distribution
 
 from midblock import metrics
 from midblock.data import Dataset, load_data
@@ -18,28 +19,15 @@ from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bounds
-from midblock.selection.scores import BLOCK_SCORES, ScoreSettings, block_scores
-from midblock.tuning.plan import DEFAULT_TARGETS, make_plan
+from midblock.selection.scores import block_scores
+from midblock.settings.base import name_of
+from midblock.settings.locate import BLOCK_SCORES, DEFAULT_RULE, DEFAULT_SHARE, RULES, LocateSettings
+from midblock.tuning.plan import budget_of, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DEFAULT_RULE", "DEFAULT_SHARE", "RULES", "LocateResult", "Proposal", "locate", "mask_of",
-           "propose", "scores_of", "width_for"]
-
-DEFAULT_SHARE = 0.6
-"""Share of the blocks that is proposed where neither share nor budget is given: that of the paper's middle."""
-DEFAULT_RULE = "fixed-middle"
-"""The rule that the evidence supports: see "locate" in docs/results.md. Change it only with that page."""
-
-RULES: dict[str, str] = {
-    "fixed-middle": "the window in the middle of the depth (the paper's 20%-80% at share 0.6)",
-    "cka-borders": "the window around the middle one of three groups of like hidden states (CKA change points)",
-    "uniform": "all blocks, the budget spread over them",
-    "random": "a random window",
-    **{name: f"the window with the highest mean {name}: {s.meaning}" for name, s in BLOCK_SCORES.items()},
-}
-"""Rule -> what it does."""
+__all__ = ["LocateResult", "Proposal", "locate", "mask_of", "propose", "scores_of", "width_for"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ def width_for(num_blocks: int, share: float | None = None, *, costs: Sequence[in
     width = int(budget // max(costs))
     if width < 1:
         raise BudgetError(f"a budget of {budget:,} trainable parameters is below one block, which takes "
-                          f"{max(costs):,} at this rank; raise the budget or lower --rank.")
+                          f"{max(costs):,} at this rank; raise the budget or lower {name_of('rank')}.")
     return min(num_blocks, width)
 
 
@@ -178,6 +166,34 @@ def propose(rule: str, width: int, num_blocks: int, *, scores: Mapping[str, Sequ
                     f"{values.mean():.4g}")
 
 
+RELIABLE = 0.7
+"""Share of a score's variance over blocks that must be more than noise for the score to be read."""
+
+
+def reliability(frame: pd.DataFrame, split_half: Mapping[str, float]) -> dict[str, float]:
+    """How much of each score's variance over the blocks is not noise of the samples, 0..1.
+
+    For a score with intervals 1 - mean(standard error squared) / variance over blocks, for the others the agreement
+    of two halves of the samples. Scores of weights alone have no such noise and are left out.
+
+    Args:
+        frame: The table of `block_scores`.
+        split_half: Score -> reliability from halves.
+    """
+    found = {}
+    for score, part in frame.groupby("metric", sort=False):
+        if BLOCK_SCORES[str(score)].needs == "weights":
+            continue
+        if part["low"].isna().all():
+            found[str(score)] = split_half.get(str(score), 0.0)
+            continue
+        n = part["n"].to_numpy(dtype=np.float64)
+        error = (part["high"] - part["low"]).to_numpy() / 2 / t_distribution.ppf(0.975, n - 1)
+        spread = float(np.var(part["value"], ddof=1))
+        found[str(score)] = max(0.0, 1 - float(np.mean(error ** 2)) / spread) if spread > 0 else 0.0
+    return found
+
+
 @dataclass
 class LocateResult:
     """Scores per block and what each rule proposes."""
@@ -201,6 +217,11 @@ class LocateResult:
         return self.table.frame()
 
     @property
+    def reliability(self) -> dict[str, float]:
+        """See `reliability`."""
+        return reliability(self.frame, self.counts.get("split_half", {}))
+
+    @property
     def proposal(self) -> Proposal:
         """What the chosen rule proposes."""
         return self.proposals[self.rule]
@@ -221,6 +242,12 @@ class LocateResult:
             told = ", ".join(f"{n} {p.spec} ({len(inside & set(range(*p.blocks)))} of {len(inside)} shared)"
                              for n, p in others)
             lines.append(f"Other rules: {told}.")
+        noisy = {name: r for name, r in self.reliability.items() if r < RELIABLE}
+        if noisy:
+            told = ", ".join(f"{name} {r:.2f}" for name, r in noisy.items())
+            lines.append(f"Mostly noise with so few samples: {told} (the share of the differences between blocks that "
+                         f"is not noise; do not read a score below {RELIABLE:g}). Raise {name_of('samples')} and "
+                         f"{name_of('gradient_samples')}.")
         if self.rule == DEFAULT_RULE:
             lines.append("No score is trusted by default: none has been shown to choose better than the fixed middle "
                          "(docs/results.md). Check on your own sweeps with `midblock locate --validate SWEEP_DIR`.")
@@ -250,53 +277,44 @@ def scores_of(table: Table, num_blocks: int) -> dict[str, list[float]]:
     return found
 
 
-def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, rule: str = DEFAULT_RULE,
-           share: float | None = None, budget: int | None = None, rank: int = 16,
-           target_modules: Sequence[str] = DEFAULT_TARGETS, settings: ScoreSettings | None = None,
-           progress: Progress = silent, **overrides: Any) -> LocateResult:
+def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progress: Progress = silent,
+           settings: LocateSettings | None = None, **overrides: Any) -> LocateResult:
     """Score every block without training and propose a contiguous range.
 
     Args:
         model: A model or a MODEL spec.
         data: A data set or a D spec; without it only the weights are scored.
-        rule: One of `RULES`.
-        share: Share of the blocks; default `DEFAULT_SHARE`.
-        budget: In place of the share: most trainable parameters of LoRA at ``rank`` on ``target_modules``.
-        rank: LoRA rank behind the budget.
-        target_modules: See `midblock.tuning.plan.make_plan`.
-        settings: See `ScoreSettings`; ``overrides``: single fields of it.
         progress: Told how far it is.
+        settings: See `LocateSettings`.
+        **overrides: Single fields of them.
 
     Raises:
-        SettingsError: no such rule, both share and budget, or a rule whose score was not measured.
+        SettingsError: a setting out of range, or a rule whose score was not measured.
         BudgetError: the budget is below one block.
     """
-    if rule not in RULES:
-        raise SettingsError(f"rule {rule!r} is not known; choose among {', '.join(RULES)}.")
-    if share is not None and budget is not None:
-        raise SettingsError("both a share and a budget were given; give one of them.")
+    chosen = LocateSettings.of(settings, overrides)
     loaded = load_model(model) if isinstance(model, str) else model
     blocks = loaded.anatomy.num_blocks
-    if budget is None:
-        width = width_for(blocks, DEFAULT_SHARE if share is None else share)
+    if chosen.budget is None:
+        width = width_for(blocks, DEFAULT_SHARE if chosen.share is None else chosen.share)
     else:
-        plan = make_plan(loaded, blocks=range(blocks), rank=rank, target_modules=target_modules)
-        width = width_for(blocks, costs=[plan.params_of_block(b) for b in range(blocks)], budget=budget)
-    chosen = ScoreSettings(**{**({} if settings is None else {
-        f: getattr(settings, f) for f in settings.__dataclass_fields__}), **overrides})
+        targets = chosen.target_modules
+        plan = make_plan(loaded, blocks=range(blocks), rank=chosen.rank, target_modules=targets)
+        width = width_for(blocks, costs=[plan.params_of_block(b) for b in range(blocks)],
+                          budget=budget_of(loaded.anatomy, chosen.budget, targets=targets))
     dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
     table, similarity, counts = block_scores(loaded, dataset, settings=chosen, progress=progress)
     scores = scores_of(table, blocks)
     proposals: dict[str, Proposal] = {}
     refused: dict[str, str] = {}
     for name in RULES:
-        if name in BLOCK_SCORES and name not in scores and name != rule:
+        if name in BLOCK_SCORES and name not in scores and name != chosen.rule:
             continue
         try:
             proposals[name] = propose(name, width, blocks, scores=scores, similarity=similarity, seed=chosen.seed)
         except SettingsError as error:
-            if name == rule:
+            if name == chosen.rule:
                 raise
             refused[name] = str(error)
-    return LocateResult(table, proposals, refused, rule, similarity, loaded.spec,
+    return LocateResult(table, proposals, refused, chosen.rule, similarity, loaded.spec,
                         "D" if data is None else data if isinstance(data, str) else data.name, blocks, counts)

@@ -22,9 +22,11 @@ from midblock import stats
 from midblock.errors import OutputError, SettingsError
 from midblock.provenance import read_run, read_table
 from midblock.results import Interval, Table
-from midblock.selection.choice import top_units
 from midblock.selection.ila import SCORES
-from midblock.selection.scores import BLOCK_SCORES
+from midblock.selection.units import top_units
+from midblock.settings.base import name_of
+from midblock.settings.locate import BLOCK_SCORES
+from midblock.settings.overlap import OverlapSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +35,7 @@ __all__ = ["CLAIM", "OverlapResult", "Selection", "overlap", "overlap_of", "read
 
 CLAIM = 0.9
 """The claim to test: "nearly 90% overlap" of the important layers across data sets (ILA's abstract)."""
-DEFAULT_SHARE = 0.75
-"""Share of the units that is kept: ILA freezes about the lowest quarter."""
 
-_REPLICATES = 2000
 _CLAIMED = "data (ila_score)"  # the group of pairs that the claim is about
 
 
@@ -105,7 +104,8 @@ def read_selections(folder: Path | str, methods: Sequence[str] | None = None) ->
     for (method, data, seed, step), part in rows.groupby(["metric", "data", "seed", "step"], sort=False, dropna=False):
         values = dict(zip(part["unit"].astype(str), part["value"].astype(float), strict=True))
         if any(math.isnan(v) for v in values.values()):
-            raise SettingsError(f"{folder}: {method} is undefined for some units; leave it out with --methods.")
+            raise SettingsError(f"{folder}: {method} is undefined for some units; leave it out with "
+                                f"{name_of('methods')}.")
         found.append(Selection(folder.name, str(data), int(seed), None if math.isnan(step) else int(step), str(method),
                                values, str(told)))
     return found
@@ -214,33 +214,28 @@ def _shown(row: pd.Series) -> str:
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def overlap(folders: Sequence[Path | str], *, share: float = DEFAULT_SHARE, methods: Sequence[str] | None = None,
-            steps: str = "last", seed: int = 0, confidence: float = 0.95) -> OverlapResult:
+def overlap(folders: Sequence[Path | str], *, settings: OverlapSettings | None = None, **overrides: Any
+            ) -> OverlapResult:
     """Compare the selections of several run folders.
 
     Args:
         folders: Run folders of ``importance`` (or ``locate``).
-        share: Share of the units that each selects.
-        methods: Scores to compare; default: ILA's where there is any, else all. Give ``ila_score,taylor,
-            update_norm,random`` for the controls.
-        steps: ``last``: scores at the end of the first stage; ``all``: every step that was scored.
-        seed: Of the bootstrap.
-        confidence: Of every interval.
+        settings: See `OverlapSettings`.
+        **overrides: Single fields of them; ``methods="ila_score,taylor,update_norm,random"`` compares the controls too.
 
     Raises:
-        SettingsError: fewer than two selections, other units, or a share outside 0..1.
+        SettingsError: fewer than two selections, other units, or a setting out of range.
         OutputError: not such run folders.
     """
-    if steps not in ("last", "all"):
-        raise SettingsError(f"steps {steps!r} is neither last nor all.")
+    chosen = OverlapSettings.of(settings, overrides)
     if len({Path(f).resolve() for f in folders}) < len(folders):
         raise SettingsError("one folder was given twice; it would agree with itself.")
-    found = [s for folder in folders for s in read_selections(folder, methods)]
-    if methods is None and any(s.method == "ila_score" for s in found):
+    found = [s for folder in folders for s in read_selections(folder, chosen.methods)]
+    if chosen.methods is None and any(s.method == "ila_score" for s in found):
         found = [s for s in found if s.method == "ila_score"]
-    if steps == "last":
+    if chosen.steps == "last":
         found = [s for s in found if (s.folder, *s.key) in _last_steps(found)]
-    return overlap_of(found, share=share, seed=seed, confidence=confidence)
+    return overlap_of(found, settings=chosen)
 
 
 def _last_steps(selections: Sequence[Selection]) -> set[tuple[Any, ...]]:
@@ -252,29 +247,29 @@ def _last_steps(selections: Sequence[Selection]) -> set[tuple[Any, ...]]:
     return {(s.folder, *s.key) for s in latest.values()}
 
 
-def overlap_of(selections: Sequence[Selection], *, share: float = DEFAULT_SHARE, seed: int = 0,
-               confidence: float = 0.95) -> OverlapResult:
+def overlap_of(selections: Sequence[Selection], *, settings: OverlapSettings | None = None, **overrides: Any
+               ) -> OverlapResult:
     """Overlap of all pairs of selections of the same units.
 
-    Intervals are percentile bootstraps over the units (2,000 resamples, the same ones for all pairs);
-    the range under chance is hypergeometric and exact.
+    Intervals are percentile bootstraps over the units (the same resamples for all pairs); the range under chance is
+    hypergeometric and exact.
 
     Raises:
-        SettingsError: fewer than two selections, selections of other units, or a share outside 0..1.
+        SettingsError: fewer than two selections, selections of other units, or a setting out of range.
     """
-    if not 0 < share < 1:
-        raise SettingsError(f"--share {share} is not between 0 and 1.")
+    chosen = OverlapSettings.of(settings, overrides)
+    share, confidence = chosen.share, chosen.confidence
     if len(selections) < 2:
         raise SettingsError(f"an overlap needs at least two selections, found {len(selections)}; give more run folders "
-                            "of importance, --methods, or --steps all.")
+                            f"of importance, {name_of('methods')}, or {name_of('steps')} all.")
     units = list(selections[0].scores)
     for other in selections[1:]:
         if set(other.scores) != set(units):
             raise SettingsError(f"{other.folder} scores {len(other.scores)} units and {selections[0].folder} "
-                                f"{len(units)} others; compare runs on one model with the same --unit and targets.")
+                                f"{len(units)} others; compare runs on one model with the same unit and targets.")
     labels = _labels(selections)
     flags = np.array([np.isin(units, top_units({u: s.scores[u] for u in units}, share)) for s in selections])
-    weights = stats.bootstrap_weights(len(units), _REPLICATES, seed)
+    weights = stats.bootstrap_weights(len(units), chosen.replicates, chosen.seed)
     last = _last_steps(selections)
     rows: list[dict[str, Any]] = []
     draws: list[npt.NDArray[np.float64]] = []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,72 +20,13 @@ from midblock.analysis.gradients import gradients, supervised_batches
 from midblock.analysis.passes import feed_batches
 from midblock.capture.accumulators import PooledStates
 from midblock.data import Batch, Dataset
-from midblock.errors import SettingsError, UndefinedMetricError
+from midblock.errors import UndefinedMetricError
 from midblock.models import LoadedModel, projections
 from midblock.progress import Progress, silent
 from midblock.results import Table
+from midblock.settings.locate import ScoreSettings
 
-__all__ = ["BLOCK_SCORES", "AdjacentStates", "BlockScore", "ScoreSettings", "block_scores", "cka_matrix",
-           "weight_snr"]
-
-Needs = Literal["forward", "backward", "weights"]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockScore:
-    """What a score measures and what it costs."""
-
-    needs: Needs
-    meaning: str
-
-
-BLOCK_SCORES: dict[str, BlockScore] = {
-    "block_influence": BlockScore("forward", "1 - cos of each token's state before and after the block (ShortGPT)"),
-    "angular_distance": BlockScore("forward", "angle between them, / pi"),
-    "cka_novelty": BlockScore("forward", "1 - debiased CKA of the hidden states before and after the block"),
-    "rank_plateau": BlockScore("forward", "minus |change of ln effective rank| over the block"),
-    "weight_snr": BlockScore("weights", "energy of singular values above the noise edge, over that below"),
-    "gradient_norm": BlockScore("backward", "norm of the gradient"),
-    "gradient_norm_relative": BlockScore("backward", "norm of the gradient, / norm of the weights"),
-    "fisher": BlockScore("backward", "sum of squared gradients"),
-    "taylor": BlockScore("backward", "|sum of weight times gradient|"),
-}
-"""Metric -> what it is."""
-
-_FROM_GRADIENTS = ("gradient_norm", "gradient_norm_relative", "fisher", "taylor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
-    """How much is measured."""
-
-    samples: int = 32
-    """Samples of the forward pass."""
-    gradient_samples: int = 16
-    """Samples of the backward pass; each batch is one observation of the gradient."""
-    max_length: int = 128
-    """Tokens per sample; longer ones are cut and counted."""
-    batch_size: int = 4
-    """Samples per batch."""
-    seed: int = 0
-    """Of the draw."""
-    scores: tuple[str, ...] = tuple(BLOCK_SCORES)
-    """Which scores."""
-
-    def __post_init__(self) -> None:
-        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                  for name, least in (("samples", 4), ("gradient_samples", 1), ("max_length", 2), ("batch_size", 1))
-                  if getattr(self, name) < least]
-        unknown = [s for s in self.scores if s not in BLOCK_SCORES]
-        if unknown or not self.scores:
-            faults.append(f"--scores {', '.join(unknown) or '(none)'}: choose among {', '.join(BLOCK_SCORES)}")
-        if faults:
-            raise SettingsError("; ".join(faults) + ".")
-
-    def wants(self, needs: Needs) -> list[str]:
-        """The chosen scores that need this."""
-        return [s for s in self.scores if BLOCK_SCORES[s].needs == needs]
-
+__all__ = ["AdjacentStates", "block_scores", "cka_matrix", "weight_snr"]
 
 class AdjacentStates:
     """Block influence and angular distance per sample and block, an `Accumulator`.
@@ -191,7 +131,7 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
         DataError: no usable sample.
         SettingsError: a setting out of range.
     """
-    chosen = replace(settings or ScoreSettings(), **overrides)
+    chosen = ScoreSettings.of(settings, overrides)
     table = Table()
     extra: dict[str, Any] = {"matrix": "all", "data": "" if dataset is None else dataset.name, "seed": chosen.seed}
     counts: dict[str, Any] = {}
@@ -234,6 +174,7 @@ def _forward_scores(table: Table, loaded: LoadedModel, dataset: Dataset, setting
     x = pooled.x[stage]
     n = len(samples)
     similarity = cka_matrix(x) if n >= 4 else np.full((blocks + 1, blocks + 1), math.nan)
+    counts["split_half"] = _split_halves(x)
     if "cka_novelty" in wanted:
         for b in range(blocks):
             value = 1 - similarity[b, b + 1]
@@ -251,6 +192,25 @@ def _forward_scores(table: Table, loaded: LoadedModel, dataset: Dataset, setting
             else:
                 table.add("block", b, "rank_plateau", stage, -abs(math.log(ranks[b + 1] / ranks[b])), n=n, **extra)
     return similarity, counts
+
+
+def _split_halves(x: Tensor) -> dict[str, float]:
+    """Reliability of the scores without an interval: how two halves of the samples agree over blocks.
+
+    Spearman-Brown, 2 r / (1 + r), of the correlation r of the halves; 0 where a half is too small or disagrees.
+
+    Args:
+        x: (L + 1, N, d) pooled states.
+    """
+    if x.shape[1] < 8:
+        return dict.fromkeys(("cka_novelty", "rank_plateau"), 0.0)
+    found: dict[str, list[npt.NDArray[np.float64]]] = {"cka_novelty": [], "rank_plateau": []}
+    for half in (x[:, ::2], x[:, 1::2]):
+        found["cka_novelty"].append(1 - cka_matrix(half).diagonal(1))
+        found["rank_plateau"].append(-np.abs(np.diff(np.log([_effective_rank(h) for h in half]))))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = {name: float(np.corrcoef(one, two)[0, 1]) for name, (one, two) in found.items()}
+    return {name: 2 * v / (1 + v) if v > 0 else 0.0 for name, v in r.items()}
 
 
 def _effective_rank(x: Tensor) -> float:

@@ -28,7 +28,9 @@ from midblock.provenance import read_run, read_table
 from midblock.results import Interval, Table
 from midblock.selection.evidence import LEAST_SWEEPS, Evidence, fixed_middle, judge, segment_means
 from midblock.selection.locate import scores_of
-from midblock.selection.scores import BLOCK_SCORES, ScoreSettings, block_scores
+from midblock.selection.scores import block_scores
+from midblock.settings.load import LoadSettings
+from midblock.settings.locate import BLOCK_SCORES, ScoreSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -293,39 +295,35 @@ def _told(evidence: Evidence, middle: float) -> tuple[str, str]:
                        f"middle stays the default.{told}")
 
 
-def validate(folders: Sequence[Path | str], *, settings: ScoreSettings | None = None, dtype: str | None = None,
-             device: str = "auto", progress: Progress = silent, trust_remote_code: bool = False,
-             allow_pickle: bool = False, **overrides: Any) -> ValidateResult:
+def validate(folders: Sequence[Path | str], *, load: LoadSettings | None = None, progress: Progress = silent,
+             settings: ScoreSettings | None = None, **overrides: Any) -> ValidateResult:
     """Compute all scores for the models and training data of sweeps and compare them with the gains.
 
     Args:
         folders: Run folders of finished sweeps with single-segment arms.
-        settings: Of the scores; ``overrides``: single fields.
-        dtype: Number format of the weights; default: each sweep's own.
-        device: Where the scores are computed.
+        load: How models are loaded; ``dtype="auto"`` takes each sweep's own.
         progress: Told how far it is.
-        trust_remote_code: See `load_model`; ``allow_pickle`` likewise.
+        settings: Of the scores.
+        **overrides: Single fields of them.
 
     Raises:
         OutputError: a folder that is no finished sweep.
         SettingsError: no folder, one folder twice, or a sweep without a complete set of single segments.
     """
+    chosen, loading = ScoreSettings.of(settings, overrides), load or LoadSettings()
     if not folders:
         raise SettingsError("give at least one folder of a sweep to validate on.")
     if len({Path(f).resolve() for f in folders}) < len(folders):
         raise SettingsError("one folder was given twice; it would count double.")
-    chosen = ScoreSettings(**{**({} if settings is None else {
-        f: getattr(settings, f) for f in settings.__dataclass_fields__}), **overrides})
     short = [Path(f).name for f in folders]
     sweeps = [read_sweep(f, n if short.count(n) == 1 else str(f)) for f, n in zip(folders, short, strict=True)]
     known: dict[tuple[str, str, str], tuple[dict[str, list[float]], int]] = {}
     scores: dict[str, Mapping[str, Sequence[float]]] = {}
     depth: dict[str, int] = {}
     for sweep in sweeps:
-        key = (sweep.model, sweep.data, dtype or sweep.dtype)
+        key = (sweep.model, sweep.data, sweep.dtype if loading.dtype == "auto" else loading.dtype)
         if key not in known:
-            loaded = load_model(sweep.model, dtype=key[2], device=device, trust_remote_code=trust_remote_code,
-                                allow_pickle=allow_pickle)
+            loaded = load_model(sweep.model, **{**loading.model_dump(), "dtype": key[2]})
             table, _, _ = block_scores(loaded, load_data(sweep.data, seed=chosen.seed), settings=chosen,
                                        progress=progress)
             known[key] = scores_of(table, loaded.anatomy.num_blocks), loaded.anatomy.num_blocks

@@ -5,13 +5,18 @@ whoever called), the keys of a sweep's YAML, `run.json` and the docs. Nothing he
 """
 
 from midblock.settings.base import Settings, name_of, setting
+from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
+from midblock.settings.importance import ImportanceSettings
 from midblock.settings.lens import LensSettings
 from midblock.settings.load import ChainLoadSettings, LoadSettings
+from midblock.settings.locate import LocateSettings, ScoreSettings
 from midblock.settings.merge import MergeSettings
+from midblock.settings.overlap import OverlapSettings
 from midblock.settings.profile import ProfileSettings, StabilitySettings
 from midblock.settings.steer import SteerSettings
 from midblock.settings.swap import SwapSettings
 from midblock.settings.weights import WeightsSettings
 
-__all__ = ["ChainLoadSettings", "LensSettings", "LoadSettings", "MergeSettings", "ProfileSettings", "Settings",
-           "StabilitySettings", "SteerSettings", "SwapSettings", "WeightsSettings", "name_of", "setting"]
+__all__ = ["ChainLoadSettings", "EvaluateSettings", "ImportanceSettings", "LensSettings", "LoadSettings",
+           "LocateSettings", "MergeSettings", "OverlapSettings", "ProfileSettings", "ScoreSettings", "ScoringSettings",
+           "Settings", "StabilitySettings", "SteerSettings", "SwapSettings", "WeightsSettings", "name_of", "setting"]

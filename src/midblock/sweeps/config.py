@@ -189,7 +189,8 @@ class TaskConfig(_Strict):
     max_length: Annotated[int, Field(ge=2)] | None = None
     shots: Annotated[int, Field(ge=0)] = 0
     chat: bool = False
-    allow_code_execution: bool | Literal["unsandboxed"] = False
+    allow_code_execution: bool = False
+    allow_unsandboxed_code: bool = False
     name: Name | None = None
     """Name in tables; needed where a task occurs twice."""
 
@@ -201,7 +202,8 @@ class TaskConfig(_Strict):
             spec = find_task(self.task)
             check_options(self.task, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
                           max_length=self.max_length, shots=self.shots,
-                          allow_code_execution=self.allow_code_execution)
+                          allow_code_execution=self.allow_code_execution,
+                          allow_unsandboxed_code=self.allow_unsandboxed_code)
         except MidblockError as error:
             raise ValueError(str(error)) from None
         if spec.data is None and self.data is None:

@@ -72,7 +72,8 @@ class Scorer:
         else:
             result = evaluate(self.loaded, task.task, data=data, seed=task.seed, batch_size=task.batch_size,
                               max_new_tokens=task.max_new_tokens, shots=task.shots, chat=task.chat,
-                              allow_code_execution=task.allow_code_execution, progress=progress)
+                              allow_code_execution=task.allow_code_execution,
+                              allow_unsandboxed_code=task.allow_unsandboxed_code, progress=progress)
         return scores_of(label, result)
 
     def _hidden(self, label: str, batch: Batch, first_block: int | None) -> Tensor:

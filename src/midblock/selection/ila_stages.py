@@ -1,0 +1,270 @@
+"""ILA's two stages as one sequence of steps that can be saved after any of them and resumed to the same end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from midblock import stats
+from midblock.data import Batch
+from midblock.errors import OutputError, TrainingError
+from midblock.models.attention import dense_attention
+from midblock.progress import Progress
+from midblock.provenance import atomic_path, sha256_of
+from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
+from midblock.settings.importance import ImportanceSettings
+from midblock.tuning.adapter import Attachment
+from midblock.tuning.kernels import has_plain_head, lean_lora
+
+__all__ = ["ScoreSet", "Stages", "loss_slope"]
+
+_CLIP = 1.0
+_WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """All scores after a number of steps of the first stage."""
+
+    step: int
+    final: bool
+    """Whether the first stage ended there."""
+    scores: dict[str, list[float]]
+    """Metric -> one value per unit."""
+    worth_ranges: dict[str, list[list[float]]]
+    """Intervals of the two Taylor scores over batches."""
+    losses: list[float]
+    """Loss of every step of the second stage, without the penalty."""
+    batches: int = 1
+    """Batches behind the Taylor scores."""
+
+
+def loss_slope(curve: Sequence[tuple[int, float]], window: int) -> float | None:
+    """Slope of the least-squares line through the last ``window`` measurements of the loss, in nats per step.
+
+    Args:
+        curve: (step, loss in nats), ascending.
+        window: Number of measurements.
+
+    Returns:
+        None while there are fewer measurements than that.
+
+    Example:
+        >>> loss_slope([(0, 3.0), (10, 2.0), (20, 1.0)], 3)
+        -0.1
+    """
+    if len(curve) < window:
+        return None
+    steps, losses = (np.array(column, dtype=np.float64) for column in zip(*curve[-window:], strict=True))
+    centred = steps - steps.mean()
+    return float(centred @ losses / (centred @ centred))
+
+
+class Stages:
+    """Both stages as one sequence of steps that can be saved after any of them."""
+
+    def __init__(self, attachment: Attachment, gates: Gates, batches: list[Batch], settings: ImportanceSettings,
+                 path: Path | None, save_seconds: float, progress: Progress) -> None:
+        self.attachment, self.gates, self.batches, self.settings = attachment, gates, batches, settings
+        self.path, self.save_seconds, self.progress = path, save_seconds, progress
+        self.saved = time.monotonic()
+        self.step = 0
+        self.phase: Literal["train", "score", "done"] = "train"
+        self.curve: list[tuple[int, float]] = []
+        self.stopped = ""
+        self.sets: list[ScoreSet] = []
+        self.score_losses: list[float] = []
+        self.scores = self._fresh_scores()
+        self.optimizer = torch.optim.AdamW(list(attachment.trainable.values()), lr=settings.learning_rate,
+                                           weight_decay=0.0)
+        self.plain = has_plain_head(attachment.anatomy)
+        # evenly over batches that are sorted by length, so that no length is left out
+        places = np.linspace(0, len(batches) - 1, min(settings.probe_batches, len(batches))).round().astype(int)
+        self.probe = [batches[i] for i in dict.fromkeys(places.tolist())]
+        self.identity = sha256_of(json.dumps(settings.model_dump(), sort_keys=True),
+                                  json.dumps(attachment.plan.to_dict()),
+                                  *(b.input_ids.cpu().numpy().tobytes() for b in batches))
+
+    def _fresh_scores(self) -> ScoreOptimizer:
+        start = torch.full((len(self.gates.units),), self.settings.score_start, dtype=torch.float64)
+        return ScoreOptimizer(start, self.settings.score_rate)
+
+    # ------------------------------------------------------------------ the sequence
+
+    def finish(self) -> None:
+        """Do what is left to do."""
+        with dense_attention(self.attachment.base), lean_lora(self.attachment.base):
+            while self.phase != "done":
+                if self.phase == "train":
+                    self._train()
+                else:
+                    self._learn_scores()
+
+    def _train(self) -> None:
+        """First stage, up to its end or to the next step at which scores are wanted."""
+        wanted = self.settings
+        if not self.curve:
+            self._measure()
+        while not self.stopped:
+            self._train_step()
+            if self.step % wanted.check_every == 0 or self.step == wanted.max_steps:
+                self._measure()
+                self.stopped = self._reason_to_stop()
+            self.save()
+            if self.step in wanted.at_steps and not self.stopped:
+                break
+        self.phase = "score"
+        self.save(now=True)
+
+    def _reason_to_stop(self) -> str:
+        """Why the first stage ends here; empty where it goes on."""
+        wanted, slope = self.settings, loss_slope(self.curve, self.settings.window)
+        if slope is not None and abs(slope) < wanted.epsilon:
+            return (f"epsilon-stable: {slope:+.1e} nats per step over the last {wanted.window} measurements, below "
+                    f"{wanted.epsilon:g}")
+        if self.step < wanted.max_steps:
+            return ""
+        found = "too few measurements" if slope is None else f"{slope:+.1e} nats per step"
+        return f"not stable after the most steps allowed: {found}, epsilon {wanted.epsilon:g}"
+
+    def _train_step(self) -> None:
+        wanted = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = wanted.learning_rate * min(1.0, (self.step + 1) / _WARMUP_STEPS)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = batch_loss(self.attachment, self._batch(self.step, "train"), plain=self.plain)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.attachment.trainable.values(), _CLIP)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(f"the gradient became {norm.item()} in step {self.step + 1}; use a lower "
+                                "--learning-rate, or --dtype float32.")
+        self.optimizer.step()
+        self.step += 1
+        self.progress("stage 1: LoRA on all", self.step, wanted.max_steps, f"loss {loss.item():.3f}")
+
+    def _batch(self, step: int, what: str) -> Batch:
+        epoch, place = divmod(step, len(self.batches))
+        seed = int(sha256_of("ila", what, str(self.settings.seed), str(epoch))[:15], 16)
+        return self.batches[int(np.random.default_rng(seed).permutation(len(self.batches))[place])]
+
+    def _measure(self) -> None:
+        """Add the loss of the probe batches to the curve."""
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch in self.probe:
+                assert batch.labels is not None
+                counted = int((batch.labels[:, 1:] != -100).sum())
+                total += batch_loss(self.attachment, batch, plain=self.plain).item() * counted
+                tokens += counted
+        self.curve.append((self.step, total / tokens))
+
+    def _learn_scores(self) -> None:
+        """Second stage on the adapter as it is, then the controls."""
+        wanted, own = self.settings, self.scores
+        device = next(self.attachment.anatomy.embeddings.parameters()).device
+        with _plain_forwards(self.attachment), gated(self.attachment, self.gates):
+            while own.steps < wanted.score_steps:
+                leaf = own.scores.to(device, torch.float32).requires_grad_(True)
+                self.gates.values = torch.sigmoid(leaf)
+                loss = batch_loss(self.attachment, self._batch(own.steps, "scores"), plain=self.plain)
+                total = loss + wanted.penalty * self.gates.values.sum()
+                total.backward()
+                assert leaf.grad is not None
+                if not bool(torch.isfinite(leaf.grad).all()):
+                    raise TrainingError("a gradient of the scores is not finite; use --dtype float32.")
+                self.score_losses.append(loss.item())
+                own.step(leaf.grad.double().cpu())
+                self.progress("stage 2: scores", own.steps, wanted.score_steps, f"loss {loss.item():.3f}")
+                self.save()
+        self.sets.append(self._score_set())
+        self.score_losses = []
+        self.scores = self._fresh_scores()
+        self.phase = "done" if self.stopped else "train"
+        self.save(now=True)
+
+    def _score_set(self) -> ScoreSet:
+        scores = {"ila_score": self.scores.scores.tolist()}
+        ranges: dict[str, list[list[float]]] = {}
+        for metric, at in (("taylor", 1.0), ("taylor_base", 0.0)):
+            with _plain_forwards(self.attachment):
+                worths = update_worths(self.attachment, self.gates, self.probe, at=at).numpy()
+            means = [stats.mean_interval(column) for column in worths.T]
+            scores[metric] = [abs(m.value) for m in means]
+            # the interval of the signed mean, turned with it
+            ranges[metric] = [[m.low, m.high] if m.value >= 0 else [-m.high, -m.low] for m in means]
+        scores["update_norm"] = update_norms(self.attachment, self.gates).tolist()
+        seed = int(sha256_of("ila random control", self.identity, str(self.step))[:15], 16)
+        scores["random"] = np.random.default_rng(seed).random(len(self.gates.units)).tolist()
+        return ScoreSet(self.step, bool(self.stopped), scores, ranges, self.score_losses, len(self.probe))
+
+    # ------------------------------------------------------------------ progress on disk
+
+    def save(self, *, now: bool = False) -> None:
+        """Write everything, if it is time."""
+        if self.path is None or not (now or time.monotonic() - self.saved >= self.save_seconds):
+            return
+        tensors = {f"adapter|{n}": t.contiguous() for n, t in self.attachment.state().items()}
+        tensors |= {"scores": self.scores.scores, "first": self.scores.first, "second": self.scores.second}
+        if self.phase != "done":
+            for name, parameter in self.attachment.trainable.items():
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer|{name}|{key}"] = value.detach().cpu().contiguous()
+        state = {"identity": self.identity, "step": self.step, "phase": self.phase, "curve": self.curve,
+                 "stopped": self.stopped, "sets": [asdict(s) for s in self.sets],
+                 "score_steps": self.scores.steps, "score_losses": self.score_losses}
+        with atomic_path(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Put saved progress back, if there is any.
+
+        Raises:
+            OutputError: it cannot be read, or belongs to another run.
+        """
+        if self.path is None or not self.path.is_file():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as stored:
+                state = json.loads(stored.metadata()["state"])
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise OutputError(f"cannot resume from {self.path}: {error}; name a new --out folder.") from error
+        if state["identity"] != self.identity:
+            raise OutputError(f"{self.path} belongs to a run with other settings or data; name a new --out folder.")
+        self.attachment.load_state({k.split("|", 1)[1]: t for k, t in tensors.items() if k.startswith("adapter|")})
+        for name, parameter in self.attachment.trainable.items():
+            own = {k.rsplit("|", 1)[1]: t for k, t in tensors.items() if k.startswith(f"optimizer|{name}|")}
+            if own:
+                self.optimizer.state[parameter] = {
+                    k: t if t.ndim == 0 else t.to(parameter.device) for k, t in own.items()}
+        self.step, self.phase, self.stopped = state["step"], state["phase"], state["stopped"]
+        self.curve = [(int(s), float(v)) for s, v in state["curve"]]
+        self.sets = [ScoreSet(**s) for s in state["sets"]]
+        self.score_losses = state["score_losses"]
+        self.scores.steps = state["score_steps"]
+        self.scores.scores.copy_(tensors["scores"])
+        self.scores.first.copy_(tensors["first"])
+        self.scores.second.copy_(tensors["second"])
+
+
+@contextlib.contextmanager
+def _plain_forwards(attachment: Attachment) -> Iterator[None]:
+    """Within the context adapted layers have no lean forward, which gates would otherwise take for theirs."""
+    kept = {m: m.__dict__.pop("forward") for m in attachment.base.modules()
+            if hasattr(m, "lora_A") and "forward" in m.__dict__}
+    try:
+        yield
+    finally:
+        for module, forward in kept.items():
+            module.forward = forward
