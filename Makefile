@@ -2,6 +2,7 @@
 #   make demo    the whole program on a real small model, no network but the package index
 #   make test    fast tests        make slow   the tests on the real embedded model
 #   make lint    ruff and mypy     make docs   the documentation, strict     make check   all three
+#   make notebooks   runs the notebooks of examples/ and keeps what they print and draw
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -56,6 +57,9 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+notebooks: $(INSTALLED)
+	$(BIN)/python examples/execute.py
 
 check: lint docs test
 

@@ -6,6 +6,7 @@ font from anywhere.
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -22,6 +23,7 @@ from midblock.quantities import FAMILIES, Quantity, quantities
 DOCS = Path(__file__).resolve().parent
 # pages of the site that live at the repository's root, where people and hosts look for them
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
+NOTEBOOKS = sorted((DOCS.parent / "examples").glob("*.ipynb"))
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.+?)\\\)</span>', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', re.DOTALL)
 # level of a measure -> what it is taken of, and the commands that give it
@@ -49,6 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are written elsewhere: commands' help, measures, and what lies at the root."""
     pages = {"cli.md": generate_cli.page()}
     pages |= {f"measures/{family}.md": family_page(family) for family in FAMILIES}
+    pages |= {f"examples/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     for name, source in ROOT_PAGES.items():
         text = (DOCS.parent / source).read_text(encoding="utf-8")
         for page, other in ROOT_PAGES.items():
@@ -89,6 +92,24 @@ def section(measure: Quantity) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     formula = f"$$\n{measure.formula}\n$$\n\n" if measure.formula else ""
     return f"## {measure.label}\n\n{formula}{measure.reading}\n\n| | |\n|---|---|\n{rows}"
+
+
+def notebook_page(path: Path) -> str:
+    """An executed notebook: its text, its code, and what that printed and drew."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                parts.append(f"![Figure](data:image/png;base64,{''.join(data['image/png']).replace(chr(10), '')})")
+            elif "text/html" in data:
+                table = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+                parts.append(re.sub(r' (border|class)="[^"]*"', "", table))
+            else:
+                parts.append(f"```text\n{''.join(data.get('text/plain', '')).rstrip()}\n```")
+    return "\n\n".join(parts) + f"\n\n*This page is the notebook `examples/{path.name}`, as it ran.*\n"
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:

@@ -38,6 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the site is built from, built as `make docs` does."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(DOCS, folder / "docs")
+    shutil.copytree(REPOSITORY / "examples", folder / "examples")
     for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
         shutil.copy(REPOSITORY / name, folder)
     (folder / "src").symlink_to(REPOSITORY / "src")
