@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import midblock
 from midblock import extras
@@ -85,6 +86,14 @@ def test_constraints_pin_everything_declared() -> None:
     declared = CORE | set().union(*(names(r) for extra, r in PROJECT["optional-dependencies"].items()
                                     if extra != "quantized"))
     assert declared - pinned - {"midblock"} == set()
+
+
+def test_the_workflow_runs_the_gate_on_every_python_that_is_promised() -> None:
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["check"]
+    promised = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r".*:: 3\.\d+", c)]
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
 
 
 def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
