@@ -22,6 +22,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
                    ).execute()
     for cell in notebook.cells:
         cell.get("metadata", {}).pop("execution", None)  # times of day would differ in every run
+        if "outputs" in cell:  # progress bars are of no use to a reader
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return notebook
 
 

@@ -18,6 +18,7 @@ EXTRA_OF = {
     "datasets": "tune",
     "jinja2": "report",
     "lm_eval": "evaluate",
+    "markupsafe": "report",
     "peft": "tune",
     "plotly": "report",
     "pyarrow": "parquet",
