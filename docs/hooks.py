@@ -50,6 +50,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are written elsewhere: commands' help, measures, and what lies at the root."""
     pages = {"cli.md": generate_cli.page()}
+    pages["api-metrics.md"] = modules_page("metrics", "Metrics", (
+        "The formulas as pure functions of tensors, importable from `midblock.metrics`; no models, no files. What each "
+        "means is under [Measures](measures/index.md)."))
+    pages["api-stats.md"] = modules_page("stats", "Statistics", (
+        "Intervals, tests and power as pure functions of arrays, importable from `midblock.stats`."))
     pages |= {f"measures/{family}.md": family_page(family) for family in FAMILIES}
     pages |= {f"examples/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     for name, source in ROOT_PAGES.items():
@@ -63,6 +68,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.remove(written)
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def modules_page(package: str, title: str, introduction: str) -> str:
+    """The reference of every public module of a package."""
+    parts = [f"# {title}", introduction]
+    for path in sorted((DOCS.parent / "src" / "midblock" / package).glob("[!_]*.py")):
+        heading = "CKA" if path.stem == "cka" else path.stem.replace("_", " ").capitalize()
+        parts.append(f"## {heading}\n\n::: midblock.{package}.{path.stem}\n    options:\n"
+                     "      show_root_heading: false\n      show_root_toc_entry: false")
+    return "\n\n".join(parts) + "\n"
 
 
 def family_page(family: str) -> str:
