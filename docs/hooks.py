@@ -18,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import midblock
 from midblock.quantities import FAMILIES, Quantity, quantities
 
 DOCS = Path(__file__).resolve().parent
@@ -57,6 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "Intervals, tests and power as pure functions of arrays, importable from `midblock.stats`."))
     pages |= {f"measures/{family}.md": family_page(family) for family in FAMILIES}
     pages |= {f"examples/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
+    pages["api.md"] = api_page()
     for name, source in ROOT_PAGES.items():
         text = (DOCS.parent / source).read_text(encoding="utf-8")
         for page, other in ROOT_PAGES.items():
@@ -68,6 +70,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.remove(written)
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def api_page() -> str:
+    """docs/api.md, and every public name that it does not place itself."""
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    placed = set(re.findall(r"^::: midblock(?:\.\w+)*\.(\w+)$", text, flags=re.MULTILINE))
+    others = [name for name in midblock._EXPORTS if name not in placed]
+    return text.replace("<!-- others -->", "\n".join(f"::: midblock.{name}" for name in others))
 
 
 def modules_page(package: str, title: str, introduction: str) -> str:
