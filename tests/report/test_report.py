@@ -99,6 +99,27 @@ def test_the_answer_names_where_tuning_acted(peak: str, tmp_path: Path) -> None:
     assert found.command.startswith("midblock tune models/base --data gsm8k")
 
 
+def test_a_sweeps_verdict_leads_and_names_the_next_command(tmp_path: Path) -> None:
+    a_run(tmp_path / "a", "profile", profile_table())
+    table = Table()
+    for arm, value in (("base", 0.1), ("01100", 0.5), ("11111", 0.4)):
+        table.add("segment", arm, "exact_match", "base" if arm == "base" else "sft",
+                  Interval(value, value - 0.1, value + 0.1, 40), arm=arm, task="arithmetic", role="evaluation", seed=None,
+                  params=10)
+    with RunFolder(tmp_path / "s", command="sweep", settings={}) as made:
+        made.write_table(table)
+        made.write_text("verdict.txt", "Use 01100.\nMore words.\nNext: midblock tune m --mask 01100 --out NEW\n")
+    runs, _ = collect([tmp_path])
+    charts = charts_of(runs)
+    found = findings_of(runs, charts)
+    assert found.answer[0].endswith("Use 01100.")
+    assert found.command == "midblock tune m --mask 01100 --out NEW"
+    arms = next(c for c in charts if c["section"] == "arms")
+    assert arms["id"] == found.key[0]
+    assert arms["baseline"] == pytest.approx(0.1)
+    assert not any("No sweep" in line for line in found.limits)
+
+
 def test_even_change_is_not_called_a_place(tmp_path: Path) -> None:
     table = Table()
     for h in range(BLOCKS + 1):

@@ -18,6 +18,7 @@ from midblock.segments import zone_means
 __all__ = ["Findings", "findings_of"]
 
 _WHERE = ("weight_change_relative", "change_intensity_relative", "cosine")
+_NEXT = "Next: "  # how a verdict names the command to run
 _EVEN = 1.25  # zones whose means are within this factor are called even
 _KEY_METRICS = ("cosine", "weight_change_relative", "accuracy", "cka_debiased", "loss", "effective_rank")
 
@@ -108,13 +109,14 @@ def _limits(runs: Sequence[Run]) -> list[str]:
 
 
 def _next(runs: Sequence[Run]) -> str:
-    first = runs[0]
+    """What a sweep's verdict says to run; without one, the plan of the middle on the same model and data."""
+    for run in runs:
+        for line in run.summary.splitlines():
+            if run.command == "sweep" and line.startswith(_NEXT):
+                return line.removeprefix(_NEXT)
     specs = [str(m.get("spec") or "") for run in runs for m in run.models.values()]
     model = next((s for s in specs if s), "smollm2")
     data = next((str(run.record.get("settings", {}).get("data") or run.data) for run in runs if run.data), "arithmetic")
-    commands = {run.command for run in runs}
-    if "sweep" in commands:
-        return f"midblock figures {shlex.quote(str(first.folder.parent))} --out figures"
     return f"midblock tune {shlex.quote(model)} --data {shlex.quote(data)} --mask 01100 --dry-run"
 
 
