@@ -25,7 +25,7 @@ export MIDBLOCK_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test slow lint docs check clean distclean
+.PHONY: install demo test slow lint docs notebooks check clean distclean
 .DEFAULT_GOAL := check
 
 install: $(INSTALLED)

@@ -21,7 +21,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 def lines(page: str) -> list[str]:
     """The program's lines of a page; installing is not repeated here."""
-    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("midblock ")]
+    whole = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [line for line in whole.splitlines() if line.startswith("midblock ")]
 
 
 def scripts(page: str) -> list[str]:
