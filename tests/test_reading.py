@@ -26,10 +26,10 @@ def test_deep_nesting_is_refused_in_words(tmp_path: Path, levels: int, opened: s
     path = tmp_path / "deep.json"
     path.write_text(opened * levels + "1" + closed * levels)
     for read in (reading.read_json, reading.read_yaml):
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(MidblockError, match=r"deep\.json is nested too deeply|deep\.json has more than"):
             read(path)
-        assert time.perf_counter() - began < 10
+        assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(("opened", "closed"), NESTED)
@@ -209,8 +209,8 @@ def test_faults_of_a_model_are_named_by_key() -> None:
         heads: int
         width: int
 
-    assert reading.validated(Size, {"heads": 2, "width": 3}, where="c").heads == 2
-    with pytest.raises(DataError, match=r"c\.json cannot be used: heads: .*found 'x'.*width: Field required"):
+    message = r"c\.json cannot be used: heads must be a whole number, got 'x'; width is missing"
+    with pytest.raises(DataError, match=message):
         reading.validated(Size, {"heads": "x"}, where="c.json", error=DataError)
 
 

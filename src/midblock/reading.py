@@ -25,9 +25,9 @@ from midblock.errors import MidblockError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from pydantic import BaseModel, ValidationError
+    from pydantic import BaseModel
 
-__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "faults_of", "open_file", "parse_json",
+__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "open_file", "parse_json",
            "parse_yaml", "printable", "read_csv", "read_json", "read_jsonl", "read_sealed", "read_text", "read_yaml",
            "sealed", "shortened", "user_path", "validated"]
 
@@ -41,6 +41,8 @@ MAX_DIGITS = 300
 """Digits of a whole number; the largest float has 309."""
 MAX_VALUES = 5_000_000
 """Values of one file; references let a small YAML file stand for any number of them."""
+
+_SHOWN = 5  # faults of one file that a message names
 
 Fault = type[MidblockError]
 Model = TypeVar("Model", bound="BaseModel")
@@ -440,16 +442,11 @@ def validated(model: type[Model], value: Any, *, where: str, error: Fault = Midb
     """
     from pydantic import ValidationError
 
+    from midblock.settings.base import faults_of
+
     try:
         return model.model_validate(value)
     except ValidationError as fault:
-        raise error(f"{where} cannot be used: {'; '.join(faults_of(fault))}.") from None
-
-
-def faults_of(error: ValidationError, limit: int = 5) -> list[str]:
-    """What is wrong in a value, one short text for each key (at most ``limit``, and how many more)."""
-    faults = [f"{'.'.join(map(str, fault['loc'])) or 'the value'}: {fault['msg'].removeprefix('Value error, ')}"
-              + ("" if isinstance(fault["input"], dict | list) else f" (found {shortened(repr(fault['input']), 40)})")
-              for fault in error.errors(include_url=False)]
-    more = len(faults) - limit
-    return [*faults[:limit], f"and {more} more"] if more > 0 else faults
+        faults = faults_of(fault, unknown="key")
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise error(f"{where} cannot be used: {'; '.join([*faults[:_SHOWN], *more])}.") from None

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from midblock.errors import OutputError
 from midblock.provenance import read_written, write_sealed
-from midblock.reading import faults_of
+from midblock.settings.base import faults_of
 
 __all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
 
