@@ -20,6 +20,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutputError",
     "PairMismatchError",
+    "ServingError",
     "SettingsError",
     "TrainingError",
     "UndefinedMetricError",
@@ -94,3 +95,7 @@ class UndefinedMetricError(MidblockError, ArithmeticError):
 
     Only the measuring loop catches it: it stores an empty cell and the reason.
     """
+
+
+class ServingError(MidblockError):
+    """A server cannot be reached, or does not answer as OpenAI's completions API does."""

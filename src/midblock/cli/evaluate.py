@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from midblock.cli import console
 from midblock.cli.command import expand
 from midblock.cli.options import Json, Model, Out, Quiet, Resume, examples
-from midblock.settings.evaluate import EvaluateSettings
+from midblock.settings.evaluate import EvaluateSettings, ServingSettings
 from midblock.settings.load import LoadSettings
 
 __all__ = ["register"]
@@ -26,14 +27,20 @@ def register(app: typer.Typer) -> None:
         "midblock evaluate runs/tune/adapter --task arithmetic --samples 100 --out runs/eval",
         "midblock evaluate MODEL --task gsm8k --samples 200 --shots 5 --json",
         "midblock evaluate MODEL --task answer_loss --data mine.jsonl",
-        "midblock evaluate MODEL --task humaneval --allow-code-execution"))(expand(evaluate))
+        "midblock evaluate MODEL --task humaneval --allow-code-execution",
+        "midblock evaluate MODEL --adapter runs/tune/adapter --check-serving http://localhost:8000"))(expand(evaluate))
 
 
 def evaluate(
     model: Model,
-    task: Annotated[list[str], typer.Option(
-        "--task", metavar="T", show_default=False, help=f"What to score; repeat for more. {_TASKS}.")],
-    settings: EvaluateSettings, load: LoadSettings, out: Out = None, resume: Resume = False, as_json: Json = False,
+    settings: EvaluateSettings, load: LoadSettings, serving: ServingSettings,
+    task: Annotated[list[str] | None, typer.Option(
+        "--task", metavar="T", show_default=False, help=f"What to score; repeat for more. {_TASKS}.")] = None,
+    check_serving: Annotated[str | None, typer.Option(
+        "--check-serving", metavar="URL", show_default=False,
+        help="In place of a task: is --adapter applied by the server there (OpenAI's completions API)? Compares its "
+             "log-probabilities with local ones.")] = None,
+    out: Out = None, resume: Resume = False, as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Score a model, with or without an adapter, through lm-evaluation-harness.
@@ -44,8 +51,12 @@ def evaluate(
     """
     from midblock.evaluation import evaluate_tasks
 
+    if check_serving is not None:
+        _check_serving(check_serving, model, settings, load, serving, task, out)
+        return
     with console.progress_bar() as progress:
-        found = evaluate_tasks(model, task, out=out, resume=resume, load=load, settings=settings, progress=progress)
+        found = evaluate_tasks(model, task or [], out=out, resume=resume, load=load, settings=settings,
+                               progress=progress)
     for note in found.notes:
         console.warn(f"{note}.")
     frame = found.frame.rename(columns={"data": "task"})
@@ -62,3 +73,28 @@ def evaluate(
         "differences": {t: {"metric": d.metric, "value": d.estimate.value, "low": d.estimate.low,
                             "high": d.estimate.high, "p": d.p, "n": d.n} for t, d in found.differences.items()},
         "run": found.run})
+
+
+def _check_serving(url: str, model: str, settings: EvaluateSettings, load: LoadSettings, serving: ServingSettings,
+                   task: list[str] | None, out: Path | None) -> None:
+    from midblock.errors import SettingsError
+    from midblock.evaluation.serving import check_serving
+    from midblock.provenance import RunFolder
+    from midblock.report import save_result
+
+    adapter = settings.adapter
+    if adapter is None or task or settings.replace(adapter=None) != EvaluateSettings():
+        raise SettingsError("--check-serving takes MODEL and --adapter A, and no task or other option of scoring.")
+    if out is not None:
+        RunFolder.check_free(out)
+    with console.progress_bar() as progress:
+        found = check_serving(url, model, adapter=adapter, load=load, settings=serving, progress=progress)
+    run = None
+    if out is not None:
+        recorded = {"url": url, "model": model, "adapter": adapter, **serving.model_dump(), **load.model_dump()}
+        with RunFolder(out, command="check-serving", settings=recorded) as run:
+            run.write_table(found.tokens, "tokens.csv")
+            save_result(run, found, fields={"verdict": found.verdict})
+    console.say(found.summary())
+    console.emit_json({"verdict": found.verdict, "served": found.served, "share": found.share, "table": found.frame,
+                       "run": None if run is None else run.run})

@@ -18,10 +18,11 @@ from midblock.evaluation.outcome import (
 from midblock.evaluation.paired import LogComparison, compare_logs, read_log
 from midblock.evaluation.run import check_options, evaluate, model_limit
 from midblock.evaluation.sandbox import Outcome, ProgramTest, run_test
+from midblock.evaluation.serving import ServingCheck, check_serving
 from midblock.evaluation.suite import TasksResult, evaluate_tasks
 from midblock.evaluation.tasks import TASKS, TaskSpec, find_task, item_ids, task_data
 
-__all__ = ["TASKS", "Comparison", "EvalResult", "LogComparison", "Outcome", "ProgramTest", "TaskSpec", "TasksResult",
-           "check_options", "compare", "compare_logs", "evaluate", "evaluate_tasks", "file_name", "find_task",
-           "item_ids", "lm_eval_results", "model_limit", "perplexity_interval", "read_log", "read_result", "run_test",
-           "task_data", "write_lm_eval_files", "write_result"]
+__all__ = ["TASKS", "Comparison", "EvalResult", "LogComparison", "Outcome", "ProgramTest", "ServingCheck", "TaskSpec",
+           "TasksResult", "check_options", "check_serving", "compare", "compare_logs", "evaluate", "evaluate_tasks",
+           "file_name", "find_task", "item_ids", "lm_eval_results", "model_limit", "perplexity_interval", "read_log",
+           "read_result", "run_test", "task_data", "write_lm_eval_files", "write_result"]

@@ -22,7 +22,7 @@ from midblock.evaluation.outcome import (
     write_result,
 )
 from midblock.evaluation.run import check_options, evaluate, options_of
-from midblock.evaluation.tasks import find_task, task_data
+from midblock.evaluation.tasks import TASKS, find_task, task_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder, sha256_of
@@ -107,7 +107,7 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
     chosen, loading = EvaluateSettings.of(settings, overrides), load or LoadSettings()
     tasks = list(dict.fromkeys(tasks))
     if not tasks:
-        raise SettingsError("no task was named; there are those of `midblock.evaluation.TASKS`.")
+        raise SettingsError(f"no task was named; choose among {', '.join(TASKS)} ({name_of('task')}).")
     if resume and out is None:
         raise SettingsError(f"{name_of('resume')} continues the run in {name_of('out')}; name that folder.")
     scoring = {task: _scoring_of(task, chosen, alone=len(tasks) == 1) for task in tasks}

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from midblock.settings.base import Settings, name_of, setting
 from midblock.settings.sampling import samples, seed
 
-__all__ = ["EvaluateSettings", "ScoringSettings"]
+__all__ = ["EvaluateSettings", "ScoringSettings", "ServingSettings"]
 
 
 class ScoringSettings(Settings):
@@ -51,3 +51,14 @@ class EvaluateSettings(ScoringSettings):
     def scoring(self, **overrides: object) -> ScoringSettings:
         """The part that `evaluate` takes, with some fields replaced."""
         return ScoringSettings(**{**{n: getattr(self, n) for n in ScoringSettings.model_fields}, **overrides})
+
+
+class ServingSettings(Settings):
+    """How a server is asked; `check_serving` takes the same names as keyword arguments."""
+
+    served_name: str | None = setting(None, metavar="NAME", help=(
+        "The server's name of the model with the adapter; needed where it serves several."))
+    serving_data: str = setting("pydocs", metavar="D", help="Texts whose log-probabilities are compared.")
+    serving_samples: int = setting(16, ge=2, le=10_000, metavar="N", help="How many texts.")
+    serving_tokens: int = setting(64, ge=4, metavar="TOKENS", help="Cut the texts after this many tokens.")
+    timeout: float = setting(60.0, gt=0, cli=False, help="Seconds to wait for one answer.")
