@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from midblock.errors import OutputError, SettingsError
-from midblock.figures import depth_lines, heatmap, lines, metric_label, save_figure, scatter_pareto, segment_bars
+from midblock.figures import MAX_HEIGHT, depth_lines, heatmap, lines, save_figure, scatter_pareto, segment_bars
+from midblock.quantities import MATRICES
 from midblock.results import Interval, Table
 
 NAN = float("nan")
@@ -159,6 +160,9 @@ def test_segment_bars_values_intervals_and_baseline():
     assert np.array([(s[:, 1].min(), s[:, 1].max()) for s in segments]) == pytest.approx(
         np.array([(0.25, 0.35), (0.35, 0.45), (0.15, 0.25)]))
     assert any(list(line.get_ydata()) == [0.3, 0.3] for line in ax.lines)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["11111 (baseline)"]
+    assert ax.get_xlabel() == "segments (input side first)"
+    assert segment_bars(frame, label_title="segments swapped").axes[0].get_xlabel() == "segments swapped"
     assert [t.get_text() for t in ax.get_xticklabels()] == frame.layer.tolist()
 
 
@@ -176,7 +180,7 @@ def test_segment_bars_groups_and_faults():
                        arms([0.2, 0.5], head="sft", metric="accuracy")])
     fig = segment_bars(frame, metric="accuracy", hue="head")
     assert sorted(p.get_height() for p in fig.axes[0].patches) == [0.2, 0.3, 0.4, 0.5]
-    assert fig.axes[0].get_ylabel() == "Accuracy (share)"
+    assert fig.axes[0].get_ylabel() == "Accuracy (share of tokens)"
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["base", "sft"]
     with pytest.raises(SettingsError, match="several rows"):
         segment_bars(frame)
@@ -193,7 +197,7 @@ def test_pareto_front_is_the_unbeaten_arms():
     assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(10, 1), (11, 3)]
     assert {t.get_text() for t in fig.axes[0].texts} == set("abcd")
     assert "without a value: e" in {t.get_text() for t in fig.texts} | {fig.get_supxlabel()}
-    assert fig.axes[0].get_xlabel() == "ppl (lower is better)"
+    assert fig.axes[0].get_xlabel() == "Ppl (lower is better)"
     other = drawn(scatter_pareto(frame, "ppl", "gain").axes[0], "not beaten on both axes")
     assert list(other.get_xdata()) == [11, 12]
 
@@ -218,6 +222,88 @@ def test_lines_sort_by_x_and_keep_groups():
         lines(frame, "arm", "loss")
 
 
+def words(fig: Figure) -> list[str]:
+    """Everything a reader can read."""
+    fig.draw_without_rendering()
+    return [t.get_text() for t in fig.findobj(Text) if t.get_text()]
+
+
+def test_figures_speak_in_words_without_paths():
+    frame = table(["prompt_entropy", "change_intensity_relative"]).assign(stage="sft-base")
+    fig = depth_lines(frame, title="Scores of /home/someone/models/tuned-3")
+    assert "Scores of tuned-3" in words(fig)
+    assert not any("_" in w or "/home" in w for w in words(fig))
+    assert {"base", "sft", "sft − base"} <= set(words(fig))
+    assert "Prompt entropy, change\n(share of the maximum)" in words(fig)
+    other = heatmap([[1.0]], ["/a/b/run-1"], ["owner/model"])
+    assert {"run-1", "owner/model"} <= set(words(other))
+
+
+def test_n_says_what_it_counts():
+    frame = table(["gini"])
+    assert {"n = 50 samples", "n = 48 samples"} <= set(words(depth_lines(frame)))
+    frame["n"] = 50
+    assert words(depth_lines(frame)).count("n = 50 samples") == 1, "one note where all panels have one n"
+    gradients = frame[frame.side == "base"].assign(metric="gradient_norm", kind="block")
+    assert "n = 50 batches" in words(depth_lines(gradients))
+    weights = frame[frame.side == "difference"].assign(metric="weight_change", kind="block")
+    assert not any("n =" in w for w in words(depth_lines(weights)))
+
+
+def test_tuned_blocks_are_shaded_where_they_are():
+    frame = table(["gini"])
+    hidden = depth_lines(frame, shade=[2, 3]).axes[0]
+    assert [(p.get_x(), p.get_x() + p.get_width()) for p in hidden.patches] == [(2.5, 3.5), (3.5, 4.5)]
+    block = depth_lines(frame.assign(kind="block"), shade=[2])
+    assert block.axes[0].patches[0].get_x() == 1.5
+    assert "tuned blocks" in words(block)
+
+
+def test_matrices_have_one_order_everywhere():
+    rows = ["down", "k", "norm", "q"]
+    fig = heatmap(np.arange(8).reshape(4, 2), rows, ["0", "1"])
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["q", "k", "down", "norm"]
+    assert fig.axes[0].images[0].get_array()[:, 0].tolist() == [6, 2, 0, 4]
+    frame = pd.concat([table(["weight_change"]).query("side == 'difference'").assign(matrix=m) for m in rows])
+    labels = [line.get_label() for line in depth_lines(frame, hue="matrix").axes[0].lines if line.get_label() in rows]
+    assert labels == [m for m in MATRICES if m in rows]
+
+
+def test_heatmap_marks_and_footnote():
+    fig = heatmap([[0.5, 0.2], [0.2, 0.5]], list("ab"), list("ab"), marks=[["", "*"], ["*", ""]], footnote="n = 30")
+    assert [t.get_text() for t in fig.axes[0].texts] == ["0.50", "0.20*", "0.20*", "0.50"]
+    assert "n = 30" in words(fig)
+
+
+@pytest.mark.parametrize("fig", [
+    lambda: depth_lines(table([f"metric_{i}" for i in range(14)])),
+    lambda: heatmap(np.random.default_rng(0).random((90, 90)), range(90), range(90)),
+    lambda: segment_bars(pd.DataFrame({"arm": [f"random blocks draw {i}" for i in range(60)],
+                                       "value": np.linspace(-1, 1, 60)}), label="arm")])
+def test_no_figure_is_higher_than_a_screen(fig):
+    made = fig()
+    assert made.get_figheight() * 150 <= 1400
+    assert made.get_figheight() <= MAX_HEIGHT
+    if made.axes[0].get_yticklabels()[0].get_text().startswith("random"):
+        assert_apart(made, made.axes[0].get_yticklabels(), axis=1)
+
+
+def test_panels_do_not_overlap_and_hold_their_labels():
+    fig = depth_lines(table(["prompt_entropy", "gini", "curvature"]), title="t")
+    fig.draw_without_rendering()
+    boxes = [ax.get_tightbbox() for ax in fig.axes]
+    assert len(boxes) == 6
+    assert not any(a.shrunk(0.98, 0.98).overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 + 1 for b in boxes)
+    legend = fig.legends[0].get_window_extent()
+    assert not any(legend.overlaps(b) for b in boxes)
+
+
+def test_words_of_a_file_can_be_edited(tmp_path):
+    svg, _ = save_figure(depth_lines(table(["gini"]), title="Some title"), tmp_path, "x")
+    assert ">Some title</text>" in svg.read_text(encoding="utf-8")
+
+
 def test_files_are_deterministic_and_complete(tmp_path):
     first = save_figure(depth_lines(table(), title="t"), tmp_path / "a" / "deep", "entropy")
     mpl.rcParams["lines.linewidth"] = 9  # the user's own settings change nothing and stay
@@ -226,17 +312,19 @@ def test_files_are_deterministic_and_complete(tmp_path):
         assert mpl.rcParams["lines.linewidth"] == 9
     finally:
         mpl.rcdefaults()
-    assert [p.name for p in first] == ["entropy.svg", "entropy.png"]
+    assert [p.name for p in first] == ["entropy.svg", "entropy.pdf"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
     assert b"dc:date" not in first[0].read_bytes()
-    assert sorted(p.name for p in first[0].parent.iterdir()) == ["entropy.png", "entropy.svg"]
+    assert sorted(p.name for p in first[0].parent.iterdir()) == ["entropy.pdf", "entropy.svg"]
 
 
 def test_save_figure_faults(tmp_path):
     fig = heatmap([[1.0]], ["a"], ["b"])
     with pytest.raises(SettingsError, match="plain file name"):
         save_figure(fig, tmp_path, "../x")
+    with pytest.raises(SettingsError, match="not as gif"):
+        save_figure(fig, tmp_path, "x", ("gif",))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         save_figure(fig, tmp_path / "file", "x")
@@ -245,8 +333,3 @@ def test_save_figure_faults(tmp_path):
 def test_no_pyplot_is_imported():
     code = "import sys, midblock.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_metric_label_names_the_unit():
-    assert metric_label("curvature") == "Curvature (mean angle / π)"
-    assert metric_label("curvature", {"curvature": ""}) == "Curvature"

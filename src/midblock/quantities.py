@@ -234,21 +234,25 @@ def moved(name: str, side: str, value: float, *, size: float = 0.0, width: int =
     return 0.0 if distance <= max(size, same) * eps * terms**0.5 else distance
 
 
-def label_of(name: str, *, unit: str | None = None) -> str:
+def label_of(name: str, *, unit: str | None = None, change: bool = False) -> str:
     """Axis label of a metric with its unit, also of one that has no record.
 
     Args:
         name: As in a table's column ``metric``.
         unit: Instead of the record's.
+        change: Of the change of the metric.
 
     Example:
         >>> label_of("loss"), label_of("my_metric"), label_of("l2_norm", unit="a.u.")
         ('Loss (nats per token)', 'My metric', 'L2 norm (a.u.)')
+        >>> label_of("loss", change=True)
+        'Loss, change (nats per token)'
     """
     if name in _KNOWN:
-        found = _KNOWN[name]
-        return found.axis if unit is None else f"{found.label} ({unit})" if unit else found.label
-    words = name[:1].upper() + name[1:].replace("_", " ")
+        words, unit = _KNOWN[name].label, _KNOWN[name].unit if unit is None else unit
+    else:
+        words = name[:1].upper() + name[1:].replace("_", " ")
+    words += ", change" if change else ""
     return f"{words} ({unit})" if unit else words
 
 

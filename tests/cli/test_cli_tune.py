@@ -49,7 +49,7 @@ def test_a_run_writes_everything_and_resumes(base: Path, data: Path, tmp_path: P
     assert found["results"]["training"]["steps"] == 10
     assert found["models"]["base"]["fingerprint"]
     for name in ("adapter/adapter_model.safetensors", "adapter/README.md", "model/model.safetensors", "summary.txt",
-                 "figures/loss.svg", "figures/update.png"):
+                 "figures/loss.svg", "figures/update.pdf"):
         assert (out / name).is_file(), name
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -78,7 +78,7 @@ def test_importance_to_overlap(place: Path, tmp_path: Path, capsys: pytest.Captu
                  "--json")
     assert [p["differ"] for p in both["pairs"]] == ["seed"]
     assert "by chance" in both["summary"]
-    assert (tmp_path / "o" / "figures" / "overlap-jaccard.png").is_file()
+    assert (tmp_path / "o" / "figures" / "overlap-jaccard.pdf").is_file()
     steps = _call(capsys, "overlap", tmp_path / "a", "--steps", "all", "--out", tmp_path / "s")
     assert "differ in step" in steps.out
 

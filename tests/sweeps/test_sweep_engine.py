@@ -49,8 +49,8 @@ def test_everything_is_written(swept):
     out, _, result, states = swept
     for name in ("run.json", "config.yaml", "plan.csv", "table.csv", "comparisons.csv", "ranking.csv", "pareto.csv",
                  "arms.csv", "claims.csv", "samples.jsonl", "verdict.txt",
-                 "figures/score-answers.svg", "figures/score-texts.png",
-                 "figures/gain-retention-answers.png"):
+                 "figures/score-answers.svg", "figures/score-texts.pdf",
+                 "figures/gain-retention-answers.pdf"):
         assert (out / name).stat().st_size > 0, name
     run = read_run(out)
     assert run["status"] == "finished"

@@ -22,7 +22,8 @@ from midblock import stats
 from midblock.errors import DataError, SettingsError
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.results import Interval, Table
+from midblock.quantities import label_of
+from midblock.results import Estimate, Table
 from midblock.segments import segment_bounds
 from midblock.stats.correlation import Method
 
@@ -106,15 +107,22 @@ class CorrelationResult:
         return "\n".join([*lines, *self.counts.get("notes", [])])
 
     def figures(self) -> dict[str, Figure]:
-        """One heatmap for each method."""
+        """One heatmap for each method; a star where Holm p is below 0.05."""
         from midblock.figures import heatmap
 
         made = {}
-        for method in dict.fromkeys(self.pairs["method"]):
+        for method, part in self.pairs.groupby("method", sort=False):
             square = self.matrix(method)
+            stars = pd.DataFrame("", index=square.index, columns=square.columns)
+            for row in part[part["p_holm"] < 0.05].itertuples():
+                stars.loc[row.a, row.b] = stars.loc[row.b, row.a] = "*"
+            counts = part["n"].astype(int)
+            spread = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+            names = [_words(name) for name in square.index]
             made[f"correlation-{method}"] = heatmap(
-                square.to_numpy(), list(square.index), list(square.columns), centre=0.0, limits=(-1.0, 1.0),
-                title=f"Correlation over depth ({method})", label=f"{method} correlation")
+                square.to_numpy(), names, names, centre=0.0, limits=(-1.0, 1.0), marks=stars.to_numpy(),
+                title=f"Correlation over depth ({method})", label=f"{method} correlation",
+                footnote=f"n = {spread} points over depth; * Holm p < 0.05 (neighbouring layers are not independent)")
         return made
 
 
@@ -199,9 +207,15 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
             table.add_undefined("model", "depth", row["method"], "pair", row["reason"], n=int(row["n"]), **extra)
         else:
             table.add("model", "depth", row["method"], "pair",
-                      Interval(row["r"], row["low"], row["high"], int(row["n"])), **extra)
+                      Estimate(row["r"], row["low"], row["high"], int(row["n"])), **extra)
     counts = {"folders": list(dict.fromkeys(map(str, folders))), "quantities": list(named), "notes": notes}
     return CorrelationResult(table, pairs, layers, num_blocks, counts)
+
+
+def _words(name: str) -> str:
+    """``gradient_norm [q]`` as words."""
+    metric, space, rest = name.partition(" ")
+    return label_of(metric, unit="") + space + rest
 
 
 # -- reading -------------------------------------------------------------------------------------

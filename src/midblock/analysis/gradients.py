@@ -28,6 +28,7 @@ from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMetricError
 from midblock.models import LoadedModel, kind_of, split_fused, text_config
 from midblock.progress import Progress, silent
+from midblock.quantities import label_of
 from midblock.results import Table
 from midblock.segments import zone_means
 from midblock.stats.correlation import Method
@@ -203,7 +204,8 @@ class GradientsResult:
             part = frame[(frame["side"] == stage) & (frame["metric"] == "gradient_norm") & (frame["matrix"] != "all")]
             wide = part.pivot_table(index="matrix", columns="layer", values="value", sort=False)
             made[f"gradient-heatmap-{stage}"] = heatmap(wide.to_numpy(), list(wide.index), list(wide.columns),
-                                                        title=f"Gradient norm, {stage}")
+                                                        title=f"Gradient norm by matrix, {stage}", column_label="block",
+                                                        label=label_of("gradient_norm"))
         return made
 
 

@@ -230,7 +230,7 @@ class LensResult:
                      if (chosen["side"] == s + TWICE).any()]
             chosen = pd.concat([chosen, *twice], ignore_index=True)
             made[f"lens{suffix}"] = depth_lines(chosen, ["accuracy", "loss", "entropy", "gold_probability"],
-                                                title="Logit lens of each hidden state")
+                                                title="Logit lens: predictions of each hidden state")
             if (chosen["metric"] == "kl").any():
                 made[f"agreement{suffix}"] = depth_lines(chosen, list(_SHARED),
                                                          title=f"Agreement of {pair[0]} with {pair[1]}")

@@ -30,6 +30,7 @@ from midblock.data import Dataset
 from midblock.errors import OutputError, PairMismatchError, SettingsError
 from midblock.models import LoadedModel, save_checkpoint
 from midblock.progress import Progress, silent
+from midblock.quantities import label_of
 from midblock.results import Table
 from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
@@ -344,8 +345,9 @@ class MergeResult:
                 key = f"merge-{metric}" if len(self.stages) == 2 else f"merge-{metric}-{side_of(pair)}"
                 made[key] = segment_bars(
                     part.rename(columns={"layer": "alphas"}), metric=metric, label="alphas", hue="against",
-                    title=f"Change of {metric} of merged models: {pair[0]} into {pair[1]}",
-                    value_label=f"{metric} minus that of the model named")
+                    title=f"{label_of(metric, unit='')} of merged models: {pair[0]} into {pair[1]}",
+                    label_title="alpha of each segment (input side first)",
+                    value_label=f"{label_of(metric)}, minus that of the model named")
         return made
 
 

@@ -33,6 +33,7 @@ from midblock.data import Batch, Dataset, TokenRow, pad_token_id
 from midblock.errors import DataError
 from midblock.models import LoadedModel
 from midblock.progress import Progress, silent
+from midblock.quantities import label_of
 from midblock.results import Kind, Table
 from midblock.segments import format_blocks
 from midblock.settings.steer import Positions, SteerSettings
@@ -159,7 +160,7 @@ class SteerResult:
 
     def figures(self) -> dict[str, Figure]:
         """Paired change of loss and accuracy, by block (a line per strength) or by strength."""
-        from midblock.figures import lines, metric_label
+        from midblock.figures import lines
 
         frame = self.frame
         made: dict[str, Figure] = {}
@@ -174,7 +175,7 @@ class SteerResult:
                                     place=rows["layer"].map(lambda b: f"block {b}"))
                 made[f"steer-{metric}{suffix}"] = lines(
                     drawn, "layer" if by_block else "alpha", hue="strength" if by_block else "place", zero=True,
-                    x_label="block" if by_block else "strength", y_label=f"change of {metric_label(metric).lower()}",
+                    x_label="block" if by_block else "strength", y_label=f"change of {label_of(metric).lower()}",
                     title=f"{self.what} of {side_of(pair)} put into {pair[1]}")
         return made
 

@@ -26,6 +26,7 @@ from midblock.errors import SettingsError
 from midblock.models import LoadedModel, SharedParts, shared_parts
 from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
+from midblock.quantities import label_of
 from midblock.results import Table
 from midblock.segments import segment_blocks
 from midblock.settings.swap import SwapSettings
@@ -77,8 +78,10 @@ class SwapResult:
         for metric in ("loss", "accuracy"):
             part = frame[frame["metric"] == metric].assign(
                 series=lambda f: f["donor"] + " in " + f["recipient"] + ", " + f["head"] + " head")
-            made[f"swap-{metric}"] = segment_bars(part, metric=metric, hue="series",
-                                                  title=f"Change of {metric} when a segment is swapped")
+            made[f"swap-{metric}"] = segment_bars(
+                part, metric=metric, hue="series", label_title="segments swapped (input side first)",
+                value_label=label_of(metric, change=True),
+                title=f"{label_of(metric, unit='')} with segments of another model, against the model as it is")
         return made
 
 

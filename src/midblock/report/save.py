@@ -35,7 +35,7 @@ class Result(Protocol):
 
 def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | None = None,
                 progress: Progress = silent) -> list[str]:
-    """Write ``table.csv``, ``summary.txt`` and ``figures/*.svg|png``; returns the names written.
+    """Write ``table.csv``, ``summary.txt`` and ``figures/*.svg|pdf``; returns the names written.
 
     Args:
         run: The open run folder.

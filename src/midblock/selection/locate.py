@@ -259,8 +259,7 @@ class LocateResult:
         from midblock.figures import depth_lines, heatmap
 
         frame = self.frame
-        units = dict.fromkeys(BLOCK_SCORES, "")
-        made = {"locate-scores": depth_lines(frame, list(dict.fromkeys(frame["metric"])), units=units,
+        made = {"locate-scores": depth_lines(frame, list(dict.fromkeys(frame["metric"])),
                                              title=f"Scores per block, {self.model}")}
         if self.similarity is not None and np.isfinite(self.similarity).any():
             names = list(range(self.num_blocks + 1))

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from midblock.figures import lines as line_figure
-from midblock.figures import metric_label, scatter_pareto, segment_bars
+from midblock.figures import scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
+from midblock.quantities import label_of
 from midblock.results import Interval, Table
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
@@ -179,7 +180,7 @@ class SweepResult:
         return {f"depth-{name}": line_figure(
             frame, "depth", hue="segments", title=f"{task} over depth",
             x_label="mean relative depth of the tuned segment",
-            y_label=f"{metric_label(matrix.metric)}, {better} is better")}
+            y_label=f"{label_of(matrix.metric)}, {better} is better")}
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per run, task and item: ``arm``, ``learning_rate``, ``seed``, ``task``, ``item``, ``score``."""

@@ -99,7 +99,7 @@ class TuneResult:
         updates = self.frame.query("metric == 'relative_update' and kind == 'block'")
         if not updates.empty:
             made["update"] = depth_lines(updates, ["relative_update"], hue="matrix", kind="block",
-                                         num_layers=self.plan.num_blocks - 1,
+                                         num_layers=self.plan.num_blocks - 1, shade=self.plan.blocks,
                                          title="Update of each matrix, relative to its norm")
         return made
 

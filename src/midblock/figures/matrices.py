@@ -1,0 +1,127 @@
+"""A matrix of numbers as colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from midblock.errors import SettingsError
+from midblock.figures.style import GREY, MAX_HEIGHT, new_figure, short_name, styled, wrap
+from midblock.quantities import MATRICES, matrix_order
+
+__all__ = ["heatmap"]
+
+
+@styled
+def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], title: str = "",
+            centre: float | None = None, *, label: str = "", row_label: str = "", column_label: str = "",
+            limits: tuple[float, float] | None = None, marks: npt.ArrayLike | None = None,
+            footnote: str = "") -> Figure:
+    """A matrix as colours; undefined cells are grey, small matrices carry their numbers.
+
+    Rows that are matrices of a model (``q``, ``gate`` ...) are put into the one order of `quantities.MATRICES`.
+
+    Args:
+        matrix: (R, C); NaN where undefined.
+        rows: R labels, first at the top.
+        columns: C labels.
+        title: Above the figure.
+        centre: Value that is white in a blue-to-red scale with equal reach on both sides (0 for
+            differences and correlations). None: a scale from dark to light.
+        label: What the colours measure, with its unit.
+        row_label: Of the vertical axis.
+        column_label: Of the horizontal axis.
+        limits: Ends of the colour scale. Default: the data's.
+        marks: (R, C) text behind each number, such as a star for significance.
+        footnote: Below the axes: what the marks mean, n.
+
+    Raises:
+        SettingsError: labels do not fit the matrix.
+    """
+    array = np.asarray(matrix, dtype=np.float64)
+    if array.ndim != 2 or array.shape != (len(rows), len(columns)) or not array.size:
+        raise SettingsError(f"heatmap: a matrix of shape {array.shape} does not fit {len(rows)} row and "
+                            f"{len(columns)} column labels.")
+    signs = np.full(array.shape, "", dtype=object) if marks is None else np.asarray(marks, dtype=object)
+    if set(map(str, rows)) <= set(MATRICES):
+        order = [list(map(str, rows)).index(name) for name in matrix_order([str(r) for r in rows])]
+        if len(order) == len(rows):
+            array, signs, rows = array[order], signs[order], [rows[i] for i in order]
+    row_names = [wrap(short_name(str(r)), 28) for r in rows]
+    column_names = [short_name(str(c)) for c in columns]
+    cell = 0.42 if max(array.shape) <= 14 else 0.22
+    longest = max(len(line) for name in row_names for line in name.split("\n"))
+    width = min(14.0, max(4.0, 1.9 + 0.07 * longest + cell * array.shape[1]))
+    height = min(MAX_HEIGHT, max(2.6, (1.6 if footnote else 1.3) + cell * array.shape[0]))
+    fig = new_figure(width, height, title)
+    ax = fig.add_subplot()
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    norm, palette = _colour_scale(array, centre, limits)
+    ax.set_facecolor("#d9d9d9")
+    image = ax.imshow(np.ma.masked_invalid(array), norm=norm, cmap=palette, aspect="auto",
+                      interpolation="nearest")
+    _heat_ticks(ax, row_names, column_names, width, height)
+    ax.set_xlabel(column_label)
+    ax.set_ylabel(row_label)
+    bar = fig.colorbar(image, ax=ax, shrink=min(0.9, 4.0 / height), pad=0.02, aspect=22)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    if footnote:
+        fig.supxlabel(wrap(footnote, int(width * 13)), fontsize=7.5, color=GREY, x=0.01, ha="left")
+    if array.shape[0] <= 14 and array.shape[1] <= 14:
+        size = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+        for (i, j), value in np.ndenumerate(array):
+            text, ink = "–", GREY
+            if math.isfinite(value):
+                red, green, blue, _ = image.cmap(float(norm(value)))
+                text = _short(value, size) + str(signs[i, j])
+                ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+            ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=ink)
+    elif marks is not None:  # no room for numbers: the marks alone
+        for (i, j), value in np.ndenumerate(array):
+            if math.isfinite(value) and signs[i, j]:
+                ax.text(j, i + 0.15, str(signs[i, j]), ha="center", va="center", fontsize=6, color="black")
+    return fig
+
+
+def _colour_scale(array: npt.NDArray[np.float64], centre: float | None,
+                  limits: tuple[float, float] | None) -> tuple[Normalize, str]:
+    finite = array[np.isfinite(array)]
+    low, high = limits or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
+    if centre is None:
+        return Normalize(low, high if high > low else low + 1.0), "viridis"
+    reach = max(abs(low - centre), abs(high - centre)) or 1.0
+    return TwoSlopeNorm(centre, centre - reach, centre + reach), "RdBu_r"
+
+
+def _heat_ticks(ax: Axes, rows: list[str], columns: list[str], width: float, height: float) -> None:
+    """As many labels as have room: every k-th where there are more."""
+    row_step = max(1, math.ceil(len(rows) / (height * 6)))
+    longest = max(map(len, columns))
+    tilted = longest > 4 and longest * len(columns) > width * 8
+    column_step = max(1, math.ceil(len(columns) / (width * (4.5 if tilted else 3.0))))
+    if not tilted:
+        column_step = max(1, math.ceil(len(columns) * (longest + 1) / (width * 9)))
+    ax.set_yticks(range(0, len(rows), row_step), rows[::row_step])
+    ax.set_xticks(range(0, len(columns), column_step), columns[::column_step])
+    if tilted:
+        for tick in ax.get_xticklabels():
+            tick.set(rotation=40, ha="right", rotation_mode="anchor")
+    ax.tick_params(length=0)
+
+
+def _short(value: float, largest: float) -> str:
+    """A cell's number with the decimals that the matrix's largest size asks for."""
+    if largest >= 10_000 or 0 < largest < 0.05:
+        return f"{value:.1e}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
+    text = f"{value:.2f}" if largest < 10 else f"{value:.1f}" if largest < 100 else f"{value:.0f}"
+    return ("0" + text[2:] if float(text) == 0 and text[0] == "-" else text).replace("-", "−")

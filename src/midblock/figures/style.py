@@ -1,0 +1,231 @@
+"""What all figures share: colours, sizes, labels that wrap, and files that are the same for the same data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from midblock.errors import SettingsError
+from midblock.provenance import atomic_path
+
+__all__ = ["COLOURS", "MAX_HEIGHT", "save_figure"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's palette without its yellow, which is too light on white."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+GREY = "#6e6e6e"
+BAND = 0.18
+DPI = 150
+MAX_HEIGHT = 9.3
+"""Inches: 1,395 pixels at `DPI`, so that a figure fits a screen and a page."""
+
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
+    "axes.titlesize": 9.5, "axes.labelsize": 9.0, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
+    "legend.fontsize": 8.5, "legend.frameon": False, "figure.titlesize": 11.0, "figure.dpi": 100.0,
+    "lines.linewidth": 1.5, "lines.markersize": 3.5, "savefig.dpi": DPI, "savefig.bbox": None,
+    # text stays text: words can be edited and searched, and files are smaller (42 in PDF takes three times as long)
+    "svg.hashsalt": "midblock", "svg.fonttype": "none", "pdf.fonttype": 3, "axes.unicode_minus": True,
+    "text.usetex": False, "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
+}
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def styled(build: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Build under this module's settings whatever the user's matplotlibrc says, then restore them."""
+
+    @functools.wraps(build)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with mpl.rc_context():
+            mpl.rcdefaults()  # leaves the backend alone
+            settings: Any = mpl.rcParams
+            settings.update(_STYLE)
+            return build(*args, **kwargs)
+
+    return wrapper
+
+
+def wrap(text: str, width: int) -> str:
+    """Break a label over lines at spaces, underscores and dashes; never lose a character."""
+    if len(text) > width and " (" in text and text.endswith(")"):  # keep a unit in one piece
+        name, _, unit = text.rpartition(" (")
+        return f"{wrap(name, width)}\n({unit}"
+    out: list[str] = []
+    line = ""
+    for piece in _pieces(text):
+        if line and len(line) + len(piece.rstrip()) > width:
+            out.append(line.rstrip())
+            line = ""
+        line += piece
+    return "\n".join([*out, line.rstrip()])
+
+
+def short_name(text: str) -> str:
+    """Words without the folders of paths: a figure shows what was run, not where it lies.
+
+    Hub names (``owner/model``) stay whole.
+
+    Example:
+        >>> short_name("Scores per block, /data/models/tuned"), short_name("HuggingFaceTB/SmolLM2-135M")
+        ('Scores per block, tuned', 'HuggingFaceTB/SmolLM2-135M')
+    """
+    return " ".join(word.rstrip("/").rpartition("/")[2] if word.startswith(("/", ".", "~")) or word.count("/") > 1
+                    else word for word in text.split(" "))
+
+
+def _pieces(text: str) -> list[str]:
+    found, start = [], 0
+    for i, character in enumerate(text):
+        if character in " _-/:,":
+            found.append(text[start:i + 1])
+            start = i + 1
+    return [*found, text[start:]]
+
+
+def need(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Refuse a frame without rows, or without one of the columns."""
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise SettingsError(f"{what} needs column {missing[0]!r}; the frame has: "
+                            f"{', '.join(map(str, frame.columns)) or 'none'}.")
+    if frame.empty:
+        raise SettingsError(f"{what} was given a frame without rows.")
+
+
+def numbers(values: Any) -> npt.NDArray[np.float64]:
+    """Values as float64; what is no number is NaN."""
+    return np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), dtype=np.float64)
+
+
+def new_figure(width: float, height: float, title: str, layout: Literal["constrained"] | None = "constrained"
+               ) -> Figure:
+    """A figure of that many inches, not higher than `MAX_HEIGHT`, with a canvas but without pyplot."""
+    fig = Figure(figsize=(width, min(height, MAX_HEIGHT)), layout=layout)
+    FigureCanvasAgg(fig)
+    if title:
+        fig.suptitle(wrap(short_name(title), int(width * 12)), x=0.01, ha="left", fontweight="bold")
+    return fig
+
+
+def plot_series(ax: Axes, x: npt.NDArray[np.float64], rows: pd.DataFrame, index: int, label: str) -> None:
+    """One line with its interval band; ``index`` chooses colour, marker and dashes."""
+    colour = COLOURS[index % len(COLOURS)]
+    value = numbers(rows["value"])
+    many = x.size > 48  # markers would merge into a thick line
+    ax.plot(x, value, color=colour, label=label, linestyle=DASHES[(index // len(COLOURS)) % len(DASHES)],
+            marker="" if many else MARKERS[index % len(MARKERS)])
+    if many:  # a value between two gaps has no line
+        gaps = np.isnan(np.concatenate([[np.nan], value, [np.nan]]))
+        alone = ~gaps[1:-1] & gaps[:-2] & gaps[2:]
+        ax.plot(x[alone], value[alone], linestyle="", marker=".", color=colour)
+    if {"low", "high"} <= set(rows.columns):
+        low, high = numbers(rows["low"]), numbers(rows["high"])
+        ax.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)
+
+
+def count_note(frame: pd.DataFrame, counted: str = "samples") -> str:
+    """``n = 50 samples``, or the range of n; nothing without ``counted`` or a column ``n``.
+
+    Example:
+        >>> count_note(pd.DataFrame({"n": [48, 50]}))
+        'n = 48 to 50 samples'
+    """
+    if "n" not in frame.columns or not counted:
+        return ""
+    n = numbers(frame["n"])
+    n = n[np.isfinite(n) & (n > 0)]
+    if not n.size:
+        return ""
+    low, high = int(n.min()), int(n.max())
+    return f"n = {low} {counted}" if low == high else f"n = {low} to {high} {counted}"
+
+
+def note(ax: Axes, text: str) -> None:
+    """Small grey words above the panel's right end."""
+    if text:
+        ax.set_title(text, loc="right", fontsize=7.5, color=GREY)
+
+
+def integer_axis(ax: Axes) -> None:
+    """Ticks at whole numbers only."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
+
+
+def labelled(axes: Sequence[Axes]) -> dict[str, Any]:
+    """Label -> handle of everything in the panels, each label once."""
+    seen: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    return seen
+
+
+def legend_columns(width: float, labels: Sequence[str]) -> int:
+    """How many labels fit side by side in so many inches."""
+    longest = max(map(len, labels), default=1)
+    return max(1, min(len(labels), int(width * 11 / (longest + 7))))
+
+
+def outside_legend(fig: Figure, axes: Sequence[Axes], least: int = 2) -> None:
+    """One legend below all panels, where there are at least ``least`` labels."""
+    seen = labelled(axes)
+    if len(seen) >= least:
+        fig.legend(list(seen.values()), list(seen), loc="outside lower center",
+                   ncols=legend_columns(fig.get_figwidth(), list(seen)))
+
+
+Format = Literal["svg", "pdf", "png"]
+_METADATA: dict[Format, dict[str, Any]] = {
+    "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "png": {"Software": None}}
+
+
+def save_figure(fig: Figure, folder: Path | str, name: str, formats: Sequence[Format] = ("svg", "pdf")) -> list[Path]:
+    """Write ``name.svg`` and ``name.pdf`` (or other ``formats``; png has 150 dpi) into ``folder``, each atomically.
+
+    Words stay words in both, so that they can be edited and searched. The files carry no date and fixed ids, so equal
+    data give equal bytes under one matplotlib.
+
+    Returns:
+        The paths, in the order of ``formats``.
+
+    Raises:
+        SettingsError: ``name`` is not a plain file name, or another format.
+        OutputError: the folder cannot be written.
+    """
+    if not name or Path(name).name != name:
+        raise SettingsError(f"{name!r} is not a plain file name for a figure.")
+    if unknown := set(formats) - set(_METADATA):
+        raise SettingsError(f"figures are written as {', '.join(_METADATA)}, not as {', '.join(sorted(unknown))}.")
+    return _write(fig, Path(folder), name, formats)
+
+
+@styled
+def _write(fig: Figure, folder: Path, name: str, formats: Sequence[Format]) -> list[Path]:
+    if fig.get_layout_engine() is not None:  # places are found once, not anew for each format
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
+    written = []
+    for kind in formats:
+        path = folder / f"{name}.{kind}"
+        with atomic_path(path) as temporary:
+            fig.savefig(temporary, format=kind, metadata=_METADATA[kind])
+        written.append(path)
+    return written
