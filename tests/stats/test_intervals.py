@@ -11,11 +11,10 @@ from statsmodels.stats.proportion import proportion_confint
 
 from midblock.errors import SettingsError, UndefinedMetricError
 from midblock.stats import (
+    arm_intervals,
     bootstrap_weights,
-    crossed_interval,
     crossed_mean,
     hierarchical_arms_bootstrap,
-    hierarchical_bootstrap,
     jackknife_interval,
     mean_interval,
     paired_bootstrap,
@@ -161,8 +160,8 @@ def test_paired_proportion_interval_covers_also_where_disagreement_is_rare():
 
 def test_crossed_interval_one_seed_is_the_t_interval_over_items():
     x = np.random.default_rng(9).normal(size=30)
-    assert crossed_interval(x).high == pytest.approx(mean_interval(x).high)
-    assert crossed_interval(x[:, None]).low == pytest.approx(mean_interval(x).low)
+    assert crossed_mean(x).interval().high == pytest.approx(mean_interval(x).high)
+    assert crossed_mean(x[:, None]).interval().low == pytest.approx(mean_interval(x).low)
 
 
 def test_crossed_mean_squares_equal_an_anova_table():
@@ -187,7 +186,7 @@ def test_crossed_interval_covers_with_item_and_seed_variability(seeds, item_sd, 
     rounds, items = 1500, 50
     scores = (rng.normal(size=(rounds, seeds, items)) + item_sd * rng.normal(size=(rounds, 1, items))
               + seed_sd * rng.normal(size=(rounds, seeds, 1)))
-    hits = np.mean([covered(crossed_interval(s), 0.0) for s in scores])
+    hits = np.mean([covered(crossed_mean(s).interval(), 0.0) for s in scores])
     assert 0.925 < hits < 0.99
 
 
@@ -202,12 +201,12 @@ def test_hierarchical_bootstrap_variance_has_both_sources():
     rng = np.random.default_rng(13)
     items_only = np.repeat(rng.normal(size=(1, 200)), 2, axis=0)
     expected = items_only[0].std(ddof=1) / math.sqrt(200)
-    assert hierarchical_bootstrap(items_only, 8000, 1).std() == pytest.approx(expected, rel=0.04)
+    assert hierarchical_arms_bootstrap({"arm": items_only}, 8000, 1)["arm"].std() == pytest.approx(expected, rel=0.04)
     seeds_only = np.repeat(np.array([[0.0], [1.0]]), 200, axis=1)
-    draws = hierarchical_bootstrap(seeds_only, 8000, 1)
+    draws = hierarchical_arms_bootstrap({"arm": seeds_only}, 8000, 1)["arm"]
     # two seeds at 0 and 1: unbiased variance of their mean 0.5 / 2
     assert draws.var() == pytest.approx(0.25, rel=0.02)
-    one_seed = hierarchical_bootstrap(items_only[0], 8000, 1)
+    one_seed = hierarchical_arms_bootstrap({"arm": items_only[0]}, 8000, 1)["arm"]
     assert one_seed.std() == pytest.approx(expected, rel=0.04)
 
 
@@ -217,7 +216,7 @@ def test_arms_bootstrap_shares_its_draws():
     draws = hierarchical_arms_bootstrap({"a": base, "b": base + 0.25, "c": rng.normal(size=(3, 100))}, 500, 2)
     assert np.allclose(draws["b"] - draws["a"], 0.25)
     assert (draws["c"] - draws["a"]).std() > 0.05
-    assert np.array_equal(draws["a"], hierarchical_bootstrap(base, 500, 2))
+    assert np.array_equal(draws["a"], hierarchical_arms_bootstrap({"arm": base}, 500, 2)["arm"])
 
 
 def test_arms_bootstrap_leaves_out_a_failed_seed_for_all_arms():
@@ -268,3 +267,60 @@ def test_ratio_interval_of_too_few_samples_and_of_none():
         ratio_interval([1.0, math.inf], [1.0, 1.0])
     with pytest.raises(SettingsError, match="belong together"):
         ratio_interval([1.0], [1.0, 2.0])
+
+
+# -- arms ----------------------------------------------------------------------------------------
+
+
+def test_one_seed_is_the_t_interval_over_items():
+    scores = np.random.default_rng(0).normal(0, 1, 30)
+    found, want = arm_intervals({"a": scores})["a"], mean_interval(scores)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((want.value, want.low, want.high, 30))
+
+
+def test_half_width_equals_its_formula_with_loops():
+    rng = np.random.default_rng(1)
+    tables = {a: rng.normal(0, 1, (3, 20)) + rng.normal(0, 0.3, (3, 1)) for a in "abc"}
+    squares = {}
+    for arm, y in tables.items():
+        mean = y.mean()
+        seed = sum(20 * (y[s].mean() - mean) ** 2 for s in range(3)) / 2
+        item = sum(3 * (y[:, i].mean() - mean) ** 2 for i in range(20)) / 19
+        rest = sum((y[s, i] - y[s].mean() - y[:, i].mean() + mean) ** 2 for s in range(3) for i in range(20)) / 38
+        squares[arm] = seed, item, rest
+    ratio = np.mean([seed / rest for seed, _, rest in squares.values()])
+    found = arm_intervals(tables)
+    for arm, (seed, item, rest) in squares.items():
+        part = max(max(seed, ratio * rest) - rest, 0) * scipy_stats.t.ppf(0.975, 6) ** 2
+        want = math.sqrt((part + item * scipy_stats.t.ppf(0.975, 19) ** 2) / 60)
+        assert found[arm].high - found[arm].value == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_of_arms_cover(seeds, seed_sd):
+    rng = np.random.default_rng(2)
+    rounds = 400
+    hits = 0
+    for _ in range(rounds):
+        item = rng.normal(0, 0.7, 60)
+        tables = {a: 0.5 + item + rng.normal(0, 0.5, 60) + rng.normal(0, seed_sd, (seeds, 1))
+                  + rng.normal(0, 0.5, (seeds, 60)) for a in "abcdef"}
+        found = arm_intervals(tables)["a"]
+        hits += found.low <= 0.5 <= found.high
+    error = math.sqrt(0.95 * 0.05 / rounds)
+    assert 0.93 - 2.6 * error <= hits / rounds <= 0.97 + 2.6 * error
+
+
+def test_failed_seeds_limits_and_pooling():
+    rng = np.random.default_rng(3)
+    tables = {a: (rng.random((3, 40)) < 0.02).astype(float) for a in "abc"}
+    tables["a"][1] = np.nan
+    tables["d"] = np.full((3, 40), np.nan)
+    found = arm_intervals(tables, limits=(0, 1))
+    assert found["a"].low >= 0
+    assert math.isnan(found["d"].value)
+    assert found["a"].value == pytest.approx(tables["a"][[0, 2]].mean())
+    alone = arm_intervals({"b": tables["b"]}, limits=(0, 1))["b"]
+    apart = arm_intervals(tables, limits=(0, 1), pool_seeds=False)["b"]
+    assert (alone.low, alone.high) == (apart.low, apart.high)

@@ -1,4 +1,4 @@
-"""Inverted U: recovers planted shapes, against statsmodels, false alarms on monotone truths."""
+"""Inverted U with seeds and items at random: against separate regressions, planted shapes, false alarms."""
 
 from __future__ import annotations
 
@@ -7,120 +7,102 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from hypothesis import given
+from hypothesis import strategies as st
 
 from midblock.errors import SettingsError, UndefinedMetricError
-from midblock.stats import inverted_u_test
+from midblock.stats import crossed_mean, inverted_u_test
 
-X = np.linspace(0, 1, 10)
-SHAPES = {"flat": 0 * X, "rise": X, "saturates": 1 - np.exp(-5 * X), "falls": -X, "u": 4 * (X - 0.5) ** 2}
-
-
-def test_fit_and_slopes_equal_statsmodels():
-    rng = np.random.default_rng(0)
-    y = 4 * X * (1 - X) + rng.normal(0, 0.1, 10)
-    w = rng.uniform(0.5, 2, 10)
-    fit = sm.WLS(y, np.stack([np.ones(10), X, X * X], axis=1), weights=w).fit()
-    found = inverted_u_test(X, y, weights=w)
-    assert found.coefficients == pytest.approx(tuple(fit.params))
-    left, right = fit.t_test([0, 1, 0]), fit.t_test([0, 1, 2])
-    assert (found.slope_left.low, found.slope_left.high) == pytest.approx(tuple(left.conf_int()[0]))
-    assert (found.slope_right.low, found.slope_right.high) == pytest.approx(tuple(right.conf_int()[0]))
-    assert found.p_parabola == pytest.approx(max(float(left.pvalue), float(right.pvalue)) / 2)
-    assert found.peak.low < found.peak.value < found.peak.high
-    assert found.error == "residuals"
+X = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+SHAPES = {"flat": 0 * X, "rise": X, "rises and stays": np.minimum(X, 0.3), "stays and falls": -np.maximum(X, 0.5),
+          "saturates": 1 - np.exp(-5 * X), "falls": -X, "u": 4 * (X - 0.5) ** 2}
 
 
-def test_two_lines_equal_separate_regressions():
-    y = np.array([0.0, 0.21, 0.38, 0.62, 0.81, 0.78, 0.6, 0.43, 0.19, 0.02])
+def sweep(rng, truth, seeds=3, items=60, seed_sd=0.05, scale=0.5):
+    """(seeds, items, depths): item effects shared by arms, and chance of each trained arm."""
+    shape = (seeds, items, len(truth))
+    return (scale * np.asarray(truth) + rng.normal(0, 0.4, (1, items, 1)) + rng.normal(0, 0.2, (1, items, len(truth)))
+            + rng.normal(0, seed_sd, (seeds, 1, len(truth))) + rng.normal(0, 0.3, shape))
+
+
+def test_slopes_are_those_of_interrupted_regression():
+    y = sweep(np.random.default_rng(0), 4 * X * (1 - X))
     found = inverted_u_test(X, y)
-    left, right = found.break_at >= X, found.break_at <= X
-    assert found.break_at == X[5]
-    assert found.line_slopes == pytest.approx((np.polyfit(X[left], y[left], 1)[0],
-                                              np.polyfit(X[right], y[right], 1)[0]))
-    fit = sm.OLS(y, np.stack([left, ~left, left * X, ~left * X], axis=1).astype(float)).fit()
-    assert fit.df_resid == 6
-    assert found.p == pytest.approx(max(float(fit.pvalues[2]), two_lines_right(y, found.break_at)) / 2)
-    assert found.p < 0.001
+    means, at = y.mean(axis=(0, 1)), found.break_at
+    left, right = at >= X, at <= X
+    assert found.left.value == pytest.approx(np.polyfit(X[left], means[left], 1)[0])
+    assert found.right.value == pytest.approx(np.polyfit(X[right], means[right], 1)[0])
+    parabola = sm.OLS(means, np.stack([np.ones(5), X, X * X], axis=1)).fit().params
+    assert found.peak.value == pytest.approx(-parabola[1] / (2 * parabola[2]))
+    assert found.left.low < found.left.value < found.left.high
+    assert found.n_seeds == 3
 
 
-def two_lines_right(y, at):
-    left = at > X
-    fit = sm.OLS(y, np.stack([left, ~left, left * X, ~left * X], axis=1).astype(float)).fit()
-    return float(fit.pvalues[3])
-
-
-def test_one_side_with_a_single_depth_beside_the_break():
-    depth = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    y = np.array([0.3, 0.4, 0.3, 0.1, -0.2])
-    replicates = y + np.random.default_rng(5).normal(0, 0.01, (400, 5))
-    found = inverted_u_test(depth, y, replicates=replicates)
-    assert found.break_at == 0.3
-    assert found.line_slopes[0] == pytest.approx(0.5)
-    assert found.p < 0.001
+def test_two_depths_are_a_crossed_difference():
+    """With three depths the left slope is one difference of arms, whose error `crossed_mean` knows."""
+    rng = np.random.default_rng(1)
+    y = sweep(rng, [0.0, 0.5, 0.2], seeds=40, items=50)
+    found = inverted_u_test([0.0, 0.5, 1.0], y)
+    alone = crossed_mean(2 * (y[:, :, 1] - y[:, :, 0]))
+    assert found.left.value == pytest.approx(alone.value)
+    # pooled over the arms, the seeds' variance is nearly that of the two arms alone
+    half = (found.left.high - found.left.low) / 2
+    own = alone.interval()
+    assert half == pytest.approx((own.high - own.low) / 2, rel=0.15)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
-@pytest.mark.parametrize("with_replicates", [False, True])
-def test_false_alarms_stay_nominal_where_there_is_no_inverted_u(shape, with_replicates):
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_false_alarms_stay_nominal_where_there_is_no_inverted_u(shape, seeds):
     rng = np.random.default_rng(1)
-    rounds, sd = 250, 0.15
-    noise = rng.normal(0, sd, (200, 10))
-    hits = 0
-    for _ in range(rounds):
-        y = SHAPES[shape] + rng.normal(0, sd, 10)
-        hits += inverted_u_test(X, y, replicates=y + noise if with_replicates else None).p < 0.05
-    assert hits / rounds < 0.095  # nominal 0.05 plus three standard errors of 250 rounds
+    rounds = 200
+    hits = sum(inverted_u_test(X, sweep(rng, SHAPES[shape], seeds)).p < 0.05 for _ in range(rounds))
+    # at most nominal, and 2.6 standard errors of that many rounds
+    assert hits / rounds <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / rounds)
 
 
-def test_the_parabola_alarms_on_a_curve_that_only_levels_off():
-    """Why the headline p is that of the two lines."""
-    rng = np.random.default_rng(2)
-    found = [inverted_u_test(X, SHAPES["saturates"] + rng.normal(0, 0.1, 10)) for _ in range(200)]
-    assert np.mean([f.p_parabola < 0.05 for f in found]) > 0.25
-    assert np.mean([f.p < 0.05 for f in found]) < 0.1
-
-
-def test_without_an_inner_peak_nothing_is_claimed():
-    found = inverted_u_test(X, SHAPES["u"] + 0.01 * np.sin(9 * X))
-    assert found.p > 0.5
-    assert math.isnan(found.break_at)
-    assert math.isnan(found.line_slopes[0])
-
-
-def test_five_segments_with_replicates_find_a_planted_peak():
+def test_a_planted_peak_is_found_and_its_interval_holds_it():
     rng = np.random.default_rng(3)
-    depth = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    truth = 0.3 - 0.8 * (depth - 0.45) ** 2
-    hits = 0
-    for _ in range(200):
-        y = truth + rng.normal(0, 0.015, 5)
-        found = inverted_u_test(depth, y, replicates=y + rng.normal(0, 0.015, (400, 5)))
-        hits += found.p < 0.05 and found.peak.low <= 0.45 <= found.peak.high
-    assert hits / 200 > 0.85
-    assert found.error == "replicates"
+    truth = 0.3 - 3.0 * (X - 0.45) ** 2
+    found = [inverted_u_test(X, sweep(rng, truth)) for _ in range(60)]
+    assert np.mean([f.p < 0.05 for f in found]) > 0.85
+    assert np.mean([f.peak.low <= 0.45 <= f.peak.high for f in found]) >= 0.88
+    assert {f.break_at for f in found} <= {0.3, 0.5, 0.7}
 
 
-def test_peak_interval_covers():
-    rng = np.random.default_rng(4)
-    hits = 0
-    for _ in range(500):
-        found = inverted_u_test(X, -((X - 0.6) ** 2) + rng.normal(0, 0.03, 10))
-        hits += found.peak.low <= 0.6 <= found.peak.high
-    assert 0.92 < hits / 500 < 0.98
+def test_the_choice_of_the_break_is_paid_for():
+    y = sweep(np.random.default_rng(4), 0.3 - 3.0 * (X - 0.45) ** 2)
+    three = inverted_u_test(X[1:4], y[:, :, 1:4])
+    assert three.break_at == 0.5  # one inner depth: nothing to choose, nothing to pay
+    p_left = three.left
+    assert p_left.n == 60
+
+
+@given(st.permutations(range(5)), st.floats(0.1, 10), st.floats(-5, 5))
+def test_order_scale_and_shift_change_nothing(order, scale, shift):
+    y = sweep(np.random.default_rng(5), 4 * X * (1 - X))
+    one = inverted_u_test(X, y)
+    other = inverted_u_test(X[order], scale * y[:, :, order] + shift)
+    assert other.p == pytest.approx(one.p, rel=1e-6, abs=1e-12)
+    assert other.break_at == one.break_at
+    assert other.left.value == pytest.approx(scale * one.left.value, rel=1e-6)
 
 
 def test_unsure_curvature_gives_no_peak_interval():
-    found = inverted_u_test(X, np.array([0, 1, 0, 1, 0, 1, 0, 1, 0, 1.0]))
+    found = inverted_u_test(X, sweep(np.random.default_rng(6), 0 * X))
     assert math.isnan(found.peak.low)
     assert found.p > 0.05
 
 
 def test_bad_input():
-    with pytest.raises(UndefinedMetricError, match="at least 5"):
-        inverted_u_test([0, 0.5, 1], [1, 2, 1])
-    with pytest.raises(SettingsError, match="do not match"):
-        inverted_u_test(X, X[:5])
-    with pytest.raises(SettingsError, match="positive"):
-        inverted_u_test(X, X, weights=-X)
-    with pytest.raises(SettingsError, match="replicates must"):
-        inverted_u_test(X, X, replicates=np.zeros((50, 9)))
+    y = sweep(np.random.default_rng(7), X)
+    with pytest.raises(UndefinedMetricError, match="at least 3"):
+        inverted_u_test(X[:2], y[:, :, :2])
+    with pytest.raises(UndefinedMetricError, match="at least 3 distinct"):
+        inverted_u_test([0.1, 0.1, 0.5], y[:, :, :3])
+    with pytest.raises(UndefinedMetricError, match="one seed, chance between trainings"):
+        inverted_u_test(X, y[:1])
+    with pytest.raises(UndefinedMetricError, match="non-finite"):
+        inverted_u_test(X, y * np.nan)
+    with pytest.raises(SettingsError, match="must have shape"):
+        inverted_u_test(X, y[0])

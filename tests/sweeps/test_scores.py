@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from midblock.errors import DataError
+from midblock.stats import arm_intervals, mean_interval, share_of_gain
 from midblock.sweeps import ArmInfo, RunRecord, analyse
-from midblock.sweeps.scores import arm_interval, choose_rates, task_matrices
+from midblock.sweeps.scores import TaskMatrix, arm_estimates, choose_rates, score_rows, task_matrices
 from sweep_helpers import ARMS, PLANTED, infos, planted, planted_config, scored
 
 
@@ -44,23 +45,41 @@ def test_segments_are_single_ones_of_two_or_more():
     assert ArmInfo("r", "lora", None, (0,), 10, 1).segment is None
 
 
-def test_intervals_cover():
-    """The hierarchical interval holds the true mean about 95 times in a hundred."""
+def matrix_of(scores, *, binary):
+    items = tuple(str(i) for i in range(next(iter(scores.values())).shape[1]))
+    return TaskMatrix("t", "evaluation", "accuracy" if binary else "loss", binary, items, dict(scores))
+
+
+def test_arms_have_the_intervals_of_new_seeds_and_items():
     rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(150):
-        items, seeds = rng.normal(0, 1, 80), rng.normal(0, 0.1, 5)
-        scores = 2.0 + items[None] + seeds[:, None] + rng.normal(0, 0.5, (5, 80))
-        i = arm_interval(scores, binary=False, confidence=0.95, replicates=400)
-        covered += i.low <= 2.0 <= i.high
-    assert 0.88 <= covered / 150 <= 1.0
+    scores = {arm: rng.normal(0, 1, (3, 80)) for arm in ("10000", "01000", "00100")}
+    scores["base"] = np.tile(rng.normal(0, 1, 80), (3, 1))
+    found = arm_estimates(matrix_of(scores, binary=False), 0.95)
+    trained = arm_intervals({a: scores[a] for a in ("10000", "01000", "00100")})
+    assert {a: found[a] for a in trained} == trained
+    once = mean_interval(scores["base"][0])  # three copies of one row are one row
+    assert (found["base"].low, found["base"].high) == pytest.approx((once.low, once.high))
 
 
 def test_an_arm_that_never_answers_right_has_an_interval():
-    interval = arm_interval(np.zeros((2, 20)), binary=True, confidence=0.95, replicates=200)
-    assert interval.value == 0.0
-    assert interval.high == pytest.approx(0.161, abs=0.001)  # Wilson at 0 of 20
-    assert math.isnan(arm_interval(np.full((2, 20), np.nan), binary=True, confidence=0.95, replicates=200).value)
+    found = arm_estimates(matrix_of({"10000": np.zeros((2, 20)), "01000": np.full((2, 20), np.nan)}, binary=True), 0.95)
+    assert found["10000"].value == 0.0
+    assert found["10000"].high == pytest.approx(0.161, abs=0.001)  # Wilson at 0 of 20
+    assert math.isnan(found["01000"].value)
+
+
+def test_an_arm_is_told_its_share_of_the_full_gain():
+    rng = np.random.default_rng(1)
+    start = np.tile(rng.normal(0, 1, 200), (3, 1))
+    scores = {"base": start, "11111": start + 1 + rng.normal(0, 0.1, (3, 200)),
+              "01100": start + 0.9 + rng.normal(0, 0.1, (3, 200))}
+    scores["01100"][1] = np.nan  # that seed failed: it is left out on both sides
+    rows = {r["arm"]: r for r in score_rows(matrix_of(scores, binary=False), 0.95, "11111")}
+    want = share_of_gain(scores["01100"][[0, 2]], scores["11111"][[0, 2]], start[0])
+    assert (rows["01100"]["share"], rows["01100"]["share_low"]) == (want.value, want.low)
+    assert want.low < 0.9 < want.high
+    assert "share" not in rows["11111"]
+    assert not any("share" in r for r in score_rows(matrix_of(scores, binary=False), 0.95))
 
 
 def test_other_items_are_refused(config):

@@ -145,6 +145,9 @@ class Depth:
             return f"{q.label} needs at least {q.least} samples"
         function = partial(q.load(), **q.arguments(self.settings))
         try:
+            if spectra is not None and q.by_groups:
+                parts = np.array([float(function(part)) for part in spectra.without_groups(q)])
+                return _Taken(float(function(spectra.of(q)[0])), parts, "left out", n)
             if spectra is not None:
                 point, draws = spectra.of(q)
                 return _Taken(float(function(point)), function(draws).numpy(), "replicates", n)
@@ -179,10 +182,23 @@ class _Spectra:
     def __init__(self, x: Tensor, weights: Tensor, settings: MeasureSettings) -> None:
         self._x, self._weights, self._settings = x, weights, settings
         self._made: dict[bool, tuple[metrics.Spectrum, metrics.Spectrum]] = {}
+        self._parts: dict[bool, list[metrics.Spectrum]] = {}
+
+    def without_groups(self, q: Quantity) -> list[metrics.Spectrum]:
+        """Without a tenth of the samples in turn."""
+        unit = self._unit(q)
+        if unit not in self._parts:
+            x = metrics.unit_norm_rows(self._x) if unit else self._x
+            self._parts[unit] = [metrics.Spectrum(metrics.singular_values(part, method="gram").square(), *part.shape)
+                                 for (part,) in _without_groups((x,), len(x))]
+        return self._parts[unit]
+
+    def _unit(self, q: Quantity) -> bool:
+        return q.unit_rows and bool(getattr(self._settings, "unit_rows", False))
 
     def of(self, q: Quantity) -> tuple[metrics.Spectrum, metrics.Spectrum]:
         """Of the rows, or of rows scaled to norm 1 where the settings and the quantity ask for it."""
-        unit = q.unit_rows and bool(getattr(self._settings, "unit_rows", False))
+        unit = self._unit(q)
         if unit not in self._made:
             x = metrics.unit_norm_rows(self._x) if unit else self._x
             if not bool(x.any()):

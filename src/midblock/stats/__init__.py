@@ -8,6 +8,7 @@ from midblock.stats.correlation import (
     regret,
     spearman,
 )
+from midblock.stats.gain import share_of_gain
 from midblock.stats.hypothesis_tests import (
     ARM_COLUMNS,
     McNemar,
@@ -23,11 +24,10 @@ from midblock.stats.hypothesis_tests import (
 )
 from midblock.stats.intervals import (
     CrossedMean,
+    arm_intervals,
     bootstrap_weights,
-    crossed_interval,
     crossed_mean,
     hierarchical_arms_bootstrap,
-    hierarchical_bootstrap,
     jackknife_interval,
     mean_interval,
     paired_bootstrap,
@@ -56,6 +56,7 @@ __all__ = [
     "McNemar",
     "SetOverlap",
     "TTest",
+    "arm_intervals",
     "bootstrap_weights",
     "chance_corrected",
     "cohens_d_paired",
@@ -63,11 +64,9 @@ __all__ = [
     "compare_arms",
     "correlate",
     "correlation",
-    "crossed_interval",
     "crossed_mean",
     "expected_jaccard",
     "hierarchical_arms_bootstrap",
-    "hierarchical_bootstrap",
     "holm",
     "inverted_u_test",
     "jaccard",
@@ -85,6 +84,7 @@ __all__ = [
     "ratio_interval",
     "regret",
     "set_overlap",
+    "share_of_gain",
     "spearman",
     "wilson_interval",
 ]

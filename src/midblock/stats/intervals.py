@@ -34,8 +34,8 @@ from midblock.stats._arrays import (
     vector,
 )
 
-__all__ = ["CrossedMean", "bootstrap_weights", "crossed_interval", "crossed_mean",
-           "hierarchical_arms_bootstrap", "hierarchical_bootstrap", "jackknife_interval",
+__all__ = ["CrossedMean", "arm_intervals", "bootstrap_weights", "crossed_mean",
+           "hierarchical_arms_bootstrap", "jackknife_interval",
            "mean_interval", "paired_bootstrap", "paired_proportion_interval",
            "percentile_interval", "ratio_interval", "wilson_interval"]
 
@@ -321,7 +321,7 @@ def hierarchical_arms_bootstrap(scores: Mapping[str, npt.ArrayLike], replicates:
     Returns:
         Arm -> (B,). The variance of a mean is overstated where chance per seed and item
         dominates (by up to 3 times, [5]) and its tails are too light at 2 or 3 seeds: for a
-        single mean or difference `crossed_interval` is better calibrated.
+        single mean or difference `arm_intervals` and `crossed_mean` are better calibrated.
 
     Raises:
         SettingsError: no arms, arms of different shape, or no seed that all arms have.
@@ -342,18 +342,6 @@ def hierarchical_arms_bootstrap(scores: Mapping[str, npt.ArrayLike], replicates:
     item_weights = _level_weights(items, replicates, rng)
     return {arm: np.asarray(((seed_weights @ a[present]) * item_weights).sum(axis=1), dtype=np.float64)
             for arm, a in arrays.items()}
-
-
-def hierarchical_bootstrap(scores: npt.ArrayLike, replicates: int = 2000, seed: int = 0) -> FloatArray:
-    """Bootstrap replicates of one arm's mean over seeds and items; see `hierarchical_arms_bootstrap`.
-
-    Args:
-        scores: (seeds, items).
-
-    Returns:
-        Shape (B,).
-    """
-    return hierarchical_arms_bootstrap({"arm": scores}, replicates, seed)["arm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,11 +426,70 @@ def crossed_mean(scores: npt.ArrayLike, *, seed_ratio: float | None = None,
     return CrossedMean(value, math.sqrt(total / (seeds * items)), df, seeds, items)
 
 
-def crossed_interval(scores: npt.ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean score over seeds x items with the interval of `crossed_mean`; ``n`` counts items.
+def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95, *,
+                  limits: tuple[float, float] | None = None, pool_seeds: bool = True) -> dict[str, Interval]:
+    """Mean of every arm over seeds x items, with an interval for new seeds and new items.
+
+    Half width squared = t_seed^2 (MS_seed - MS_residual)+ / SN + t_item^2 MS_item / SN: each part of the variance with
+    the t of its own degrees of freedom (Ting et al. 1990, as in the modified large-sample intervals). Two or three
+    seeds show their variance badly, so with three arms or more the ratio MS_seed / MS_residual is averaged over the
+    arms, and an arm uses the larger of it and its own. At two seeds without other arms MS_residual is taken off the
+    items' part in place of the seeds', and the interval is wide: use three seeds. With one seed it is the t interval
+    over items, and says nothing about other seeds.
+
+    By simulation (docs/statistics.md) 95% intervals cover 0.93 to 0.97 with six arms at two to five seeds and with one
+    arm at three or more. They cover less (0.83 at two seeds) for an arm whose standard deviation between seeds is 2.5
+    times that of the others: then use ``pool_seeds=False``.
+
+    Args:
+        scores: Arm -> (seeds, items), or (items,) for one seed; a seed that failed is a row of NaN.
+        confidence: Coverage, 0..1.
+        limits: Ends of the scale, such as (0, 1) for shares; bounds stay within.
+        pool_seeds: Use the other arms' seeds.
+
+    Returns:
+        Arm -> mean with bounds; ``n`` counts items. No value for an arm whose seeds all failed.
+
+    Raises:
+        SettingsError: scores that are not (seeds, items).
+        UndefinedMetricError: empty, or non-finite scores within a seed.
 
     Example:
-        >>> crossed_interval([[0.0, 1.0, 1.0, 2.0], [1.0, 1.0, 2.0, 2.0]]).value
-        1.25
+        >>> table = {"a": [[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]], "b": [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]}
+        >>> {arm: round(found.value, 2) for arm, found in arm_intervals(table).items()}
+        {'a': 0.67, 'b': 0.83}
     """
-    return crossed_mean(scores).interval(confidence)
+    check_confidence(confidence)
+    tables = {}
+    for arm, values in scores.items():
+        array = matrix(values, f"scores of arm {arm!r}", missing_seeds=True)
+        tables[arm] = array[~np.isnan(array).all(axis=1)]
+    squares = {arm: mean_squares(t) for arm, t in tables.items() if t.shape[0] > 1 and t.shape[1] > 1}
+    ratios = [seed / residual for seed, _, residual in squares.values() if residual > 0]
+    pooled = float(np.mean(ratios)) if pool_seeds and len(ratios) >= 3 else None
+    df = len(ratios) * min((tables[arm].shape[0] - 1 for arm in squares), default=0)
+    low, high = limits or (-math.inf, math.inf)
+    found = {}
+    for arm, table in tables.items():
+        if table.size == 0:
+            found[arm] = Interval(math.nan, n=table.shape[1])
+            continue
+        if arm not in squares:
+            one = crossed_mean(table).interval(confidence)
+            half, value = one.high - one.value, one.value
+        else:
+            value, half = float(table.mean()), _half_width(squares[arm], table.shape, confidence, pooled, df)
+        found[arm] = Interval(value, max(low, value - half), min(high, value + half), table.shape[1])
+    return found
+
+
+def _half_width(squares: tuple[float, float, float], shape: tuple[int, ...], confidence: float, pooled: float | None,
+                pooled_df: float) -> float:
+    (seed, item, residual), (seeds, items) = squares, shape
+    df_seed = float(seeds - 1)
+    if pooled is not None:
+        seed, df_seed = max(seed, pooled * residual), max(df_seed, pooled_df)
+    alone = pooled is None and seeds == 2
+    of_seeds = max((seed if alone else seed - residual), 0.0) * _t_critical(confidence, df_seed) ** 2
+    of_items = max((item - residual if alone else item), 0.0) * _t_critical(confidence, items - 1.0) ** 2
+    return math.sqrt((of_seeds + of_items) / (seeds * items))

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from midblock.errors import DataError
-from midblock.results import Interval
+from midblock.results import Estimate
 from midblock.segments import depth, zone
-from midblock.stats import hierarchical_bootstrap, percentile_interval, wilson_interval
+from midblock.stats import arm_intervals, share_of_gain, wilson_interval
 from midblock.sweeps.arms import BASE, Arm
 from midblock.sweeps.records import RunRecord
 
-__all__ = ["ArmInfo", "TaskMatrix", "arm_interval", "choose_rates", "infos_of", "score_rows", "task_matrices"]
+__all__ = ["ArmInfo", "TaskMatrix", "arm_estimates", "choose_rates", "infos_of", "score_rows", "task_matrices"]
 
 FloatArray = npt.NDArray[np.float64]
 Role = Literal["evaluation", "retention"]
@@ -168,36 +168,41 @@ def _row(record: RunRecord | None, task: str, size: int) -> FloatArray:
     return np.asarray(values * tokens / tokens.mean(), dtype=np.float64)
 
 
-def arm_interval(scores: FloatArray, *, binary: bool, confidence: float, replicates: int) -> Interval:
-    """Mean over seeds and items with the percentile interval of the hierarchical bootstrap.
+def arm_estimates(matrix: TaskMatrix, confidence: float) -> dict[str, Estimate]:
+    """Mean of every arm over seeds and items (`stats.arm_intervals`); the untuned model has items alone.
 
-    Where all scores are equal (nothing right, say) a bootstrap would claim certainty: right/wrong
-    scores then get Wilson's interval over items.
-
-    Args:
-        scores: (seeds, items); NaN rows (failed seeds) are left out.
+    Where all scores are equal (nothing right, say) nothing varies, and an interval would claim certainty:
+    right/wrong scores then get Wilson's interval over items.
     """
-    there = scores[~np.isnan(scores).any(axis=1)]
-    if not there.size:
-        return Interval(math.nan)
-    items = there.shape[1]
-    value = float(there.mean())
-    if binary and bool((there == there[0, 0]).all()):
-        return wilson_interval(int(there[0].sum()), items, confidence)
-    if items < 2:
-        return Interval(value, n=items)
-    return percentile_interval(value, hierarchical_bootstrap(there, replicates), confidence, n=items)
-
-
-def score_rows(matrix: TaskMatrix, confidence: float, replicates: int) -> list[dict[str, Any]]:
-    """One row per arm: its score with interval, perplexities in their own unit."""
-    rows = []
+    limits = (0.0, 1.0) if matrix.binary else None
+    found = arm_intervals({arm: s for arm, s in matrix.scores.items() if arm != BASE}, confidence, limits=limits)
+    if BASE in matrix.scores:  # no seeds: its rows are copies
+        found |= arm_intervals({BASE: matrix.scores[BASE][:1]}, confidence, limits=limits)
     for arm, scores in matrix.scores.items():
-        # the untuned model has no seeds: its rows are copies
-        own = scores[:1] if arm == BASE else scores
-        e = arm_interval(own, binary=matrix.binary, confidence=confidence, replicates=replicates)
+        there = scores[~np.isnan(scores).any(axis=1)]
+        if matrix.binary and there.size and bool((there == there[0, 0]).all()):
+            found[arm] = wilson_interval(int(there[0].sum()), there.shape[1], confidence)
+    return found
+
+
+def score_rows(matrix: TaskMatrix, confidence: float, full: str | None = None) -> list[dict[str, Any]]:
+    """One row per arm: its score with interval, perplexities in their own unit.
+
+    Rows of an evaluation also say which share of the gain of the arm ``full`` over the untuned model it reaches
+    (``share``, ``share_low``, ``share_high``: `stats.share_of_gain` over the seeds that both have).
+    """
+    rows = []
+    estimates = arm_estimates(matrix, confidence)
+    shares = matrix.role == "evaluation" and {full, BASE} <= set(matrix.scores)
+    for arm in matrix.scores:
+        e = estimates[arm]
         values = [math.exp(v) if matrix.metric == "perplexity" else v for v in (e.value, e.low, e.high)]
         rows.append({"role": matrix.role, "task": matrix.task, "metric": matrix.metric, "arm": arm,
                      "value": values[0], "low": values[1], "high": values[2], "n": len(matrix.items),
                      "n_seeds": 0 if arm == BASE else matrix.seeds(arm)})
+        if shares and arm not in (full, BASE):
+            kept = ~np.isnan(matrix.scores[arm]).any(axis=1) & ~np.isnan(matrix.scores[str(full)]).any(axis=1)
+            share = (share_of_gain(matrix.scores[arm][kept], matrix.scores[str(full)][kept], matrix.scores[BASE][0],
+                                   confidence=confidence) if kept.any() else Estimate(math.nan))
+            rows[-1] |= {"share": share.value, "share_low": share.low, "share_high": share.high}
     return rows

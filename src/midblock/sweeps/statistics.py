@@ -15,7 +15,7 @@ import pandas as pd
 
 from midblock.errors import SettingsError, UndefinedMetricError
 from midblock.stats import hierarchical_arms_bootstrap, holm, inverted_u_test, rank_arms
-from midblock.sweeps.comparisons import all_comparisons
+from midblock.sweeps.comparisons import all_comparisons, baseline_of
 from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.pareto import pareto
 from midblock.sweeps.records import RunRecord
@@ -81,7 +81,7 @@ def analyse(records: Sequence[RunRecord], infos: Mapping[str, ArmInfo], config: 
             shapes += _inverted_u(matrix, infos, draws, wanted.confidence, undefined)
     curves = pd.DataFrame(shapes, columns=None if shapes else ["task", "p"])
     curves["p_holm"] = holm(curves["p"].to_numpy(dtype=np.float64))
-    rows = [r for m in matrices.values() for r in score_rows(m, wanted.confidence, wanted.replicates)]
+    rows = [r for m in matrices.values() for r in score_rows(m, wanted.confidence, baseline_of(infos))]
     return SweepStatistics(
         scores=pd.DataFrame(rows, columns=list(_SCORES)),
         comparisons=all_comparisons(matrices, infos, wanted, missing, undefined),
@@ -113,14 +113,15 @@ def _inverted_u(matrix: TaskMatrix, infos: Mapping[str, ArmInfo], draws: Mapping
             continue
         ordered = sorted(members, key=lambda a: a.depth)
         values = np.array([matrix.sign * np.nanmean(matrix.scores[a.name]) for a in ordered])
-        stacked = matrix.sign * np.stack([draws[a.name] for a in ordered], axis=1)
+        scores = matrix.sign * np.stack([matrix.scores[a.name] for a in ordered], axis=2)
+        everywhere = scores[~np.isnan(scores).any(axis=(1, 2))]  # a seed that failed for one arm is left out
         try:
-            found = inverted_u_test([a.depth for a in ordered], values, replicates=stacked, confidence=confidence)
+            found = inverted_u_test([a.depth for a in ordered], everywhere, confidence=confidence)
         except (UndefinedMetricError, SettingsError) as error:
             undefined.append(f"{matrix.task}: inverted U over {k} segments ({method}): {error}")
             continue
         rows.append({"task": matrix.task, "method": method, "segments": k, "p": found.p,
                      "peak": found.peak.value, "peak_low": found.peak.low, "peak_high": found.peak.high,
-                     "slope_left": found.line_slopes[0], "slope_right": found.line_slopes[1],
+                     "slope_left": found.left.value, "slope_right": found.right.value,
                      "break_at": found.break_at, "best": ordered[int(np.argmax(values))].name})
     return rows
