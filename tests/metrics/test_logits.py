@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midblock import metrics
-from midblock.metrics import _kernels
+from midblock.metrics import _kernels, _rows
 from midblock.metrics import logits as of_logits
 
 WAYS = ["compiled", "torch"]
@@ -23,8 +23,9 @@ WAYS = ["compiled", "torch"]
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(of_logits, "_compiled", lambda *logits: False)
+    if request.param == "torch":  # as where numba is not installed
+        monkeypatch.setattr(_rows, "_installed", lambda: False)
+        monkeypatch.setattr(of_logits, "_CACHE", 4 * 4 * 64)  # rows in several chunks
     return request.param
 
 
@@ -38,7 +39,7 @@ def random(n: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def test_both_ways_are_tested(way):
-    assert of_logits._compiled(torch.zeros(1, 2)) == (way == "compiled")
+    assert _rows.takes(torch.zeros(1, 2)) == (way == "compiled")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -314,3 +315,21 @@ def test_top_k_overlap_counts_common_tokens():
     a = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     b = torch.tensor([[4, 3, 9, 9], [8, 7, 6, 5]])
     assert metrics.top_k_overlap(a, b).tolist() == [0.5, 1.0]
+
+
+def test_without_numba_everything_still_works():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from midblock import metrics
+logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+found = metrics.row_sums(logits, torch.arange(40), [logits.flip(0)])
+assert torch.allclose(found.log_norm, logits.logsumexp(1))
+assert torch.equal(metrics.top_k(logits, found.maxima, 1)[:, 0], logits.argmax(1))
+own = logits.clone()
+metrics.cross_entropy_(own, torch.arange(40))
+assert torch.allclose(own.sum(1), torch.zeros(40), atol=1e-5)
+assert "midblock.metrics._kernels" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

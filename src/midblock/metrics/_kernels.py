@@ -1,4 +1,4 @@
-"""One pass over logits in a CPU's cache, compiled (numba): what `midblock.metrics.logits` does there.
+"""One pass over logits in a CPU's cache, compiled (numba): what `midblock.metrics._rows` calls.
 
 PyTorch makes a pass over memory for each step (convert, maximum, subtract, exponential, product, sum). Here each row is
 read from memory once; everything else happens in a core's own cache. Rows are given as integers of their
@@ -20,7 +20,7 @@ import numba.extending
 import numpy as np
 from numba import types
 
-from midblock.metrics.logits import GROUP, LOG2_E, LOWEST
+from midblock.metrics._rows import GROUP, LOG2_E, LOWEST
 
 __all__ = ["differences", "in_threads", "largest", "passes", "softmax_minus_one_hot"]
 

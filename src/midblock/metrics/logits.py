@@ -1,26 +1,25 @@
 """Quantities of next-token distributions, from logits: loss, entropy, rank, agreement.
 
-Whatever passes over all logits is in `row_sums` and `cross_entropy_`; on CPUs these are compiled kernels
-(`midblock.metrics._kernels`) that read each row once, elsewhere the same sums in PyTorch.
+Whatever passes over all logits is in `row_sums` and `cross_entropy_`; on CPUs with numba these are compiled kernels
+that read each row once (`midblock.metrics._rows`), elsewhere the same sums in PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from midblock.metrics import _rows
+from midblock.metrics._rows import GROUP, LOG2_E, LOWEST
 
 __all__ = ["RowSums", "TokenStatistics", "cross_entropy_", "kl_divergence", "kl_of", "row_sums", "statistics_of",
            "token_statistics", "top_k", "top_k_overlap"]
 
-LOG2_E = math.log2(math.e)
-LOWEST = -87.0  # so far below the largest a logit counts for nothing, also where it is minus infinity
-GROUP = 64  # logits that share a maximum, from which the most likely tokens are found
-_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+_CACHE = 1 << 20  # bytes of float32
 
 
 class TokenStatistics(NamedTuple):
@@ -72,7 +71,7 @@ def row_sums(logits: Tensor, target: Tensor, against: Sequence[Tensor] = ()) -> 
     No gradient flows through.
 
     Args:
-        logits: (n, V), of any floating-point format; summed in float32.
+        logits: (n, V), of any floating dtype; summed in float32.
         target: (n) int64, 0..V-1.
         against: Logits (n, V) of other models, to be compared with.
 
@@ -81,8 +80,13 @@ def row_sums(logits: Tensor, target: Tensor, against: Sequence[Tensor] = ()) -> 
         4.0
     """
     logits, against = logits.detach(), [other.detach() for other in against]
-    if _compiled(logits, *against):
-        return _row_sums_compiled(logits, target, against)
+    if _rows.takes(logits, *against):
+        return RowSums(*_rows.sums(logits, target, against))
+    if (step := _rows_in_cache(logits)) < logits.shape[0]:
+        parts = [row_sums(logits[lo:lo + step], target[lo:lo + step], [other[lo:lo + step] for other in against])
+                 for lo in range(0, logits.shape[0], step)]
+        return RowSums(*(torch.cat(column, dim=int(name == "apart"))
+                         for name, column in zip(RowSums._fields, zip(*parts, strict=True), strict=True)))
     values = logits.float()
     maxima = _group_maxima(values)
     top = maxima.amax(dim=1, keepdim=True)
@@ -96,46 +100,9 @@ def row_sums(logits: Tensor, target: Tensor, against: Sequence[Tensor] = ()) -> 
                    torch.stack(apart) if apart else values.new_empty(0, values.shape[0]))
 
 
-def _compiled(*logits: Tensor) -> bool:
-    first = logits[0]
-    return first.device.type == "cpu" and first.dtype in _BITS and first.numel() > 0 and all(
-        x.device == first.device and x.dtype == first.dtype and x.shape == first.shape for x in logits)
-
-
-def _bits(values: Tensor) -> np.ndarray[Any, Any]:
-    """The numbers as integers of their bits, in the same memory where it has no gaps."""
-    found: np.ndarray[Any, Any] = values.contiguous().view(_BITS[values.dtype]).numpy()
-    return found
-
-
-def _checked(target: Tensor, vocab: int) -> np.ndarray[Any, Any]:
-    # compiled code would read beyond its memory
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocab:
-        raise IndexError(f"targets {int(target.min())} to {int(target.max())} are not all among {vocab} logits.")
-    found: np.ndarray[Any, Any] = target.contiguous().numpy()
-    return found
-
-
-def _row_sums_compiled(logits: Tensor, target: Tensor, against: Sequence[Tensor]) -> RowSums:
-    from midblock.metrics import _kernels
-
-    (n, vocab), threads = logits.shape, torch.get_num_threads()
-    own, targets, others = _bits(logits), _checked(target, vocab), [_bits(other) for other in against]
-    maxima = np.empty((n, -(-vocab // GROUP)), np.float32)
-    sums, above = np.empty((5, n), np.float32), np.empty(n, np.int64)
-    apart = np.empty((len(others), n), np.float32)
-    first = others[0] if others else own
-    _kernels.in_threads(lambda lo, hi: _kernels.passes(
-        own, first, bool(others), targets, lo, hi, maxima, sums, above), n, threads)
-    for row, other in enumerate(others):
-        if row == 0:
-            apart[0] = sums[4]
-            continue
-        _kernels.in_threads(lambda lo, hi, of=other, to=apart[row]: _kernels.differences(  # type: ignore[misc]
-            own, of, sums[1], lo, hi, to), n, threads)
-    gold, top, total, weighted = (torch.from_numpy(row) for row in sums[:4])
-    return RowSums(gold, top, total, weighted, torch.from_numpy(above), torch.from_numpy(maxima),
-                   torch.from_numpy(apart))
+def _rows_in_cache(logits: Tensor) -> int:
+    """How many rows to pass over at a time: several passes over a chunk in a core's cache cost one over memory."""
+    return logits.shape[0] if logits.device.type != "cpu" else max(1, _CACHE // (4 * max(1, logits.shape[1])))
 
 
 def _group_maxima(logits: Tensor) -> Tensor:
@@ -189,7 +156,7 @@ def kl_of(p: RowSums, q: RowSums, number: int = 0) -> Tensor:
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
-    """Loss of each row, (n) float32; the logits become its gradient, softmax - one-hot, in their own format.
+    """Loss of each row, (n) float32; the logits become its gradient, softmax - one-hot, in their own dtype.
 
     Args:
         logits: (n, V), without gaps between rows; written over.
@@ -200,15 +167,11 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
         >>> round(cross_entropy_(logits, torch.tensor([2])).item(), 4), logits.tolist()
         (1.3863, [[0.25, 0.25, -0.75, 0.25]])
     """
-    if _compiled(logits) and logits.is_contiguous():
-        from midblock.metrics import _kernels
-
-        bits, targets = _bits(logits.detach()), _checked(target, logits.shape[1])
-        losses = np.empty(logits.shape[0], np.float32)
-        _kernels.in_threads(lambda lo, hi: _kernels.softmax_minus_one_hot(
-            bits, targets, np.empty(logits.shape[1], np.float32), lo, hi, bits, losses),
-            logits.shape[0], torch.get_num_threads())
-        return torch.from_numpy(losses)
+    if _rows.takes(logits) and logits.is_contiguous():
+        return _rows.losses_and_gradient_(logits, target)
+    if (step := _rows_in_cache(logits)) < logits.shape[0]:
+        return torch.cat([cross_entropy_(logits[lo:lo + step], target[lo:lo + step])
+                          for lo in range(0, logits.shape[0], step)])
     index = target.unsqueeze(1)
     log_p = logits.float().log_softmax(dim=1)
     loss = -log_p.gather(1, index).squeeze(1)
@@ -224,7 +187,7 @@ def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
     small steps: better for many rows at once than for few.
 
     Args:
-        logits: (n, V), of any number format.
+        logits: (n, V), of any floating dtype.
         maxima: Of their groups, from `row_sums` of the same rows.
         k: 1..V.
 
@@ -234,13 +197,8 @@ def top_k(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
         [[1, 2, 3]]
     """
     n, vocab = logits.shape
-    if _compiled(logits) and maxima.dtype == torch.float32 and k <= min(GROUP, vocab):
-        from midblock.metrics import _kernels
-
-        found, bits, largest = torch.empty(n, k, dtype=torch.int64), _bits(logits.detach()), maxima.numpy()
-        _kernels.in_threads(lambda lo, hi: _kernels.largest(bits, largest, k, lo, hi, found.numpy()), n,
-                            torch.get_num_threads())
-        return found
+    if _rows.takes(logits) and maxima.dtype == torch.float32 and k <= min(GROUP, vocab):
+        return _rows.largest(logits, maxima, k)
     if k == 1:  # argmax takes the first of equals, among groups and within one
         first = maxima.argmax(dim=1, keepdim=True)
         columns = first * GROUP + torch.arange(min(GROUP, vocab), device=logits.device)
