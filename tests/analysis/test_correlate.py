@@ -143,7 +143,7 @@ def test_folders_of_one_kind_are_averaged_or_kept_by_data(tmp_path):
 
 
 def test_all_sides_metrics_and_matrices_select(profile_run, weights_run):
-    names = set(correlate([profile_run, weights_run], sides="all").layers)
+    names = set(correlate([profile_run, weights_run], all_sides=True).layers)
     assert names >= {"prompt_entropy [sft-base]", "prompt_entropy [base]"}
     only = correlate([profile_run, weights_run], metrics=["cka", "weight_change"], matrices=["norm", "q"])
     assert set(only.layers) == {"hidden", "block", "cka", "weight_change [norm]", "weight_change [q]"}

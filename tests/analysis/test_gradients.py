@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import pearsonr
 
 import midblock.analysis.gradients as gradients_module
 from analysis_helpers import loaded, tiny_data
@@ -208,31 +207,6 @@ def test_a_chain_measures_each_stage_by_itself():
     assert "base: gradient_norm" in both.summary()
     assert "sft: gradient_norm" in both.summary()
     assert set(both.figures()) == {"gradients", "gradient-heatmap-base", "gradient-heatmap-sft"}
-
-
-def test_correlation_sets_block_b_beside_hidden_b_plus_1():
-    model = fresh("llama")
-    result = gradients(model, data=tiny_data(4), samples=4, batch_size=2, max_length=48)
-    norm = result.frame[(result.frame.metric == "gradient_norm") & (result.frame.matrix == "all")]
-    norm = norm.sort_values("layer")["value"].to_numpy()
-    rows = [{"kind": "hidden", "layer": h, "metric": "curvature", "side": side, "value": v, "stage": stage}
-            for side, stage, values in (("base", None, [9, 1, 2, 4, 3]), ("sft", None, [0, 1, 1, 1, 1]),
-                                        ("difference", "sft-base", [5, 3, 2, 1, 7]))
-            for h, v in enumerate(values)]
-    found = result.correlations(pd.DataFrame(rows))
-    one = found[(found.a == "gradient_norm") & (found.side == "base")].iloc[0]
-    want = pearsonr(norm, [1, 2, 4, 3])
-    assert (one["r"], one["p"], one["n"]) == (pytest.approx(want.statistic), pytest.approx(want.pvalue), 4)
-    other = found[(found.a == "gradient_norm") & (found.side == "difference sft-base")].iloc[0]
-    assert other["r"] == pytest.approx(pearsonr(norm, [3, 2, 1, 7]).statistic)
-    assert "sft" not in set(found.side)
-    assert (found["p_holm"] >= found["p"]).all()
-    constant = pd.DataFrame(rows).assign(value=1.0)
-    undefined = result.correlations(constant)
-    assert undefined["r"].isna().all()
-    assert undefined["reason"].str.contains("constant").all()
-    with pytest.raises(SettingsError, match="4 blocks"):
-        result.correlations(pd.DataFrame(rows[:4]))
 
 
 def test_a_matrix_of_zeros_has_no_relative_norm_and_says_so():

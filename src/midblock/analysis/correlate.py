@@ -25,6 +25,7 @@ from midblock.provenance import read_run, read_table
 from midblock.quantities import label_of
 from midblock.results import Estimate, Table
 from midblock.segments import segment_bounds
+from midblock.settings import CorrelateSettings
 from midblock.stats.correlation import Method
 
 if TYPE_CHECKING:
@@ -126,10 +127,8 @@ class CorrelationResult:
         return made
 
 
-def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: Sequence[str] | None = None,
-              matrices: Sequence[str] | None = None, sides: Literal["change", "all"] = "change",
-              embeddings: bool = False, methods: Sequence[Method] = METHODS, confidence: float = 0.95,
-              progress: Progress = silent) -> CorrelationResult:
+def correlate(folders: Sequence[Path | str], *, progress: Progress = silent,
+              settings: CorrelateSettings | None = None, **overrides: Any) -> CorrelationResult:
     """Correlate all per-layer quantities of run folders.
 
     Quantities are differences and pair scores; of a metric without those (gradients of one
@@ -139,14 +138,9 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
 
     Args:
         folders: Run folders with ``run.json`` and ``table.csv``, of one model (or of one depth).
-        by_data: Keep folders apart whose data differ, instead of averaging over them.
-        metrics: Only these.
-        matrices: Only these of a ``matrix`` column, instead of the default.
-        sides: ``all`` also takes each stage's own values.
-        embeddings: Let hidden 0 be a point for pairs of hidden quantities.
-        methods: ``pearson``, ``spearman`` or both.
-        confidence: Of the intervals.
         progress: Told how many pairs are done.
+        settings: What is set side by side.
+        **overrides: Single fields of `CorrelateSettings`.
 
     Returns:
         Pairs with r, interval, n, two-sided p and Holm's adjustment (over all pairs of a method), and
@@ -160,8 +154,7 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
     """
     if not folders:
         raise SettingsError("correlate needs at least one run folder.")
-    if not methods or set(methods) - set(METHODS):
-        raise SettingsError(f"correlation methods {list(methods)} are not pearson, spearman or both.")
+    chosen = CorrelateSettings.of(settings, overrides)
     notes: list[str] = []
     series: list[_Series] = []
     depths: dict[str, int] = {}
@@ -172,7 +165,7 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
             raise DataError(f"{folder}: its run has the status {run.get('status')!r}; let it finish first (--resume).")
         frame = _read_table(Path(folder))
         data = (run.get("data") or {}).get("name")
-        found, shown = _series_of(frame, str(run.get("command")), data or "", by_data, matrices, sides, folder, notes)
+        found, shown = _series_of(frame, str(run.get("command")), data or "", chosen, folder, notes)
         series += found
         # tables of chosen blocks do not show the model's depth, but what was loaded does
         loaded = {m["blocks"] for m in (run.get("models") or {}).values() if isinstance(m, dict) and "blocks" in m}
@@ -186,18 +179,18 @@ def correlate(folders: Sequence[Path | str], *, by_data: bool = False, metrics: 
             notes.append(f"The folders hold {len(prints)} different models under the name {stage!r} (as in "
                          f"{', '.join(list(prints.values())[:2])}).")
     num_blocks = _one_depth(depths)
-    if metrics is not None:
+    if chosen.metrics is not None:
         known = {s.metric for s in series}
-        if absent := [m for m in metrics if m not in known]:
+        if absent := [m for m in chosen.metrics if m not in known]:
             raise SettingsError(f"no metric {absent[0]!r} in the tables; there are: {', '.join(sorted(known))}.")
-        series = [s for s in series if s.metric in metrics]
+        series = [s for s in series if s.metric in chosen.metrics]
     named = _named(series, notes)
     if len(named) < 2:
         raise DataError(f"the folders hold {len(named)} quantities per layer, but a correlation needs two; give "
                         "further run folders (profile, lens, weights, gradients, swap) or other metrics.")
-    first = 0 if embeddings else 1
+    first = 0 if chosen.embeddings else 1
     layers = _wide(named, num_blocks, first)
-    pairs = _all_pairs(named, layers, num_blocks, methods, confidence, progress)
+    pairs = _all_pairs(named, layers, num_blocks, chosen.methods, chosen.confidence, progress)
     if pairs.empty:
         raise DataError("no pair of quantities shares layers: segments of different number cannot be compared.")
     table = Table()
@@ -225,9 +218,10 @@ def _read_table(folder: Path) -> pd.DataFrame:
     return read_table(folder, columns=("kind", "layer", "metric", "side", "value"), text=("data", "stage", "matrix"))
 
 
-def _series_of(frame: pd.DataFrame, command: str, data: str, by_data: bool, matrices: Sequence[str] | None,
-               sides: str, folder: str, notes: list[str]) -> tuple[list[_Series], int]:
+def _series_of(frame: pd.DataFrame, command: str, data: str, settings: CorrelateSettings, folder: str,
+               notes: list[str]) -> tuple[list[_Series], int]:
     """Quantities of one table, and how many blocks it shows."""
+    matrices = settings.matrices
     numeric = frame["layer"].str.fullmatch(r"\d+").fillna(False)
     hidden, block = (numeric & (frame["kind"] == k) for k in ("hidden", "block"))
     shown = [int(frame.loc[rows, "layer"].astype(int).max()) + offset
@@ -238,13 +232,13 @@ def _series_of(frame: pd.DataFrame, command: str, data: str, by_data: bool, matr
         chosen = chosen[chosen["tensor"].isna() | (matrices is not None)]
     if "matrix" in chosen:
         chosen = chosen[chosen["matrix"].isna() | chosen["matrix"].isin(_matrices(chosen["matrix"], matrices))]
-    if sides == "change":
+    if not settings.all_sides:
         changing = set(chosen[chosen["side"].isin(_CHANGES)]["metric"])
         chosen = chosen[chosen["side"].isin(_CHANGES) | ~chosen["metric"].isin(changing)]
     chosen["data"] = chosen["data"].fillna(data) if "data" in chosen else data
     chosen["run"] = command
     extra = [c for c in chosen.columns if c not in _NEVER_QUALIFY and not c.startswith("seed_")
-             and (by_data or c != "data")]
+             and (settings.by_data or c != "data")]
     text = [c for c in extra if not pd.api.types.is_numeric_dtype(chosen[c])]
     numbers = [c for c in extra if c not in text]
     found: list[_Series] = []

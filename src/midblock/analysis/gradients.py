@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,50 +25,21 @@ from midblock.analysis.weight_names import EXPERT_KINDS
 from midblock.analysis.weight_sums import group_change
 from midblock.capture import model_inputs
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, SettingsError, TrainingError, UndefinedMetricError
+from midblock.errors import DataError, TrainingError
 from midblock.models import LoadedModel, kind_of, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Table
 from midblock.segments import zone_means
-from midblock.stats.correlation import Method
+from midblock.settings import GradientSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "correlate_with_profile", "gradients",
-           "parameters_by_block", "supervised_batches"]
+__all__ = ["GradientSettings", "GradientsResult", "backward_batches", "gradients", "parameters_by_block",
+           "supervised_batches"]
 
 METRICS = ("gradient_norm", "gradient_norm_relative", "fisher", "taylor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSettings:
-    """How many batches, and whether to train."""
-
-    samples: int = 32
-    """Samples; each batch is one observation of the gradient."""
-    batch_size: int = 4
-    """Samples per batch."""
-    max_length: int = 256
-    """Tokens per sample; longer ones are cut and counted."""
-    seed: int = 0
-    """Seed of the draw and of the order."""
-    steps: int = 0
-    """Updates of a real full-parameter fine-tune along which gradients are taken; 0: none."""
-    learning_rate: float = 5e-5
-    """AdamW's learning rate for those updates."""
-    confidence: float = 0.95
-    """Confidence of every interval."""
-
-    def __post_init__(self) -> None:
-        faults = [f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                  for name, least in (("samples", 1), ("batch_size", 1), ("max_length", 2), ("steps", 0))
-                  if getattr(self, name) < least]
-        if not self.learning_rate > 0:
-            faults.append(f"--learning-rate must be positive, got {self.learning_rate}")
-        if faults:
-            raise SettingsError("; ".join(faults) + ".")
 
 
 def parameters_by_block(loaded: LoadedModel) -> dict[tuple[int, str], list[tuple[str, torch.nn.Parameter]]]:
@@ -189,10 +160,6 @@ class GradientsResult:
                              + ", ".join(f"{name} {value:.4g}" for name, value in zones.items()) + ".")
         return "\n".join(lines)
 
-    def correlations(self, profile: pd.DataFrame, method: Method = "pearson") -> pd.DataFrame:
-        """Correlation over depth with representation metrics: see `correlate_with_profile`."""
-        return correlate_with_profile(self.frame, profile, method, self.settings.confidence)
-
     def figures(self) -> dict[str, Figure]:
         """Each quantity over depth, and a heatmap of block by matrix."""
         from midblock.figures import depth_lines, heatmap
@@ -234,7 +201,7 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         DataError: no usable sample.
         TrainingError: the loss became non-finite (the weights are put back).
     """
-    chosen = replace(settings or GradientSettings(), **overrides)
+    chosen = GradientSettings.of(settings, overrides)
     by_name = load_stages(stages, None, names, least=1)
     dataset = draw(data, chosen)
     table = Table()
@@ -250,60 +217,6 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
     for row in table.rows:
         row["data"] = dataset.name
     return GradientsResult(table, list(by_name), loaded.anatomy.num_blocks, chosen, counts, losses)
-
-
-def correlate_with_profile(gradient_frame: pd.DataFrame, profile: pd.DataFrame, method: Method = "pearson",
-                           confidence: float = 0.95) -> pd.DataFrame:
-    """Correlation over blocks of gradient quantities with representation metrics (paper figure 5).
-
-    Block b is set beside hidden b+1, its output. The gradients of a stage meet that stage's own
-    metrics, and every difference and pair score.
-
-    Args:
-        gradient_frame: `GradientsResult.frame`; its rows of whole blocks are used.
-        profile: Table of a profile of the same model.
-        method: ``pearson`` or ``spearman``.
-        confidence: Confidence of the intervals.
-
-    Returns:
-        One row per pair: ``stage``, ``a`` (gradient quantity), ``b`` (metric) with its ``side``, ``method``,
-        ``r``, ``low``, ``high``, ``n`` (blocks), ``p``, ``p_holm`` (Holm over all defined pairs) and ``reason``
-        where r is undefined.
-
-    Raises:
-        SettingsError: the profile is of a model with another number of blocks.
-    """
-    whole = gradient_frame[gradient_frame["matrix"] == "all"]
-    hidden = profile[profile["kind"] == "hidden"].assign(layer=lambda f: pd.to_numeric(f["layer"]))
-    blocks = int(whole["layer"].max()) + 1
-    if hidden.empty or int(hidden["layer"].max()) != blocks:
-        found = "no hidden states" if hidden.empty else f"{int(hidden['layer'].max())} blocks"
-        raise SettingsError(f"the profile shows {found}, the gradients {blocks} blocks; give the folder of a profile "
-                            "of the same model.")
-    stages = hidden["stage"].astype(str) if "stage" in hidden else pd.Series("", index=hidden.index)
-    compared = hidden["side"].isin(["difference", "pair"])
-    hidden = hidden.assign(label=hidden["side"].where(~compared, hidden["side"] + " " + stages))
-    rows: list[dict[str, Any]] = []
-    for stage in dict.fromkeys(whole["side"]):
-        own = whole[whole["side"] == stage].pivot_table(index="layer", columns="metric", values="value", sort=False)
-        usable = hidden[compared | (hidden["side"] == stage)]
-        for (metric, side), part in usable.groupby(["metric", "label"], sort=False):
-            values = part.set_index("layer")["value"].groupby(level=0).mean().reindex(own.index + 1).to_numpy(float)
-            for quantity in own.columns:
-                rows.append({"stage": stage, "a": quantity, "b": metric, "side": side, "method": method,
-                             **_correlated(own[quantity].to_numpy(float), values, method, confidence)})
-    frame = pd.DataFrame(rows)
-    frame["p_holm"] = stats.holm(frame["p"].to_numpy(float))
-    return frame
-
-
-def _correlated(a: Any, b: Any, method: Method, confidence: float) -> dict[str, Any]:
-    try:
-        found = stats.correlation(a, b, method, confidence)
-    except UndefinedMetricError as error:
-        both = int((np.isfinite(a) & np.isfinite(b)).sum())
-        return {"r": math.nan, "low": math.nan, "high": math.nan, "n": both, "p": math.nan, "reason": str(error)}
-    return {"r": found.r, "low": found.low, "high": found.high, "n": found.n, "p": found.p, "reason": ""}
 
 
 class _Trainer:

@@ -5,7 +5,9 @@ whoever called), the keys of a sweep's YAML, `run.json` and the docs. Nothing he
 """
 
 from midblock.settings.base import Settings, name_of, setting
+from midblock.settings.correlate import CorrelateSettings
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
+from midblock.settings.gradients import GradientSettings
 from midblock.settings.importance import ImportanceSettings
 from midblock.settings.lens import LensSettings
 from midblock.settings.load import ChainLoadSettings, LoadSettings
@@ -17,6 +19,7 @@ from midblock.settings.steer import SteerSettings
 from midblock.settings.swap import SwapSettings
 from midblock.settings.weights import WeightsSettings
 
-__all__ = ["ChainLoadSettings", "EvaluateSettings", "ImportanceSettings", "LensSettings", "LoadSettings",
-           "LocateSettings", "MergeSettings", "OverlapSettings", "ProfileSettings", "ScoreSettings", "ScoringSettings",
-           "Settings", "StabilitySettings", "SteerSettings", "SwapSettings", "WeightsSettings", "name_of", "setting"]
+__all__ = ["ChainLoadSettings", "CorrelateSettings", "EvaluateSettings", "GradientSettings", "ImportanceSettings",
+           "LensSettings", "LoadSettings", "LocateSettings", "MergeSettings", "OverlapSettings", "ProfileSettings",
+           "ScoreSettings", "ScoringSettings", "Settings", "StabilitySettings", "SteerSettings", "SwapSettings",
+           "WeightsSettings", "name_of", "setting"]
