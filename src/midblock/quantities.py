@@ -374,6 +374,22 @@ _add("cosine", "Cosine similarity", "dataset", "alignment", unit="1 = same direc
 _add("token_cosine", "Cosine similarity of tokens", "token", "alignment", unit="1 = same direction", paired=True,
      unchanged=1.0, function="token_cosine", formula=r"\frac1T \sum_t \cos(z_t, z'_t)",
      source="Paper, eq. 7, token by token", reading="Whether each token's state still points the same way.")
+_add("procrustes", "Procrustes angle", "dataset", "alignment", unit="radians", paired=True,
+     function="procrustes_angle",
+     formula=r"\arccos \frac{\lVert X^\top Y \rVert_*}{\lVert X \rVert_F \lVert Y \rVert_F}",
+     source="Williams et al. 2021",
+     reading="Angle between the two clouds after the best rotation: 0 for the same shape. A distance, where CKA is a "
+             "similarity.")
+_add("mutual_neighbours", "Common nearest neighbours", "dataset", "alignment", unit="share of 10", paired=True,
+     unchanged=1.0, function="mutual_neighbours", least=3,
+     formula=r"\frac{1}{N k} \sum_i |\mathrm{kNN}_x(i) \cap \mathrm{kNN}_y(i)|", source="Huh et al. 2024",
+     variants=("with fewer than 40 samples, a quarter of them in place of 10",),
+     reading="Whether a sample still has the same neighbours. Unrelated states share about k / (N - 1).")
+_add("rsa", "RSA", "dataset", "alignment", unit="Spearman correlation", paired=True, unchanged=1.0, function="rsa",
+     least=4, formula=r"\rho_{\mathrm{S}}\big(1 - \operatorname{corr}(x_i, x_j),\ "
+                      r"1 - \operatorname{corr}(y_i, y_j)\big)",
+     source="Kriegeskorte et al. 2008",
+     reading="Whether samples that were unlike each other still are, in order.")
 
 # size of the change
 _add("mean_shift", "Mean shift", "dataset", "change", unit="units of the states", paired=True, function="mean_shift",
@@ -417,6 +433,26 @@ _add("weight_change_spectral_norm", "Spectral norm of the change", "weight", "we
 _add("weight_change_effective_rank", "Effective rank of the change", "weight", "weights", unit="dimensions",
      paired=True, formula=r"\operatorname{erank}(\Delta W)", source="Roy and Vetterli 2007",
      reading="Number of directions that the change uses.")
+_add("share_unchanged", "Entries exactly unchanged", "weight", "weights", unit="share of entries", paired=True,
+     unchanged=1.0, function="share_unchanged", formula=r"\frac{\#\{(i, j) : W_{ij} = W'_{ij}\}}{m n}",
+     reading="Share of weights that tuning left bit for bit: rounding to 16 bits keeps many.")
+_add("change_cosine", "Cosine of two changes", "weight", "weights", unit="1 = same direction", paired=True,
+     unchanged=1.0, function="change_cosine",
+     formula=r"\frac{\langle \Delta W, \Delta W' \rangle}{\lVert \Delta W \rVert \lVert \Delta W' \rVert}",
+     reading="Whether two stages or two arms moved a weight the same way.")
+_add("principal_angles", "Principal angles of two changes", "weight", "weights", unit="radians", paired=True,
+     function="principal_angles", formula=r"\arccos s_i(U_k^\top U'_k)", source="Björck and Golub 1973",
+     reading="Angles between the strongest directions of two changes: 0 for one space, π/2 for unrelated ones.")
+_add("vector_rotation", "Singular vectors kept", "weight", "weights", unit="largest cosine", paired=True,
+     unchanged=1.0, function="vector_rotation", formula=r"\max_j |\langle u_j, u'_i \rangle|",
+     source="Shuttleworth et al. 2024",
+     reading="Whether a strong direction of the tuned weight was one of the base's.")
+_add("intruder_dimensions", "Intruder dimensions", "weight", "weights", unit="of the first 10", paired=True,
+     function="intruder_dimensions",
+     formula=r"\#\{i \le k : \max_j |\langle u_j, u'_i \rangle| < \varepsilon\}", source="Shuttleworth et al. 2024",
+     variants=("another epsilon in place of 0.6", "another k in place of 10"),
+     reading="Strong directions of the tuned weight that the base did not have; LoRA makes them, and they go with "
+             "forgetting.")
 _add("weight_norm", "Weight norm", "weight", "weights", unit="Frobenius norm", formula=r"\lVert W \rVert_F",
      reading="Size of the weights themselves.")
 

@@ -110,6 +110,18 @@ def test_a_model_against_itself_shows_no_change(family):
         np.testing.assert_allclose(values, same, atol=1e-7)
 
 
+def test_every_hidden_state_is_compared_with_every_other(pair, frame):
+    result = profile(*pair, data=tiny_data(8), **SIZES)
+    square = result.layers.pivot_table(index="layer", columns="other", values="cka_debiased").to_numpy()
+    assert square.shape == (5, 5)
+    own = frame[(frame.metric == "cka_debiased") & (frame.side == "pair")].sort_values("layer")["value"]
+    np.testing.assert_allclose(square.diagonal(), own, atol=1e-6)
+    base, sft = (states_one_by_one(m, tiny_data(8).sample(8, 0)) for m in pair)
+    one, other = torch.stack([s[1].mean(0) for s in base]), torch.stack([s[3].mean(0) for s in sft])
+    assert square[1, 3] == pytest.approx(float(metrics.cka_debiased(one, other)), abs=1e-4)
+    assert result.figures()["layers"].axes[0].get_ylabel() == "hidden state of base"
+
+
 def test_chain_compares_each_stage_with_the_first_and_the_one_before():
     chain = [loaded("qwen2", s) for s in range(3)]
     result = profile(chain, data=tiny_data(6), **{**SIZES, "samples": 6})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from midblock import stats
+from midblock import metrics, stats
 from midblock.analysis.measures import Depth, functions
 from midblock.analysis.passes import PassState, feed_batches, prepare
 from midblock.analysis.stages import comparisons, side_of
@@ -40,6 +40,9 @@ class ProfileResult:
     settings: ProfileSettings
     counts: dict[str, Any] = field(default_factory=dict)
     """Samples used, truncated and left out, tokens per stage."""
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Debiased CKA of every hidden state of one stage with every one of another: columns ``stage``, ``layer`` (of the
+    earlier stage), ``other`` (of the later) and ``cka_debiased``."""
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -98,8 +101,8 @@ class ProfileResult:
         return "\n".join(lines)
 
     def figures(self) -> dict[str, Figure]:
-        """One figure per family of metrics and comparison: stages over depth, difference with interval."""
-        from midblock.figures import depth_lines
+        """One figure per family of metrics and comparison, and the likeness of every two hidden states."""
+        from midblock.figures import depth_lines, heatmap
 
         frame = self.frame
         made: dict[str, Figure] = {}
@@ -111,6 +114,14 @@ class ProfileResult:
                 if present:
                     key = family if len(self.stages) == 2 else f"{family}-{side_of(pair)}"
                     made[key] = depth_lines(chosen, present, title=f"{title}: {later} against {earlier}")
+            if not self.layers.empty:
+                own = self.layers[self.layers["stage"] == side_of(pair)]
+                square = own.pivot_table(index="layer", columns="other", values="cka_debiased", dropna=False)
+                key = "layers" if len(self.stages) == 2 else f"layers-{side_of(pair)}"
+                made[key] = heatmap(square.to_numpy(), list(square.index), list(square.columns), limits=(0.0, 1.0),
+                                    title=f"Likeness of hidden states: {earlier} with {later}",
+                                    label="debiased CKA (1 = same shape)", row_label=f"hidden state of {earlier}",
+                                    column_label=f"hidden state of {later}", footnote=f"n = {own['n'].max()} samples")
         return made
 
 
@@ -192,7 +203,22 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
               "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
               "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
               "batches": len(batches), "hidden_size": anatomy.hidden_size}
-    return ProfileResult(table, keys, num_hidden, chosen, counts)
+    return ProfileResult(table, keys, num_hidden, chosen, counts, _layers(pooled, pairs))
+
+
+_LAYER_SAMPLES = 400
+"""Samples of the likeness of every two hidden states: it keeps a Gram matrix of each of them."""
+
+
+def _layers(pooled: PooledStates, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    x = {stage: states[:, :_LAYER_SAMPLES] for stage, states in pooled.x.items()}
+    n = next(iter(x.values())).shape[1]
+    rows = []
+    for later, earlier in pairs if n >= 4 else ():
+        square = metrics.layer_cka(x[earlier], x[later])
+        rows += [{"stage": side_of((later, earlier)), "layer": h, "other": other, "cka_debiased": value, "n": n}
+                 for h, row in enumerate(square.tolist()) for other, value in enumerate(row)]
+    return pd.DataFrame(rows)
 
 
 _VIEW_STEP = 1 << 40  # sample number of view v of sample i: (v + 1) * _VIEW_STEP + i

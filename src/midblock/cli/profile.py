@@ -40,7 +40,9 @@ def profile(models: Chain, data: Data, settings: StabilitySettings, load: ChainL
         if settings.seeds == 1:
             from midblock.analysis.profile import profile
 
-            return profile(chain, **call)
+            result = profile(chain, **call)
+            run.write_table(result.layers, "layers.csv")
+            return result
         from midblock.analysis.stability import profile_seeds
 
         return profile_seeds(chain, seeds=settings.seeds, **call)

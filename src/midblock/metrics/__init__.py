@@ -1,7 +1,8 @@
 """Every measure of the analysis as a pure function of tensors (no I/O, no models).
 
 `spectrum`, `entropy`, `rank`: of the spectrum of a set of states. `geometry`: sparsity, curvature, norms, Gini,
-intrinsic dimension. `cka`, `change`: of the states of two models. `views`: InfoNCE, LiDAR, DiME of augmented views.
+intrinsic dimension. `cka`, `likeness`, `change`: of the states of two models. `rotation`: of two
+weights. `views`: InfoNCE, LiDAR, DiME of augmented views.
 `logits`: loss, entropy, rank and agreement of next-token distributions. `layers`: block influence, change points and
 weight spectra for locating. What a measure is called, its unit and its formula are in `midblock.quantities`.
 """
@@ -14,8 +15,10 @@ from midblock.metrics.cka import *  # noqa: F403
 from midblock.metrics.entropy import *  # noqa: F403
 from midblock.metrics.geometry import *  # noqa: F403
 from midblock.metrics.layers import *  # noqa: F403
+from midblock.metrics.likeness import *  # noqa: F403
 from midblock.metrics.logits import *  # noqa: F403
 from midblock.metrics.rank import *  # noqa: F403
+from midblock.metrics.rotation import *  # noqa: F403
 from midblock.metrics.spectrum import *  # noqa: F403
 from midblock.metrics.views import *  # noqa: F403
 
