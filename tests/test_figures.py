@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from midblock.errors import OutputError, SettingsError
 from midblock.figures import MAX_HEIGHT, depth_lines, heatmap, lines, save_figure, scatter_pareto, segment_bars
 from midblock.quantities import MATRICES
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 
 NAN = float("nan")
 
@@ -28,11 +28,11 @@ def table(metrics=("prompt_entropy", "cka"), layers=7):
         for h in range(layers):
             a, d = rng.random(), rng.normal(0, 0.1)
             if metric == "cka":
-                rows.add("hidden", h, metric, "pair", Interval(a, a - 0.1, a + 0.1, 50))
+                rows.add("hidden", h, metric, "pair", Estimate(a, a - 0.1, a + 0.1, 50))
                 continue
-            rows.add("hidden", h, metric, "base", Interval(a, a - 0.1, a + 0.1, 50))
-            rows.add("hidden", h, metric, "sft", Interval(a + d, a + d - 0.1, a + d + 0.1, 50))
-            rows.add("hidden", h, metric, "difference", Interval(d, d - 0.05, d + 0.05, 48))
+            rows.add("hidden", h, metric, "base", Estimate(a, a - 0.1, a + 0.1, 50))
+            rows.add("hidden", h, metric, "sft", Estimate(a + d, a + d - 0.1, a + d + 0.1, 50))
+            rows.add("hidden", h, metric, "difference", Estimate(d, d - 0.05, d + 0.05, 48))
     return rows.frame()
 
 

@@ -25,12 +25,12 @@ from midblock.provenance import (
     temporary_folder,
     write_sealed,
 )
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 
 
 def finished(path: Path, command: str = "profile") -> Path:
     table = Table()
-    table.add("hidden", 1, "cka", "pair", Interval(0.5, 0.4, 0.6, 8))
+    table.add("hidden", 1, "cka", "pair", Estimate(0.5, 0.4, 0.6, 8))
     table.add("segment", "01000", "cka", "pair", 0.25)
     with RunFolder(path, command=command, settings={"samples": 8}) as run:
         run.write_table(table)

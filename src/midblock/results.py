@@ -30,7 +30,7 @@ class Estimate:
     n: int = 0
 
 
-Interval = Estimate  # the older name, until every room has taken the new one
+Interval = Estimate  # the older name, until every branch has taken the new one
 
 
 @dataclass

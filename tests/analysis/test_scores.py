@@ -11,7 +11,7 @@ import torch
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores, exponential
 from midblock.capture import RowScores
 from midblock.data import Batch
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 
 
 def filled(loss: list[float], correct: list[float], tokens: list[float]) -> SampleScores:
@@ -86,4 +86,4 @@ def test_equal_lengths_make_both_means_equal():
 
 
 def test_an_overflow_becomes_infinity():
-    assert exponential(Interval(800.0, 1.0, 900.0, 3)) == Interval(math.inf, math.e, math.inf, 3)
+    assert exponential(Estimate(800.0, 1.0, 900.0, 3)) == Estimate(math.inf, math.e, math.inf, 3)

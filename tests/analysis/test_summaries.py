@@ -10,13 +10,13 @@ from midblock.analysis.merge import MergeResult
 from midblock.analysis.steer import SteerResult
 from midblock.analysis.swap import SwapResult
 from midblock.analysis.weights import WeightsResult
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.settings import LensSettings, MergeSettings, SteerSettings, SwapSettings
 
 
-def around(value: float, n: int = 7) -> Interval:
+def around(value: float, n: int = 7) -> Estimate:
     """An interval that can be told from every other."""
-    return Interval(value, value - 0.001, value + 0.002, n)
+    return Estimate(value, value - 0.001, value + 0.002, n)
 
 
 def order_of(text: str, *parts: str) -> list[int]:

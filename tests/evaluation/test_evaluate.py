@@ -38,7 +38,7 @@ from midblock.evaluation.run import _exact_match, _humaneval
 from midblock.models import LoadedModel, find_anatomy
 from midblock.progress import silent
 from midblock.provenance import write_sealed
-from midblock.results import Interval
+from midblock.results import Estimate
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
@@ -348,7 +348,7 @@ def test_items_are_named_by_content_alone() -> None:
 def result_of(metric: str, scores: Sequence[float], *, items: str = "abcd", tokens: Sequence[float] | None = None,
               task: str = "t") -> EvalResult:
     return EvalResult(task=task, metric=metric, higher_is_better=metric == "accuracy", items=tuple(items),
-                      scores=np.array(scores), estimate=Interval(float(np.mean(scores)), n=len(scores)),
+                      scores=np.array(scores), estimate=Estimate(float(np.mean(scores)), n=len(scores)),
                       tokens=None if tokens is None else np.array(tokens))
 
 

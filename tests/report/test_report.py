@@ -19,7 +19,7 @@ from midblock.report.charts import charts_of
 from midblock.report.collect import collect
 from midblock.report.findings import findings_of
 from midblock.report.page import build_report, render
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 
 pytest.importorskip("plotly")
 
@@ -43,17 +43,17 @@ def profile_table(peak: str = "late", n: int = 120) -> Table:
     for h in range(BLOCKS + 1):
         place = h / BLOCKS
         size = {"early": 1 - place, "late": place, "middle": 1 - 2 * abs(place - 0.5)}[peak]
-        table.add("hidden", h, "cosine", "pair", Interval(1 - 0.1 * size, 0.8, 1.0, n), stage="sft-base")
+        table.add("hidden", h, "cosine", "pair", Estimate(1 - 0.1 * size, 0.8, 1.0, n), stage="sft-base")
         for side, value in (("base", 3.0), ("sft", 3.0 + size)):
-            table.add("hidden", h, "effective_rank", side, Interval(value, value - 1, value + 1, n))
-        table.add("hidden", h, "effective_rank", "difference", Interval(size, 0.0, 2.0, n), stage="sft-base")
+            table.add("hidden", h, "effective_rank", side, Estimate(value, value - 1, value + 1, n))
+        table.add("hidden", h, "effective_rank", "difference", Estimate(size, 0.0, 2.0, n), stage="sft-base")
     return table
 
 
 def swap_table() -> Table:
     table = Table()
     for i, mask in enumerate(("10000", "01000", "00100", "00010", "00001")):
-        table.add("segment", mask, "loss", "difference", Interval(-0.1 * i, -0.2 * i - 0.1, 0.05 - 0.1 * i, 30),
+        table.add("segment", mask, "loss", "difference", Estimate(-0.1 * i, -0.2 * i - 0.1, 0.05 - 0.1 * i, 30),
                   donor="sft", recipient="base", head="base")
     return table
 
@@ -123,7 +123,7 @@ def test_a_sweeps_verdict_leads_and_names_the_next_command(tmp_path: Path) -> No
 def test_even_change_is_not_called_a_place(tmp_path: Path) -> None:
     table = Table()
     for h in range(BLOCKS + 1):
-        table.add("hidden", h, "cosine", "pair", Interval(0.9 + 0.001 * (h % 2), 0.8, 1.0, 120), stage="sft-base")
+        table.add("hidden", h, "cosine", "pair", Estimate(0.9 + 0.001 * (h % 2), 0.8, 1.0, 120), stage="sft-base")
     a_run(tmp_path / "p", "profile", table)
     runs, _ = collect([tmp_path])
     assert "about evenly" in findings_of(runs, charts_of(runs)).answer[0]
@@ -132,7 +132,7 @@ def test_even_change_is_not_called_a_place(tmp_path: Path) -> None:
 def test_a_model_against_itself_changed_nowhere(tmp_path: Path) -> None:
     table = Table()
     for h in range(BLOCKS + 1):
-        table.add("hidden", h, "cosine", "pair", Interval(1.0, 1.0, 1.0, 120), stage="sft-base")
+        table.add("hidden", h, "cosine", "pair", Estimate(1.0, 1.0, 1.0, 120), stage="sft-base")
     a_run(tmp_path / "p", "profile", table)
     runs, _ = collect([tmp_path])
     assert "no change at any depth" in findings_of(runs, charts_of(runs)).answer[0]

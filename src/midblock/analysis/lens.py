@@ -25,7 +25,7 @@ from midblock.capture.scoring import chunks_of_all_logits, counted_positions, su
 from midblock.data import Batch, Dataset
 from midblock.models import LoadedModel, shared_read_outs
 from midblock.progress import Progress, silent
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.settings.lens import LensSettings
 
 if TYPE_CHECKING:
@@ -187,9 +187,9 @@ class LensResult:
         frame = self.frame
         last = self.num_hidden - 1
 
-        def at(metric: str, side: str, layer: int, column: str = "side") -> Interval:
+        def at(metric: str, side: str, layer: int, column: str = "side") -> Estimate:
             row = frame[(frame["metric"] == metric) & (frame[column] == side) & (frame["layer"] == layer)].iloc[0]
-            return Interval(row["value"], row["low"], row["high"], int(row["n"]))
+            return Estimate(row["value"], row["low"], row["high"], int(row["n"]))
 
         lines = []
         for stage in self.stages:
@@ -288,7 +288,7 @@ def _table(found: _LensSums, keys: Sequence[str], pairs: Sequence[tuple[str, str
     table = Table()
     mean = TokenMean(per_sample=settings.per_sample_mean, confidence=settings.confidence, seed=settings.seed)
 
-    def add(h: int, metric: str, side: str, sums: Tensor, **extra: Any) -> Interval:
+    def add(h: int, metric: str, side: str, sums: Tensor, **extra: Any) -> Estimate:
         interval = mean(sums.numpy(), found.tokens.numpy())
         table.add("hidden", h, metric, side, interval, mean_over=mean.over, **extra)
         return interval

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from midblock import stats
 from midblock.capture import RowScores
 from midblock.data import Batch
-from midblock.results import Interval, Kind, Table
+from midblock.results import Estimate, Kind, Table
 
 __all__ = ["SampleScores", "TokenMean", "add_changes", "add_scores", "exponential"]
 
@@ -41,7 +41,7 @@ class TokenMean:
         self.over = "samples" if per_sample else "tokens"
         self._confidence, self._seed = confidence, seed
 
-    def __call__(self, sums: npt.ArrayLike, tokens: npt.ArrayLike) -> Interval:
+    def __call__(self, sums: npt.ArrayLike, tokens: npt.ArrayLike) -> Estimate:
         """Mean of a quantity with ``sums`` (n,) over the ``tokens`` (n,) of each sample; empty samples are left out."""
         if self.over == "tokens":
             return stats.ratio_interval(sums, tokens, self._confidence, seed=self._seed)
@@ -94,8 +94,8 @@ def add_changes(table: Table, kind: Kind, layer: int | str, scores: SampleScores
             table.add(kind, layer, "perplexity_ratio", "pair", exponential(found), mean_over=mean.over, **extra)
 
 
-def exponential(interval: Interval) -> Interval:
+def exponential(interval: Estimate) -> Estimate:
     """exp of a value and of its bounds (overflow becomes infinity)."""
     def exp(x: float) -> float:
         return math.exp(x) if x < 700 else math.inf
-    return Interval(exp(interval.value), exp(interval.low), exp(interval.high), interval.n)
+    return Estimate(exp(interval.value), exp(interval.low), exp(interval.high), interval.n)

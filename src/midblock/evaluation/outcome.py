@@ -16,7 +16,7 @@ import pandas as pd
 
 from midblock.errors import DataError, OutputError
 from midblock.provenance import atomic_path, read_written, sha256_of, write_json, write_sealed
-from midblock.results import Interval, Table, json_ready
+from midblock.results import Estimate, Table, json_ready
 from midblock.stats import (
     bootstrap_weights,
     mcnemar_exact,
@@ -60,7 +60,7 @@ class EvalResult:
     higher_is_better: bool
     items: tuple[str, ...]
     scores: FloatArray
-    estimate: Interval
+    estimate: Estimate
     tokens: FloatArray | None = None
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
     results: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -89,7 +89,7 @@ class EvalResult:
         table.add("model", "all", self.metric, side, self.estimate, data=self.task)
         if self.metric == "perplexity":
             e = self.estimate
-            table.add("model", "all", "loss", side, data=self.task, estimate=Interval(
+            table.add("model", "all", "loss", side, data=self.task, estimate=Estimate(
                 math.log(e.value), math.log(e.low), math.log(e.high), self.n))
 
     @property
@@ -119,12 +119,12 @@ class Comparison:
 
     task: str
     metric: str
-    estimate: Interval
+    estimate: Estimate
     p: float
     n: int
 
 
-def perplexity_interval(loss: npt.ArrayLike, tokens: npt.ArrayLike, *, seed: int = 0) -> Interval:
+def perplexity_interval(loss: npt.ArrayLike, tokens: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     """exp(total loss / total tokens) with a bootstrap interval over items.
 
     Every token weighs the same, so that a long text counts more than a short one; items, not
@@ -142,13 +142,13 @@ def perplexity_interval(loss: npt.ArrayLike, tokens: npt.ArrayLike, *, seed: int
     total = mean * count
     value = math.exp(float(total.sum() / count.sum()))
     if mean.size < 2:
-        return Interval(value, n=int(mean.size))
+        return Estimate(value, n=int(mean.size))
     weights = bootstrap_weights(mean.size, _REPLICATES, seed)
     return percentile_interval(value, np.exp((weights @ total) / (weights @ count)), n=int(mean.size),
                                expanded=True)
 
 
-def estimate_of(metric: str, scores: FloatArray, tokens: FloatArray | None) -> Interval:
+def estimate_of(metric: str, scores: FloatArray, tokens: FloatArray | None) -> Estimate:
     """The value of a metric from the items' scores."""
     if metric == "accuracy":
         return wilson_interval(int(scores.sum()), scores.size)
@@ -185,7 +185,7 @@ def compare(a: EvalResult, b: EvalResult) -> Comparison:
             return found
 
         value = float(ratio(np.ones((1, n)))[0])
-        interval = Interval(value, n=n) if n < 2 else percentile_interval(
+        interval = Estimate(value, n=n) if n < 2 else percentile_interval(
             value, ratio(bootstrap_weights(n, _REPLICATES, 0)), n=n, expanded=True)
         return Comparison(a.task, a.metric, interval, paired_permutation(x * u, y * v), n)
     return Comparison(a.task, a.metric, mean_interval(x - y), paired_permutation(x, y), n)
@@ -283,7 +283,7 @@ def read_result(path: Path) -> EvalResult:
         e = stored["estimate"]
         value, low, high = _floats([e["value"], e["low"], e["high"]]).tolist()
         return EvalResult(**{
-            **{name: stored[name] for name in _FIELDS}, "estimate": Interval(value, low, high, e["n"]),
+            **{name: stored[name] for name in _FIELDS}, "estimate": Estimate(value, low, high, e["n"]),
             "items": tuple(stored["items"]), "notes": tuple(stored["notes"]),
             "scores": _floats(stored["scores"]),
             "tokens": None if stored["tokens"] is None else _floats(stored["tokens"])})

@@ -35,7 +35,7 @@ from scipy import stats as scipy_stats
 
 from midblock.errors import DataError
 from midblock.reading import parse_json, printable, read_json, read_jsonl, user_path
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.settings.compare import CompareSettings
 from midblock.stats import compare_arms, holm, paired_permutation
 
@@ -243,7 +243,7 @@ class LogComparison:
             for side in ("a", "b"):
                 table.add("model", "all", row["metric"], side, row[side], n=row["n"], **extra)
             table.add("model", "all", row["metric"], "difference",
-                      Interval(row["difference"], row["low"], row["high"], row["n"]), **extra,
+                      Estimate(row["difference"], row["low"], row["high"], row["n"]), **extra,
                       **{k: row[k] for k in COLUMNS if k not in (
                           "task", "metric", "n", "a", "b", "difference", "low", "high")})
         return table

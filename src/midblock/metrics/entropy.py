@@ -167,7 +167,7 @@ def matrix_entropy(x: Tensor, alpha: float = 1.0, *, unit_rows: bool = False,
     """Matrix-based Renyi entropy of order ``alpha`` of each (T, d) matrix [1].
 
     K = ZZ' / tr(ZZ') with eigenvalues p; see `entropy_from_spectrum`. This is the paper's
-    S_alpha. The earlier public code scales each row to norm 1 first: ``unit_rows=True``.
+    S_alpha. The paper's public code scales each row to norm 1 first: ``unit_rows=True``.
     Without it one long row (an attention sink) can hold nearly all of the trace.
 
     Args:
@@ -233,7 +233,7 @@ def prompt_entropy(z: Tensor, mask: Tensor | None = None, *, lengths: Tensor | N
         mask: (B, T), true for real tokens.
         lengths: (B), instead of a mask.
         alpha: Order, above 0.
-        unit_rows: The earlier code's variant.
+        unit_rows: The paper code's variant.
         normalize: Paper: ``max`` (ln min(T_i, d) per sample).
         dtype: See `matrix_entropy`.
 

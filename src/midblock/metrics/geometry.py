@@ -47,7 +47,7 @@ def sparsity(z: Tensor, eps: float = 0.01, *, relative: bool = False, mask: Tens
     """Share of entries of each (T, d) matrix with an absolute value below ``eps``.
 
     The paper counts |h| < eps, but its text does not state eps; 0.01 is this function's choice.
-    The earlier public code uses 0.01 times the largest absolute entry: ``relative=True``.
+    The paper's public code uses 0.01 times the largest absolute entry: ``relative=True``.
     The two differ by orders of magnitude, so name the variant beside every figure. The
     absolute one depends on the scale of the states, which grows with depth.
 
@@ -92,7 +92,7 @@ def curvature(z: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None =
 
     v_t = z_{t+1} - z_t; the angle of v_t and v_{t+1} is 2 atan2(|u - w|, |u + w|) of their unit
     vectors u, w [1], which is exact at 0 and pi, where arccos loses half the digits; nothing
-    is clamped. The earlier code clamps the cosine to +-0.999, so that a straight line scores
+    is clamped. The paper code clamps the cosine to +-0.999, so that a straight line scores
     0.014 there and 0 here. A difference of length 0 (two equal states in a row) has no angle:
     the pairs it belongs to are left out of the mean.
 

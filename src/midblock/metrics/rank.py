@@ -27,7 +27,7 @@ def effective_rank_from_singular_values(s: Tensor, *, energy: bool = False,
 
     Args:
         s: Singular values (*, k), any order.
-        energy: The earlier code's variant, on squared values.
+        energy: The paper code's variant, on squared values.
         max_rank: Divide by this (min(N, d)), so that samples of unequal size compare.
 
     Returns:
@@ -68,7 +68,7 @@ def effective_rank(x: Tensor, *, energy: bool = False, center: bool = False, nor
     """Effective rank [1]: exponential of the entropy of the normalised singular values.
 
     p_k = s_k / sum(s); returns exp(-sum_k p_k ln p_k), the paper's eq. 4. With
-    ``energy=True`` p_k = s_k^2 / sum(s^2): another quantity, the one of the earlier code, and
+    ``energy=True`` p_k = s_k^2 / sum(s^2): another quantity, the one of the paper's code, and
     exp of `matrix_entropy` in nats.
 
     Args:

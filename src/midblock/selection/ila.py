@@ -27,7 +27,7 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.data import Dataset, load_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.segments import zone_means
 from midblock.selection.gates import Gates
 from midblock.selection.ila_stages import ScoreSet, Stages
@@ -208,7 +208,7 @@ def _table(plan: Plan, unit_of: Mapping[str, str], sets: Sequence[ScoreSet], set
                 low, high = ranges[i] if ranges else (math.nan, math.nan)
                 n = settings.score_steps if metric == "ila_score" else found.batches if ranges else 1
                 matrix = module.kind if settings.unit == "matrix" else "all"
-                table.add("block", module.block, metric, "pair", Interval(values[i], low, high, n), matrix=matrix,
+                table.add("block", module.block, metric, "pair", Estimate(values[i], low, high, n), matrix=matrix,
                           module=module.name if settings.unit == "matrix" else "", unit=unit, step=found.step,
                           final=found.final, data=data, seed=settings.seed)
     return table

@@ -21,7 +21,7 @@ import pandas as pd
 from midblock import stats
 from midblock.errors import OutputError, SettingsError
 from midblock.provenance import read_run, read_table
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.selection.ila import SCORES
 from midblock.selection.units import top_units
 from midblock.settings.base import name_of
@@ -294,7 +294,7 @@ def overlap_of(selections: Sequence[Selection], *, settings: OverlapSettings | N
         extra["share"] = share
         name = f"{row['a']} | {row['b']}"
         table.add("model", name, "jaccard_pair", "pair",
-                  Interval(row["jaccard"], row["low"], row["high"], len(units)), **extra)
+                  Estimate(row["jaccard"], row["low"], row["high"], len(units)), **extra)
         table.add("model", name, "corrected_pair", "pair", row["corrected"], n=len(units), **extra)
     stacked = np.array(draws)
     for group in dict.fromkeys(pairs["group"]):
@@ -315,8 +315,8 @@ def _group_rows(table: Table, name: str, part: pd.DataFrame, draws: npt.NDArray[
     expected = float(part["expected"].mean())
     index = stats.percentile_interval(float(part["jaccard"].mean()), draws.mean(axis=0), confidence)
     n = len(part)
-    table.add("model", name, "jaccard", "pair", Interval(index.value, index.low, index.high, n), share=share)
+    table.add("model", name, "jaccard", "pair", Estimate(index.value, index.low, index.high, n), share=share)
     table.add("model", name, "chance_jaccard", "pair", expected, n=n, share=share)
     low, high = (stats.chance_corrected(v, expected) for v in (index.low, index.high))
-    table.add("model", name, "corrected", "pair", Interval(float(part["corrected"].mean()), low, high, n), share=share)
+    table.add("model", name, "corrected", "pair", Estimate(float(part["corrected"].mean()), low, high, n), share=share)
     table.add("model", name, "shared", "pair", float(part["shared"].mean()), n=n, share=share)

@@ -25,7 +25,7 @@ from midblock.errors import OutputError, SettingsError, UndefinedMetricError
 from midblock.models import load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.selection.evidence import LEAST_SWEEPS, Evidence, fixed_middle, judge, segment_means
 from midblock.selection.locate import scores_of
 from midblock.selection.scores import block_scores
@@ -207,11 +207,11 @@ def validate_cases(cases: Sequence[Case], scores: Mapping[str, Mapping[str, Sequ
     return pd.DataFrame(rows)
 
 
-def _over_sweeps(part: pd.DataFrame, independent: Mapping[str, tuple[str, str]]) -> Interval:
+def _over_sweeps(part: pd.DataFrame, independent: Mapping[str, tuple[str, str]]) -> Estimate:
     """Mean over independent sweeps, with an interval where there are enough of them."""
     values = part.groupby(part["sweep"].map(independent), sort=False)["value"].mean().dropna().to_numpy(np.float64)
     found = stats.mean_interval(values)
-    return found if found.n >= LEAST_SWEEPS else Interval(found.value, n=found.n)
+    return found if found.n >= LEAST_SWEEPS else Estimate(found.value, n=found.n)
 
 
 @dataclass
@@ -358,7 +358,7 @@ def summarise(sweeps: Sequence[SweepGains], scores: Mapping[str, Mapping[str, Se
     for found in evidence.comparisons:
         estimate = stats.mean_interval(found.differences)
         if estimate.n < LEAST_SWEEPS:
-            estimate = Interval(estimate.value, n=estimate.n)
+            estimate = Estimate(estimate.value, n=estimate.n)
         table.add("model", "", "regret_difference", "difference", estimate, score=found.score, over="sweeps",
                   versus=REFERENCE, p_chance=found.p_chance, p=found.p_middle, p_holm=found.p_holm)
     regret = cases[(cases["metric"] == "regret") & (cases["score"] == REFERENCE)]

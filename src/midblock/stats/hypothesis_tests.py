@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError, UndefinedMetricError
-from midblock.results import Interval
+from midblock.results import Estimate
 from midblock.stats._arrays import (
     FloatArray,
     binary_vector,
@@ -59,7 +59,7 @@ class McNemar:
 class TTest:
     """A mean with its interval, t, degrees of freedom and two-sided p."""
 
-    interval: Interval
+    interval: Estimate
     t: float
     df: int
     p: float

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError
-from midblock.results import Interval
+from midblock.results import Estimate
 from midblock.stats._arrays import (
     FloatArray,
     binary_vector,
@@ -40,7 +40,7 @@ __all__ = ["CrossedMean", "arm_intervals", "bootstrap_weights", "crossed_mean",
            "percentile_interval", "ratio_interval", "wilson_interval"]
 
 
-def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Interval:
+def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Estimate:
     """Mean with Student's t interval.
 
     Args:
@@ -64,19 +64,19 @@ def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Interval:
     array = vector(values, "values", drop_nan=True)
     n = int(array.size)
     if n == 0:
-        return Interval(math.nan, n=0)
+        return Estimate(math.nan, n=0)
     mean = float(array.mean())
     if n == 1:
-        return Interval(mean, n=1)
+        return Estimate(mean, n=1)
     half = _t_critical(confidence, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def _t_critical(confidence: float, df: float) -> float:
     return float(scipy_stats.t.ppf(0.5 + confidence / 2, df))
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     """Share of successes with Wilson's score interval [2], good also at 0, at n and for small n.
 
     Returns:
@@ -94,13 +94,13 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     if n < 0 or not 0 <= successes <= n:
         raise SettingsError(f"{successes} successes of {n} trials is not possible.")
     if n == 0:
-        return Interval(math.nan, n=0)
+        return Estimate(math.nan, n=0)
     bounds = scipy_stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
-    return Interval(successes / n, max(0.0, float(bounds.low)), min(1.0, float(bounds.high)), int(n))
+    return Estimate(successes / n, max(0.0, float(bounds.low)), min(1.0, float(bounds.high)), int(n))
 
 
 def paired_proportion_interval(a_correct: npt.ArrayLike, b_correct: npt.ArrayLike,
-                               confidence: float = 0.95) -> Interval:
+                               confidence: float = 0.95) -> Estimate:
     """Difference of two shares on the same items with the adjusted Wald interval [8].
 
     One item is added to each kind of disagreement before the variance is taken, so that the
@@ -118,7 +118,7 @@ def paired_proportion_interval(a_correct: npt.ArrayLike, b_correct: npt.ArrayLik
     half = float(scipy_stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt(
         (up + down - (up - down) ** 2) / (n + 2))
     centre = up - down
-    return Interval(float((a - b).mean()), max(-1.0, centre - half), min(1.0, centre + half), n)
+    return Estimate(float((a - b).mean()), max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
 def bootstrap_weights(n: int, replicates: int, seed: int,
@@ -159,7 +159,7 @@ def bootstrap_weights(n: int, replicates: int, seed: int,
 
 
 def percentile_interval(estimate: float, replicates: npt.ArrayLike, confidence: float = 0.95, *,
-                        n: int = 0, expanded: bool = False) -> Interval:
+                        n: int = 0, expanded: bool = False) -> Estimate:
     """Percentile interval from bootstrap replicates [1].
 
     Args:
@@ -178,18 +178,18 @@ def percentile_interval(estimate: float, replicates: npt.ArrayLike, confidence: 
     array = np.asarray(replicates, dtype=np.float64)
     defined = array[~np.isnan(array)]
     if defined.size < 2 or defined.size < 0.95 * array.size or math.isnan(estimate):
-        return Interval(float(estimate), n=n)
+        return Estimate(float(estimate), n=n)
     tail = (1 - confidence) / 2
     if expanded:
         if n < 2:
             raise SettingsError(f"an expanded percentile interval needs n >= 2, but n is {n}.")
         tail = float(scipy_stats.norm.cdf(-math.sqrt(n / (n - 1)) * _t_critical(confidence, n - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return Interval(float(estimate), float(low), float(high), n)
+    return Estimate(float(estimate), float(low), float(high), n)
 
 
 def ratio_interval(totals: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = 0.95, *,
-                   replicates: int = 2000, seed: int = 0) -> Interval:
+                   replicates: int = 2000, seed: int = 0) -> Estimate:
     """Ratio estimator sum(totals) / sum(sizes), with an interval from resampled samples [1].
 
     A mean per token: every token weighs the same, whichever sample it is in, but samples are
@@ -221,10 +221,10 @@ def ratio_interval(totals: npt.ArrayLike, sizes: npt.ArrayLike, confidence: floa
     numerator, denominator = vector(numerator[kept], "totals"), vector(denominator[kept], "sizes")
     n = int(numerator.size)
     if n == 0:
-        return Interval(math.nan, n=0)
+        return Estimate(math.nan, n=0)
     value = float(numerator.sum() / denominator.sum())
     if n == 1:
-        return Interval(value, n=1)
+        return Estimate(value, n=1)
     weights = _shared_weights(n, replicates, seed)
     return percentile_interval(value, (weights @ numerator) / (weights @ denominator), confidence, n=n, expanded=True)
 
@@ -237,7 +237,7 @@ def _shared_weights(n: int, replicates: int, seed: int) -> FloatArray:
 
 
 def jackknife_interval(estimate: float, delete_one_values: npt.ArrayLike,
-                       confidence: float = 0.95) -> Interval:
+                       confidence: float = 0.95) -> Estimate:
     """t interval around ``estimate`` with the jackknife standard error.
 
     se^2 = (n-1)/n * sum_i (v_i - mean v)^2, v_i the statistic without sample i [1]. For smooth
@@ -257,15 +257,15 @@ def jackknife_interval(estimate: float, delete_one_values: npt.ArrayLike,
     array = vector(delete_one_values, "delete-one values")
     n = int(array.size)
     if n < 2:
-        return Interval(float(estimate), n=n)
+        return Estimate(float(estimate), n=n)
     error = math.sqrt((n - 1) / n * float(((array - array.mean()) ** 2).sum()))
     half = _t_critical(confidence, n - 1) * error
-    return Interval(float(estimate), float(estimate) - half, float(estimate) + half, n)
+    return Estimate(float(estimate), float(estimate) - half, float(estimate) + half, n)
 
 
 def paired_bootstrap(a: npt.ArrayLike, b: npt.ArrayLike,
                      statistic: Literal["mean", "median"] = "mean", replicates: int = 2000,
-                     seed: int = 0, confidence: float = 0.95) -> Interval:
+                     seed: int = 0, confidence: float = 0.95) -> Estimate:
     """Mean (or median) of a - b over the same items, with a bootstrap interval over items.
 
     Args:
@@ -283,7 +283,7 @@ def paired_bootstrap(a: npt.ArrayLike, b: npt.ArrayLike,
         raise SettingsError(f"statistic {statistic!r} is neither 'mean' nor 'median'.")
     estimate = float(difference.mean() if statistic == "mean" else np.median(difference))
     if n < 2:
-        return Interval(estimate, n=n)
+        return Estimate(estimate, n=n)
     if statistic == "mean":
         draws = bootstrap_weights(n, replicates, seed) @ difference / n
     else:
@@ -354,13 +354,13 @@ class CrossedMean:
     n_seeds: int
     n_items: int
 
-    def interval(self, confidence: float = 0.95) -> Interval:
+    def interval(self, confidence: float = 0.95) -> Estimate:
         """t interval; no bounds where the degrees of freedom are 0. ``n`` counts items."""
         check_confidence(confidence)
         if not self.df > 0:
-            return Interval(self.value, n=self.n_items)
+            return Estimate(self.value, n=self.n_items)
         half = _t_critical(confidence, self.df) * self.standard_error
-        return Interval(self.value, self.value - half, self.value + half, self.n_items)
+        return Estimate(self.value, self.value - half, self.value + half, self.n_items)
 
     @property
     def p(self) -> float:
@@ -427,7 +427,7 @@ def crossed_mean(scores: npt.ArrayLike, *, seed_ratio: float | None = None,
 
 
 def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95, *,
-                  limits: tuple[float, float] | None = None, pool_seeds: bool = True) -> dict[str, Interval]:
+                  limits: tuple[float, float] | None = None, pool_seeds: bool = True) -> dict[str, Estimate]:
     """Mean of every arm over seeds x items, with an interval for new seeds and new items.
 
     Half width squared = t_seed^2 (MS_seed - MS_residual)+ / SN + t_item^2 MS_item / SN: each part of the variance with
@@ -472,14 +472,14 @@ def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95,
     found = {}
     for arm, table in tables.items():
         if table.size == 0:
-            found[arm] = Interval(math.nan, n=table.shape[1])
+            found[arm] = Estimate(math.nan, n=table.shape[1])
             continue
         if arm not in squares:
             one = crossed_mean(table).interval(confidence)
             half, value = one.high - one.value, one.value
         else:
             value, half = float(table.mean()), _half_width(squares[arm], table.shape, confidence, pooled, df)
-        found[arm] = Interval(value, max(low, value - half), min(high, value + half), table.shape[1])
+        found[arm] = Estimate(value, max(low, value - half), min(high, value + half), table.shape[1])
     return found
 
 

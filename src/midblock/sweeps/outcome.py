@@ -16,7 +16,7 @@ from midblock.figures import lines as line_figure
 from midblock.figures import scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
 from midblock.quantities import label_of
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
 from midblock.sweeps.config import SweepConfig
@@ -77,7 +77,7 @@ class SweepResult:
                                     n=row["n"], **self._extra(arm, row["task"], row["role"], None))
                 continue
             table.add("segment", self._layer(arm), row["metric"], _side(arm),
-                      Interval(row["value"], row["low"], row["high"], row["n"]),
+                      Estimate(row["value"], row["low"], row["high"], row["n"]),
                       **self._extra(arm, row["task"], row["role"], None),
                       learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own))
         for record in self.records:
@@ -95,7 +95,7 @@ class SweepResult:
         for row in stats.comparisons.to_dict(orient="records"):
             metric = "log_perplexity" if row["metric"] == "perplexity" else row["metric"]
             table.add("segment", self._layer(row["a"]), metric, "difference",
-                      Interval(row["difference"], row["low"], row["high"], row["n_items"]),
+                      Estimate(row["difference"], row["low"], row["high"], row["n_items"]),
                       **self._extra(row["a"], row["task"], row["family"], None), versus=row["b"],
                       p=row["p"], p_holm=row["p_holm"], conclusion=row["conclusion"], effect_size=row["effect_size"],
                       effect=row["effect"],

@@ -20,7 +20,7 @@ from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token
 from midblock.errors import DataError, SettingsError
 from midblock.models import LoadedModel, load_model, quiet
 from midblock.progress import Progress, silent
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.tuning.adapter import Attachment, attach
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.check import EngagementReport, check_engagement, frozen_digests
@@ -63,7 +63,7 @@ class TuneResult:
     """Folder of the merged checkpoint."""
     merge_difference: float | None = None
     """Largest difference of a logit between merged checkpoint and adapter + base."""
-    held_out: dict[str, Interval] = field(default_factory=dict)
+    held_out: dict[str, Estimate] = field(default_factory=dict)
     """Mean loss per held-out row: base, tuned, difference."""
     notes: list[str] = field(default_factory=list)
 
