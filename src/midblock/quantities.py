@@ -436,6 +436,9 @@ _add("weight_change_effective_rank", "Effective rank of the change", "weight", "
 _add("share_unchanged", "Entries exactly unchanged", "weight", "weights", unit="share of entries", paired=True,
      unchanged=1.0, function="share_unchanged", formula=r"\frac{\#\{(i, j) : W_{ij} = W'_{ij}\}}{m n}",
      reading="Share of weights that tuning left bit for bit: rounding to 16 bits keeps many.")
+_add("change_rank", "Rank of the change", "weight", "weights", unit="dimensions", paired=True,
+     formula=r"\#\{k : s_k(\Delta W) > \epsilon\, \mathrm{rms}(W) (\sqrt m + \sqrt n)\}",
+     reading="Directions of the change above the rounding of what is stored: at most its rank for LoRA.")
 _add("change_cosine", "Cosine of two changes", "weight", "weights", unit="1 = same direction", paired=True,
      unchanged=1.0, function="change_cosine",
      formula=r"\frac{\langle \Delta W, \Delta W' \rangle}{\lVert \Delta W \rVert \lVert \Delta W' \rVert}",

@@ -28,7 +28,8 @@ from midblock.analysis.weight_names import Operand, Plan, Slab, Stage, Weight
 from midblock.errors import CheckpointError
 from midblock.progress import Progress
 
-__all__ = ["Pair", "Summer", "Sums", "group_change", "norm_and_rank", "similar_runs", "spectra_cost", "usable_cores"]
+__all__ = ["Pair", "Summer", "Sums", "entries", "group_change", "norm_and_rank", "similar_runs", "spectra_cost",
+           "usable_cores"]
 
 _PIECE = 1 << 17  # entries: two widened pieces and their difference fit a core's second-level cache
 _JOB = 1 << 22  # entries handed to a thread at a time
@@ -328,6 +329,11 @@ def _spectrum(stages: Sequence[Stage], weight: Weight, pair: Pair) -> Tensor:
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
     floor = math.sqrt(smaller * torch.finfo(torch.float64).eps)
     return torch.where(values > floor * values[0], values, 0.0)
+
+
+def entries(operand: Operand, weight: Weight) -> Tensor:
+    """A stage's whole matrix (rows, columns), in float64."""
+    return _strips(operand)((slice(weight.shape[0]), slice(weight.shape[1])))
 
 
 def _strips(operand: Operand) -> Callable[[tuple[slice, slice]], Tensor]:

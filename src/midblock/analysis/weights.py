@@ -29,6 +29,7 @@ from midblock.analysis.weight_sums import (
     spectra_cost,
     usable_cores,
 )
+from midblock.analysis.weight_turns import turns
 from midblock.errors import SettingsError
 from midblock.models import LoadedModel
 from midblock.models.anatomy import split_fused
@@ -188,7 +189,7 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
         names: Stage names; default base, sft, dpo, rlvr.
         progress: Told how many megabytes have been read.
         settings: Whether spectra are taken (``weight_change_spectral_norm``, ``weight_change_effective_rank``: an
-            eigendecomposition for each matrix), and by how many threads.
+            eigendecomposition for each matrix), rotations (`weight_turns`), and by how many threads.
         **overrides: Single fields of `WeightsSettings`.
 
     Returns:
@@ -228,6 +229,13 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     _table(table, keys, plan.config, pairs, measured)
     if spectra:
         _spectra_rows(table, chain, pairs, measured, workers, progress)
+    if chosen.rotations:
+        for weight, metric, side, stage, value in turns(chain, pairs, [w for w, _ in measured], workers, progress):
+            cell: dict[str, Any] = {"n": weight.numel, "stage": stage, "matrix": weight.kind, "tensor": weight.name}
+            if isinstance(value, str):
+                table.add_undefined(*_place(weight), metric, side, value, **cell)
+            else:
+                table.add(*_place(weight), metric, side, value, **cell)
     for stage in chain:
         stage.release()
     counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),

@@ -17,6 +17,9 @@ class WeightsSettings(Settings):
     spectra: bool | None = setting(None, help=(
         "Also the spectral norm and the effective rank of every matrix's difference. Default: where that takes a "
         "minute or two at most (up to some 300M parameters; adapters of any size)."))
+    rotations: bool = setting(False, help=(
+        "Also how tuning turned each matrix (minutes): entries exactly unchanged, rank of the change, singular vectors "
+        "kept, intruder dimensions; of three checkpoints or more, the cosine and angles between their changes."))
     workers: int | None = setting(None, ge=1, metavar="N", help=(
         "Threads that read. Default: one for each core, at most 8."))
 

@@ -1,0 +1,93 @@
+"""How tuning turned a weight: entries left bit for bit, singular vectors kept, intruders, and two changes side by side.
+
+Whole matrices are decomposed (float64), which costs minutes for a model of some 100M parameters; only where it is
+asked for (``rotations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midblock import metrics
+from midblock.analysis.stages import side_of
+from midblock.analysis.weight_names import Stage, Weight
+from midblock.analysis.weight_sums import Pair, entries
+from midblock.errors import UndefinedMetricError
+from midblock.progress import Progress
+
+__all__ = ["Turn", "turns"]
+
+DIRECTIONS = 10
+"""Strongest directions that are looked at, as in arXiv:2410.21228."""
+
+Turn = tuple[Weight, str, str, str, float | str]
+"""Weight, metric, side (difference or pair), comparison, and its value or why it has none."""
+
+
+def turns(chain: Sequence[Stage], pairs: Sequence[Pair], weights: Sequence[Weight], workers: int, progress: Progress
+          ) -> Iterator[Turn]:
+    """Rows of every matrix: of each comparison, and of the changes of every later stage side by side.
+
+    ``share_unchanged``, ``change_rank``, ``vector_rotation`` (mean over the 10 first singular vectors) and
+    ``intruder_dimensions`` of a stage against an earlier one; ``change_cosine`` and ``principal_angles`` (mean over 10)
+    of two later stages' changes since the first.
+    """
+    matrices = [w for w in weights if len(w.shape) == 2 and min(w.shape) > 1]
+    threads = torch.get_num_threads()
+    largest = max((w.numel for w in matrices), default=1)
+    workers = max(1, min(workers, (1 << 30) // (8 * 6 * largest)))  # two matrices, their difference and workspaces
+    with ThreadPoolExecutor(workers, thread_name_prefix="rotations",
+                            initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
+        for done, found in enumerate(pool.map(lambda w: list(_of_weight(chain, pairs, w)), matrices), start=1):
+            yield from found
+            progress("rotations (matrices)", done, len(matrices))
+    torch.set_num_threads(threads)
+
+
+def _of_weight(chain: Sequence[Stage], pairs: Sequence[Pair], weight: Weight) -> Iterator[Turn]:
+    operands = [stage.operand(weight) for stage in chain]
+    values = [entries(operand, weight) for operand in operands]
+    k = min(DIRECTIONS, *weight.shape)
+    for later, earlier in pairs:
+        name = side_of((chain[later].name, chain[earlier].name))
+        before, after = values[earlier], values[later]
+        stored = min((operands[i].dtype for i in (later, earlier)), key=lambda dtype: torch.finfo(dtype).bits)
+        for metric, side, value in (
+                ("share_unchanged", "pair", lambda b=before, a=after: metrics.share_unchanged(b, a)),
+                ("change_rank", "difference", lambda b=before, a=after, d=stored: _rank(b, a, d)),
+                ("vector_rotation", "pair", lambda b=before, a=after: metrics.vector_rotation(b, a, k=k).mean()),
+                ("intruder_dimensions", "pair", lambda b=before, a=after: metrics.intruder_dimensions(b, a, k=k))):
+            yield weight, metric, side, name, _value(value)
+    for later in range(2, len(chain)):
+        one, other = values[later - 1] - values[0], values[later] - values[0]
+        name = f"{chain[later].name} with {chain[later - 1].name}"
+        yield weight, "change_cosine", "pair", name, _value(lambda a=one, b=other: metrics.change_cosine(a, b))
+        yield weight, "principal_angles", "pair", name, _value(
+            lambda a=one, b=other: metrics.principal_angles(a, b, k=_common(a, b, k)).mean())
+
+
+def _rank(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the change: singular values above those that rounding to the stored dtype alone would make.
+
+    Rounding errors of m x n entries of size r have a spectral norm of about eps r (sqrt(m) + sqrt(n)).
+    """
+    change = after - before
+    floor = torch.finfo(dtype).eps * after.square().mean().sqrt() * sum(n ** 0.5 for n in change.shape)
+    return (metrics.singular_values(change) > floor).sum()
+
+
+def _common(a: Tensor, b: Tensor, k: int) -> int:
+    """Directions that both changes have, at most ``k``."""
+    return max(1, min(k, int(metrics.algebraic_rank(a)), int(metrics.algebraic_rank(b))))
+
+
+def _value(make: Callable[..., Any]) -> float | str:
+    try:
+        return float(make())
+    except UndefinedMetricError as error:
+        return str(error)
