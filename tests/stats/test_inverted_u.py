@@ -64,7 +64,7 @@ def test_false_alarms_stay_nominal_where_there_is_no_inverted_u(shape, seeds):
 def test_a_planted_peak_is_found_and_its_interval_holds_it():
     rng = np.random.default_rng(3)
     truth = 0.3 - 3.0 * (X - 0.45) ** 2
-    found = [inverted_u_test(X, sweep(rng, truth)) for _ in range(60)]
+    found = [inverted_u_test(X, sweep(rng, truth, scale=1.0)) for _ in range(60)]
     assert np.mean([f.p < 0.05 for f in found]) > 0.85
     assert np.mean([f.peak.low <= 0.45 <= f.peak.high for f in found]) >= 0.88
     assert {f.break_at for f in found} <= {0.3, 0.5, 0.7}

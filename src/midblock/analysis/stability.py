@@ -46,6 +46,8 @@ class StabilityResult:
     seeds: list[int]
     counts: dict[str, Any] = field(default_factory=dict)
     """As of a profile (the least over the seeds), and those of each seed."""
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """As of a profile, the mean over the seeds."""
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -53,7 +55,7 @@ class StabilityResult:
         return self.table.frame()
 
     def _as_profile(self) -> ProfileResult:
-        return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts)
+        return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts, self.layers)
 
     def regions(self) -> pd.DataFrame:
         """As `ProfileResult.regions`, of the means over seeds, and where the change is significant.
@@ -126,21 +128,24 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     numbers = [chosen.seed + k for k in range(seeds)]
     tables: list[Table] = []
     counts: list[dict[str, Any]] = []
+    likeness: list[pd.DataFrame] = []
     for k, number in enumerate(numbers):
         done = state_folder / f"seed-{number}.json" if state_folder else None
         kept = _read_seed(done, progress) if done is not None and done.is_file() else None
         if kept is not None:
-            table, count = kept
+            table, count, layers = kept
         else:
             result = profile(models, data=dataset, names=keys,
                              progress=_named(progress, f"seed {k + 1} of {seeds}"),
                              state_folder=state_folder / f"seed-{number}" if state_folder else None,
                              settings=chosen.replace(seed=number))
-            table, count = result.table, result.counts
+            table, count, layers = result.table, result.counts, result.layers
             if done is not None:
-                write_sealed(done, {"rows": table.rows, "reasons": table.reasons, "counts": count})
+                write_sealed(done, {"rows": table.rows, "reasons": table.reasons, "counts": count,
+                                    "layers": layers.to_dict(orient="records")})
         tables.append(table)
         counts.append(count)
+        likeness.append(layers)
     if state_folder is not None:
         for number in numbers:
             (state_folder / f"seed-{number}.json").unlink(missing_ok=True)
@@ -152,7 +157,11 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     total = {**counts[0], **least, "truncated": max(c.get("truncated", 0) for c in counts),
              "seeds": numbers, "share_drawn": min(1.0, wanted / max(1, len(dataset.examples))), "by_seed": counts}
     found = StabilityResult(Table(), keys, models[0].anatomy.num_blocks + 1, chosen, numbers, total)
-    return replace(found, table=_combine(tables, numbers, chosen, keys, found._as_profile().sums))
+    together = pd.concat(likeness)
+    if not together.empty:
+        together = together.groupby(["stage", "layer", "other"], sort=False, as_index=False).agg(
+            {"cka_debiased": "mean", "n": "min"})
+    return replace(found, layers=together, table=_combine(tables, numbers, chosen, keys, found._as_profile().sums))
 
 
 def _named(progress: Progress, which: str) -> Progress:
@@ -162,13 +171,13 @@ def _named(progress: Progress, which: str) -> Progress:
     return tell
 
 
-def _read_seed(path: Path, progress: Progress) -> tuple[Table, dict[str, Any]] | None:
+def _read_seed(path: Path, progress: Progress) -> tuple[Table, dict[str, Any], pd.DataFrame] | None:
     """What an interrupted run measured with one seed; None where the file is damaged, which is told."""
     try:
         stored = read_written(path, advice="it is measured again")
         rows = [{k: math.nan if v is None and k in ("value", "low", "high") else v for k, v in row.items()}
                 for row in stored["rows"]]
-        return Table(rows, stored["reasons"]), stored["counts"]
+        return Table(rows, stored["reasons"]), stored["counts"], pd.DataFrame(stored["layers"])
     except (OutputError, ValueError, KeyError, TypeError, AttributeError) as error:
         progress("damaged state", 1, 1, str(error))
         return None

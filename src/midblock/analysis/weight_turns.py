@@ -77,8 +77,8 @@ def _rank(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
     Rounding errors of m x n entries of size r have a spectral norm of about eps r (sqrt(m) + sqrt(n)).
     """
     change = after - before
-    floor = torch.finfo(dtype).eps * after.square().mean().sqrt() * sum(n ** 0.5 for n in change.shape)
-    return (metrics.singular_values(change) > floor).sum()
+    floor = torch.finfo(dtype).eps * float(after.square().mean().sqrt()) * sum(n ** 0.5 for n in change.shape)
+    return torch.count_nonzero(metrics.singular_values(change) > floor)
 
 
 def _common(a: Tensor, b: Tensor, k: int) -> int:

@@ -230,8 +230,9 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     if spectra:
         _spectra_rows(table, chain, pairs, measured, workers, progress)
     if chosen.rotations:
-        for weight, metric, side, stage, value in turns(chain, pairs, [w for w, _ in measured], workers, progress):
-            cell: dict[str, Any] = {"n": weight.numel, "stage": stage, "matrix": weight.kind, "tensor": weight.name}
+        for weight, metric, side, compared, value in turns(chain, pairs, [w for w, _ in measured], workers, progress):
+            cell: dict[str, Any] = {"n": weight.numel, "stage": compared, "matrix": weight.kind,
+                                    "tensor": weight.name}
             if isinstance(value, str):
                 table.add_undefined(*_place(weight), metric, side, value, **cell)
             else:

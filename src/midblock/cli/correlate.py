@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,6 @@ def correlate(
         result = correlate(folders, progress=progress, settings=settings)
         run.write_table(result.layers, "layers.csv")
         save_result(run, result, fields={"counts": result.counts}, progress=progress)
-    shown = "spearman" if "spearman" in settings.methods else "pearson"
+    shown: Literal["pearson", "spearman"] = "spearman" if "spearman" in settings.methods else "pearson"
     console.print_table(result.strongest(15, shown), title=f"Strongest correlations over depth ({shown})")
     show(run, result)

@@ -40,12 +40,13 @@ def profile(models: Chain, data: Data, settings: StabilitySettings, load: ChainL
         if settings.seeds == 1:
             from midblock.analysis.profile import profile
 
-            result = profile(chain, **call)
-            run.write_table(result.layers, "layers.csv")
-            return result
-        from midblock.analysis.stability import profile_seeds
+            result: Any = profile(chain, **call)
+        else:
+            from midblock.analysis.stability import profile_seeds
 
-        return profile_seeds(chain, seeds=settings.seeds, **call)
+            result = profile_seeds(chain, seeds=settings.seeds, **call)
+        run.write_table(result.layers, "layers.csv")
+        return result
 
     run, result = run_analysis("profile", models, names=names, data=data, seed=settings.seed, out=out, resume=resume,
                                load=load, settings=settings, measure=measure)

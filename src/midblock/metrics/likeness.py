@@ -190,9 +190,10 @@ def layer_cka(x: Tensor, y: Tensor) -> Tensor:
     (k, k_rows), (m, m_rows) = hollow(x, "x"), hollow(y, "y")
 
     def hsic(a: Tensor, b: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
-        """Of every pair of rows; with one dimension less, of corresponding ones."""
-        return (a @ b.mT + rows_a.sum(1)[:, None] * rows_b.sum(1) / ((n - 1) * (n - 2))
-                - 2 * (rows_a @ rows_b.mT) / (n - 2)) / (n * (n - 3))
+        """Of every layer of one with every layer of the other."""
+        product: Tensor = a @ b.mT
+        sums = rows_a.sum(1)[:, None] * rows_b.sum(1)
+        return (product + sums / ((n - 1) * (n - 2)) - 2 * (rows_a @ rows_b.mT) / (n - 2)) / (n * (n - 3))
 
     own_x = torch.stack([hsic(k[i:i + 1], k[i:i + 1], k_rows[i:i + 1], k_rows[i:i + 1])[0, 0] for i in range(len(k))])
     own_y = torch.stack([hsic(m[i:i + 1], m[i:i + 1], m_rows[i:i + 1], m_rows[i:i + 1])[0, 0] for i in range(len(m))])

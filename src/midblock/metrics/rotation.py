@@ -41,7 +41,7 @@ def change_cosine(a: Tensor, b: Tensor) -> Tensor:
         UndefinedMetricError: one of them is zero.
 
     Example:
-        >>> change_cosine(torch.eye(2), -torch.eye(2)).item()
+        >>> round(change_cosine(torch.eye(2), -torch.eye(2)).item(), 9)
         -1.0
     """
     matching(a, b, "the two changes")
@@ -51,7 +51,8 @@ def change_cosine(a: Tensor, b: Tensor) -> Tensor:
     scale = first.norm() * second.norm()
     if not bool(scale > 0):
         raise UndefinedMetricError("the cosine of two changes is undefined: one of them is zero.")
-    return ((first @ second) / scale).clamp(-1.0, 1.0)
+    cosine: Tensor = (first @ second) / scale
+    return cosine.clamp(-1.0, 1.0)
 
 
 def principal_angles(a: Tensor, b: Tensor, *, k: int) -> Tensor:
@@ -111,7 +112,8 @@ def vector_rotation(base: Tensor, sft: Tensor, *, k: int = 10) -> Tensor:
         raise ValueError(f"weights have shape {tuple(base.shape)} and k is {k}; expected a matrix and k of at least 1.")
     before = torch.linalg.svd(features(base, "base"), full_matrices=False).U
     after = torch.linalg.svd(features(sft, "sft"), full_matrices=False).U[:, :k]
-    return (before.mT @ after).abs().amax(dim=0).clamp(max=1.0)
+    cosines: Tensor = before.mT @ after
+    return cosines.abs().amax(dim=0).clamp(max=1.0)
 
 
 def intruder_dimensions(base: Tensor, sft: Tensor, *, k: int = 10, epsilon: float = 0.6) -> Tensor:

@@ -43,6 +43,7 @@ def share_of_gain(arm: npt.ArrayLike, full: npt.ArrayLike, base: npt.ArrayLike, 
         UndefinedMetricError: non-finite scores.
 
     Example:
+        >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> base, noise = rng.normal(0, 1, 400), lambda: rng.normal(0, 0.1, (3, 400))
         >>> found = share_of_gain(base + 0.9 + noise(), base + 1.0 + noise(), base)
