@@ -19,6 +19,7 @@ EXTRA_OF = {
     "jinja2": "report",
     "lm_eval": "evaluate",
     "markupsafe": "report",
+    "numba": "fast",
     "peft": "tune",
     "plotly": "report",
     "pyarrow": "parquet",
