@@ -180,7 +180,7 @@ def test_segment_bars_groups_and_faults():
                        arms([0.2, 0.5], head="sft", metric="accuracy")])
     fig = segment_bars(frame, metric="accuracy", hue="head")
     assert sorted(p.get_height() for p in fig.axes[0].patches) == [0.2, 0.3, 0.4, 0.5]
-    assert fig.axes[0].get_ylabel() == "Accuracy (share of tokens)"
+    assert fig.axes[0].get_ylabel() == "Accuracy (share)"
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["base", "sft"]
     with pytest.raises(SettingsError, match="several rows"):
         segment_bars(frame)

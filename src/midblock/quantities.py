@@ -466,9 +466,9 @@ _add("perplexity", "Perplexity", "logits", "predictions", formula=r"\exp(\mathrm
      reading="Lower is better; number of equally likely tokens with the same loss.")
 _add("perplexity_ratio", "Perplexity ratio", "logits", "predictions", paired=True, unchanged=1.0,
      formula=r"\exp(\mathrm{loss}_b - \mathrm{loss}_a)", reading="Below 1: the later model predicts better.")
-_add("accuracy", "Accuracy", "logits", "predictions", unit="share of tokens",
+_add("accuracy", "Accuracy", "logits", "predictions", unit="share",
      formula=r"[\arg\max p = \mathrm{gold}]",
-     reading="Share of tokens whose most likely candidate is the right one.")
+     reading="Share of tokens (or of items, where answers are scored) that are right.")
 _add("entropy", "Entropy", "logits", "predictions", unit="nats", formula=r"-\sum_v p_v \ln p_v",
      reading="How undecided the prediction is.")
 _add("gold_probability", "Probability of the right token", "logits", "predictions", formula=r"p(\mathrm{gold})")
