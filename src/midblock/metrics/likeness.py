@@ -142,7 +142,8 @@ def rsa(x: Tensor, y: Tensor) -> Tensor:
             raise UndefinedMetricError("RSA is undefined: all samples are equally far from each other.")
         ranks.append(rank - rank.mean())
     a, b = ranks
-    return (a @ b) / (a.norm() * b.norm())
+    correlation: Tensor = (a @ b) / (a.norm() * b.norm())
+    return correlation
 
 
 def _average_ranks(values: Tensor) -> Tensor:
@@ -193,7 +194,8 @@ def layer_cka(x: Tensor, y: Tensor) -> Tensor:
         """Of every layer of one with every layer of the other."""
         product: Tensor = a @ b.mT
         sums = rows_a.sum(1)[:, None] * rows_b.sum(1)
-        return (product + sums / ((n - 1) * (n - 2)) - 2 * (rows_a @ rows_b.mT) / (n - 2)) / (n * (n - 3))
+        rows: Tensor = rows_a @ rows_b.mT
+        return (product + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
 
     own_x = torch.stack([hsic(k[i:i + 1], k[i:i + 1], k_rows[i:i + 1], k_rows[i:i + 1])[0, 0] for i in range(len(k))])
     own_y = torch.stack([hsic(m[i:i + 1], m[i:i + 1], m_rows[i:i + 1], m_rows[i:i + 1])[0, 0] for i in range(len(m))])

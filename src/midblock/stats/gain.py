@@ -10,12 +10,11 @@ import math
 
 import numpy.typing as npt
 from scipy import optimize
-from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError
 from midblock.results import Estimate
 from midblock.stats._arrays import check_confidence, matrix
-from midblock.stats.intervals import crossed_mean
+from midblock.stats.intervals import crossed_mean, half_width
 
 __all__ = ["share_of_gain"]
 
@@ -24,9 +23,9 @@ def share_of_gain(arm: npt.ArrayLike, full: npt.ArrayLike, base: npt.ArrayLike, 
                   ) -> Estimate:
     """What share of the gain of ``full`` over ``base`` does ``arm`` reach? (arm - base) / (full - base).
 
-    "98% of full performance" is 0.98. Fieller's interval [1]: all shares r for which the crossed mean of
-    arm - base - r (full - base), seeds and items random, does not differ from 0. The sign of the scores does not
-    matter.
+    "98% of full performance" is 0.98. Fieller's interval [1]: all shares r for which the mean of
+    arm - base - r (full - base) does not differ from 0, seeds and items random as in `arm_intervals`; two seeds give
+    wide intervals, or none. The sign of the scores does not matter.
 
     Args:
         arm: (seeds, items), or (items,) for one seed.
@@ -64,10 +63,11 @@ def share_of_gain(arm: npt.ArrayLike, full: npt.ArrayLike, base: npt.ArrayLike, 
 
     def excess(r: float) -> float:
         """Above 0 where r is outside."""
-        mean = crossed_mean(gained - r * possible)
-        if not mean.df > 0:
-            return -1.0
-        return abs(mean.value) - float(scipy_stats.t.ppf(0.5 + confidence / 2, mean.df)) * mean.standard_error
+        table = gained - r * possible
+        if table.shape[0] > 1 and n > 1:
+            return abs(float(table.mean())) - half_width(table, confidence)
+        one = crossed_mean(table).interval(confidence)
+        return abs(one.value) - (one.high - one.value) if math.isfinite(one.high) else -1.0
 
     ends = []
     for way in (-1.0, 1.0):

@@ -478,14 +478,14 @@ def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95,
             one = crossed_mean(table).interval(confidence)
             half, value = one.high - one.value, one.value
         else:
-            value, half = float(table.mean()), _half_width(squares[arm], table.shape, confidence, pooled, df)
+            value, half = float(table.mean()), half_width(table, confidence, pooled, df)
         found[arm] = Estimate(value, max(low, value - half), min(high, value + half), table.shape[1])
     return found
 
 
-def _half_width(squares: tuple[float, float, float], shape: tuple[int, ...], confidence: float, pooled: float | None,
-                pooled_df: float) -> float:
-    (seed, item, residual), (seeds, items) = squares, shape
+def half_width(table: FloatArray, confidence: float, pooled: float | None = None, pooled_df: float = 0.0) -> float:
+    """Half the interval of a mean over seeds (2 or more) x items; see `arm_intervals`."""
+    (seed, item, residual), (seeds, items) = mean_squares(table), table.shape
     df_seed = float(seeds - 1)
     if pooled is not None:
         seed, df_seed = max(seed, pooled * residual), max(df_seed, pooled_df)
