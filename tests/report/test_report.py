@@ -104,7 +104,7 @@ def test_a_sweeps_verdict_leads_and_names_the_next_command(tmp_path: Path) -> No
     table = Table()
     for arm, value in (("base", 0.1), ("01100", 0.5), ("11111", 0.4)):
         table.add("segment", arm, "exact_match", "base" if arm == "base" else "sft",
-                  Interval(value, value - 0.1, value + 0.1, 40), arm=arm, task="arithmetic", role="evaluation",
+                  Estimate(value, value - 0.1, value + 0.1, 40), arm=arm, task="arithmetic", role="evaluation",
                   seed=None, params=10)
     with RunFolder(tmp_path / "s", command="sweep", settings={}) as made:
         made.write_table(table)

@@ -33,7 +33,7 @@ from midblock.errors import DataError, ServingError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.reading import parse_json, shortened
-from midblock.results import Interval, Table
+from midblock.results import Estimate, Table
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import ServingSettings
 from midblock.settings.load import LoadSettings
@@ -71,7 +71,7 @@ class ServingCheck:
 
     tokens: pd.DataFrame
     """Columns row, place, token (its id), served, base, tuned: log-probabilities in nats."""
-    share: Interval
+    share: Estimate
     """<served - base, tuned - base> / |tuned - base|^2, interval over rows."""
     served: str
     """The server's name of the model."""
@@ -188,7 +188,7 @@ def compare_served(served: Sequence[ServedRow], base: Sequence[FloatArray], tune
                             "seen; is it trained?")
     value, n = float(top.sum() / bottom.sum()), len(top)
     if n < 2:
-        return ServingCheck(frame, Interval(value, n=n), name, echoed)
+        return ServingCheck(frame, Estimate(value, n=n), name, echoed)
     weights = bootstrap_weights(n, _REPLICATES, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = (weights @ top) / (weights @ bottom)
