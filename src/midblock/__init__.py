@@ -30,6 +30,10 @@ _EXPORTS = {
     "FrozenPrefix": "midblock.tuning",
     "evaluate": "midblock.evaluation",
     "evaluate_tasks": "midblock.evaluation",
+    "importance": "midblock.selection.ila",
+    "locate": "midblock.selection.locate",
+    "overlap": "midblock.selection.overlap",
+    "validate": "midblock.selection.validate",
     "sweep": "midblock.sweeps",
     "study": "midblock.report.study",
 }
@@ -56,6 +60,10 @@ if TYPE_CHECKING:
     from midblock.models import load_pair as load_pair
     from midblock.report.study import study as study
     from midblock.segments import segment_blocks as segment_blocks
+    from midblock.selection.ila import importance as importance
+    from midblock.selection.locate import locate as locate
+    from midblock.selection.overlap import overlap as overlap
+    from midblock.selection.validate import validate as validate
     from midblock.sweeps import sweep as sweep
     from midblock.tuning import FrozenPrefix as FrozenPrefix
     from midblock.tuning import lora_config as lora_config

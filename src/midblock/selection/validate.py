@@ -100,9 +100,12 @@ def read_sweep(folder: Path | str, name: str | None = None) -> SweepGains:
     if not cases:
         raise SettingsError(f"{folder}: no task has every single segment of some K >= 3, with a value, for one seed"
                             f"{' (' + left_out[0] + ')' if left_out else ''}; sweep `arms.singles: 5`.")
-    settings = run["settings"]
-    return SweepGains(folder, str(settings["model"]), str(settings["train"]["data"]),
-                      str(settings.get("dtype", "auto")), tuple(cases), tuple(left_out))
+    try:
+        model, data = str(run["settings"]["model"]), str(run["settings"]["train"]["data"])
+    except (KeyError, TypeError):
+        raise OutputError(f"{folder}: its run.json does not say on which data which model was trained; repeat the "
+                          "sweep in a new folder.") from None
+    return SweepGains(folder, model, data, str(run["settings"].get("dtype", "auto")), tuple(cases), tuple(left_out))
 
 
 def _cases(table: pd.DataFrame, sweep: str) -> tuple[list[Case], list[str]]:
