@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+import platformdirs
 from pydantic import BaseModel, Field
 
 from midblock.errors import MidblockError, OutputError, SettingsError
@@ -50,11 +51,10 @@ _PACKAGES = ("midblock", "torch", "transformers", "peft", "trl", "accelerate", "
 
 
 def cache_dir() -> Path:
-    """Folder for converted models and caches: ``$MIDBLOCK_CACHE`` or the XDG cache folder."""
+    """Folder for converted models and caches: ``$MIDBLOCK_CACHE``, or the system's folder for caches."""
     if given := os.environ.get("MIDBLOCK_CACHE"):
         return Path(given).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "midblock"
+    return platformdirs.user_cache_path("midblock", appauthor=False)
 
 
 def _temporary_prefix() -> str:
