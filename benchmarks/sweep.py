@@ -34,7 +34,7 @@ from midblock.sweeps.arms import Arm
 from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.tuning.adapter import _seed_adapters
-from midblock.tuning.trainer import _BatchOrder, _collator, _labels
+from midblock.tuning.batching import BatchOrder, collator, labels_of
 
 
 def configuration(args: argparse.Namespace) -> SweepConfig:
@@ -97,7 +97,7 @@ def train_in_trl(loaded: LoadedModel, arm: Arm, seed: int, config: SweepConfig, 
 
     training = config.training
     rows = list(token_rows(data.train, loaded.tokenizer, config.train))
-    order = _BatchOrder([len(r) for r in rows], training.batch_size, seed, training.order)
+    order = BatchOrder([len(r) for r in rows], training.batch_size, seed, training.order)
     places: list[int] = []
     for epoch in range(int(training.epochs or 1)):
         order.set_epoch(epoch)
@@ -107,9 +107,9 @@ def train_in_trl(loaded: LoadedModel, arm: Arm, seed: int, config: SweepConfig, 
     steps = training.settings(5e-4, seed).num_steps(len(rows))
     with tempfile.TemporaryDirectory() as folder:
         trainer = InOrder(
-            model=model, processing_class=loaded.tokenizer, data_collator=_collator(pad_token_id(loaded.tokenizer)),
+            model=model, processing_class=loaded.tokenizer, data_collator=collator(pad_token_id(loaded.tokenizer)),
             train_dataset=Dataset.from_dict({"input_ids": [list(rows[i].ids) for i in places],
-                                             "labels": [_labels(rows[i]) for i in places]}),
+                                             "labels": [labels_of(rows[i]) for i in places]}),
             args=SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=training.batch_size,
                            learning_rate=training.learning_rates[0], lr_scheduler_type=training.schedule,
                            max_grad_norm=training.max_grad_norm,

@@ -28,6 +28,7 @@ _EXPORTS = {
     "make_plan": "midblock.tuning",
     "lora_config": "midblock.tuning",
     "FrozenPrefix": "midblock.tuning",
+    "SupervisedHead": "midblock.tuning",
     "evaluate": "midblock.evaluation",
     "evaluate_tasks": "midblock.evaluation",
     "importance": "midblock.selection.ila",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from midblock.selection.validate import validate as validate
     from midblock.sweeps import sweep as sweep
     from midblock.tuning import FrozenPrefix as FrozenPrefix
+    from midblock.tuning import SupervisedHead as SupervisedHead
     from midblock.tuning import lora_config as lora_config
     from midblock.tuning import make_plan as make_plan
     from midblock.tuning import tune as tune

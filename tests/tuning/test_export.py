@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, token_ids
 from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
 from midblock.models import load_model, save_checkpoint
+from midblock.provenance import cache_dir
+from midblock.settings import TrainSettings
 from midblock.tuning import attach, make_plan, merged_weights, tune, vllm_note, with_weights
 from midblock.tuning.export import VLLM_RANKS, export_adapter, pad_adapter
-from midblock.tuning.run import load_4bit
-from midblock.tuning.trainer import TrainSettings
+from midblock.tuning.run import base_name, load_4bit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -162,6 +167,38 @@ def test_tune_resumes_into_the_same_folder(problems: str, tmp_path: Path, tiny_t
     second = tune(base, problems, mask="0010", rank=2, settings=FAST, out=tmp_path / "out", save_steps=4, resume=True)
     assert second.training.losses == first.training.losses
     assert all(torch.equal(first.state[n], second.state[n]) for n in first.state)
+
+
+def test_an_adapter_loads_in_a_fresh_process_by_its_own_name(problems: str, tmp_path: Path, tiny_tokenizer: Any,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of("llama", tmp_path, tiny_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    base = load_model("base-llama", dtype="float32")  # a path that holds here only
+    result = tune(base, problems, mask="0110", rank=4, settings=FAST, out=tmp_path / "out", export_base=True)
+    assert result.adapter is not None
+    name = json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert name == str((tmp_path / "out" / "base").resolve())
+    code = (f"import torch; from peft import AutoPeftModelForCausalLM as M;"
+            f"m = M.from_pretrained({str(result.adapter)!r});"
+            "print('SUM', m(torch.arange(3, 13)[None]).logits.double().sum().item())")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
+                          cwd="/", timeout=300)
+    loaded = load_model(result.adapter, dtype="float32").model
+    want = loaded(torch.arange(3, 13)[None]).logits.double().sum().item()
+    assert float(done.stdout.split("SUM")[1]) == pytest.approx(want, abs=1e-3)
+    snippet = re.search(r"```python\n(.*?)```", (result.adapter / "README.md").read_text(), flags=re.DOTALL)
+    assert snippet is not None
+    names: dict[str, Any] = {}
+    exec(snippet.group(1).replace("this folder", str(result.adapter)), names)
+    assert torch.allclose(logits(names["model"]), logits(loaded), atol=1e-4)
+
+
+def test_the_base_is_named_as_it_can_be_found(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    base = load_model(folder_of("llama", tmp_path, tiny_tokenizer), dtype="float32")
+    assert base_name(base) == str((tmp_path / "base-llama").resolve())
+    converted = cache_dir() / "converted" / "smollm2"
+    assert base_name(replace(base, spec="smollm2", folder=converted)) == str(converted.resolve())
+    assert base_name(replace(base, spec="org/model", folder=tmp_path / "hub" / "snapshot")) == "org/model"
 
 
 def test_4bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

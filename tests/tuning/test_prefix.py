@@ -19,7 +19,7 @@ from midblock.models import find_anatomy
 from midblock.models.attention import dense_attention
 from midblock.tuning import FrozenPrefix, PrefixCache, lora_config
 from midblock.tuning.kernels import supervised_loss
-from midblock.tuning.prefix import first_trainable_block, prefix_identity
+from midblock.tuning.prefix_identity import first_trainable_block, prefix_identity
 
 # what PEFT and TRL themselves say of these tiny models
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -265,6 +265,44 @@ def test_forwards_without_grad_are_left_alone() -> None:
                                                          do_sample=False))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert prefix.start is None
+
+
+def test_evaluation_and_reference_passes_read_what_training_kept() -> None:
+    model = adapted("llama")
+    model.train()
+    inputs = batch((9, 12), "right")
+    runs: list[int] = []
+    with torch.no_grad():
+        want = model.eval()(**inputs).loss
+        with model.disable_adapter():
+            reference = model(**inputs).loss
+    model.train()
+    handles = [b.mlp.register_forward_hook(lambda m, a, o, i=i: runs.append(i))
+               for i, b in enumerate(find_anatomy(model).blocks)]
+    with FrozenPrefix(model, cache="memory") as prefix:
+        model(**inputs).loss.backward()
+        runs.clear()
+        model.eval()
+        with torch.no_grad():
+            assert model(**inputs).loss.item() == pytest.approx(want.item(), rel=1e-6)
+            with model.disable_adapter():
+                assert model(**inputs).loss.item() == pytest.approx(reference.item(), rel=1e-6)
+            assert runs == [2, 3, 2, 3]
+            other = batch((5, 8), "right", seed=4)  # rows that training has not seen
+            got = model(**other).loss
+        model.train()
+        model(**other).loss.backward()
+        assert prefix.rows_computed == 4
+        with torch.inference_mode():
+            model.eval()
+            assert model(**other).loss.item() == pytest.approx(got.item(), rel=1e-6)
+        # nothing is missing where keys and values are asked for
+        with torch.no_grad():
+            assert model(input_ids=inputs["input_ids"], use_cache=True).past_key_values is not None
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        assert model(**other).loss.item() == pytest.approx(got.item(), rel=1e-6)
 
 
 def test_a_loss_on_padding_is_exact_too() -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,20 @@ from torch import Tensor, nn
 
 from families import BLOCKS, DECODER_ONLY, FAMILIES, PAD, token_ids
 from midblock.data import TokenRow
-from midblock.errors import AdapterError, CacheRefusedError, DataError, SettingsError, TrainingError
+from midblock.errors import (
+    AdapterError,
+    CacheRefusedError,
+    DataError,
+    OutputError,
+    SettingsError,
+    TrainingError,
+)
 from midblock.models import find_anatomy
 from midblock.models.attention import can_pack, dense_attention, worth_packing
 from midblock.tuning import (
     PrefixCache,
+    StepLog,
+    TrainResult,
     TrainSettings,
     attach,
     check_engagement,
@@ -33,8 +41,9 @@ from midblock.tuning import (
     make_plan,
     train,
 )
+from midblock.tuning.batching import batch_plan
+from midblock.tuning.checkpoints import BEGUN, last_checkpoint, load_tree
 from midblock.tuning.kernels import has_plain_head, lean_lora, supervised_loss
-from midblock.tuning.trainer import batch_plan, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -310,7 +319,7 @@ def test_rows_are_packed_only_where_nothing_else_mixes_them() -> None:
 @pytest.mark.parametrize("order", ["length", "random"])
 def test_training_without_padding_is_training(order: str, tiny_tokenizer: Any) -> None:
     settings = TrainSettings(epochs=3, batch_size=4, learning_rate=1e-2, order=order)  # type: ignore[arg-type]
-    usual, state, slow = run(tiny_tokenizer, settings=replace(settings, lean=False))
+    usual, state, slow = run(tiny_tokenizer, settings=settings.replace(lean=False))
     losses, other, fast = run(tiny_tokenizer, settings=settings)
     assert losses == pytest.approx(usual, rel=1e-5)
     assert all(torch.allclose(other[n], state[n], atol=1e-5) for n in state)
@@ -372,15 +381,21 @@ def test_resuming_gives_the_result_of_an_uninterrupted_run(dropout: float, tiny_
 
     with pytest.raises(Stop):
         run(tiny_tokenizer, dropout=dropout, folder=tmp_path / "cut", save_steps=2, progress=stop)
-    found = last_checkpoint(tmp_path / "cut")
+    found, wrong = last_checkpoint(tmp_path / "cut")
     assert found is not None
+    assert wrong == []
     assert found.name == "checkpoint-4"
     half = tmp_path / "cut" / "checkpoint-5"  # killed while it was being written
     half.mkdir()
     (half / "trainer_state.json").write_text("{")
+    (half / BEGUN).write_text("{}")
+    mine = tmp_path / "cut" / "checkpoint-3"  # somebody's own
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
     losses, other, result = run(tiny_tokenizer, dropout=dropout, folder=tmp_path / "cut", save_steps=2, resume=True)
     assert result.resumed_from == 4
     assert not half.exists()
+    assert (mine / "notes").read_text() == "mine"
     assert losses == pytest.approx(want, rel=1e-6)
     assert all(torch.equal(other[n], state[n]) for n in state)
     again, final, _ = run(tiny_tokenizer, dropout=dropout, folder=tmp_path / "cut", save_steps=2, resume=True)
@@ -438,9 +453,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tiny_toke
         with pytest.raises(TrainingError, match=r"loss became nan in step 6.*last good state is .*checkpoint-4"):
             train(attachment, rows(), tokenizer=tiny_tokenizer, settings=FAST, folder=tmp_path, save_steps=2,
                   progress=poison)
-        found = last_checkpoint(tmp_path)
+        found, _ = last_checkpoint(tmp_path)
         assert found is not None
-        saved = torch.load(found / "optimizer.pt", weights_only=True)
+        saved = load_tree(found / "optimizer")["optimizer"]
         assert all(torch.isfinite(v).all() for s in saved["state"].values() for v in s.values())
     assert_unchanged(model, before)
 
@@ -481,7 +496,7 @@ def test_mistakes(tiny_tokenizer: Any) -> None:
         pass
     for wrong in ({"epochs": 0}, {"steps": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 1.0},
                   {"schedule": "steep"}, {"learning_rate": float("nan")}):
-        with pytest.raises(SettingsError, match="training settings"):
+        with pytest.raises(SettingsError, match=r"must be|is not one of"):
             TrainSettings(**wrong)
 
 
@@ -517,3 +532,90 @@ def test_states_go_back_in(tiny_tokenizer: Any) -> None:
         with attach(model, plan, seed=9) as attachment:
             attachment.load_state(state)
             assert torch.equal(attachment.model(token_ids()).logits, want)
+
+
+# ---------------------------------------------------------------------------------------------
+# what lies on disk
+
+
+def cut_run(folder: Path, tokenizer: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """A run of 9 steps with checkpoints at 2, 4, 6, 8 that stopped in step 9; and what the whole run gives."""
+    losses, state, _ = run(tokenizer)
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: float, total: float, note: str = "") -> None:
+        if done == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tokenizer, folder=folder, save_steps=2, progress=stop)
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    return losses, state
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+
+
+CHECKPOINT_FAULTS: dict[str, Any] = {
+    "a bit of the adapter": lambda c: flip(c / "adapter_model.safetensors"),
+    "a bit of the optimizer": lambda c: flip(c / "optimizer.safetensors"),
+    "the adapter cut": lambda c: (c / "adapter_model.safetensors").write_bytes(b"\x10"),
+    "the state gone": lambda c: (c / "trainer_state.json").unlink(),
+    "the seal edited": lambda c: (c / "midblock_complete.json").write_text(
+        (c / "midblock_complete.json").read_text().replace('"step": 8', '"step": 7')),
+    "the seal empty": lambda c: (c / "midblock_complete.json").write_text(""),
+    "the seal binary": lambda c: (c / "midblock_complete.json").write_bytes(bytes(range(256))),
+    "the seal a list": lambda c: (c / "midblock_complete.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(name: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    want, state = cut_run(tmp_path, tiny_tokenizer)
+    CHECKPOINT_FAULTS[name](tmp_path / "checkpoint-8")
+    losses, other, result = run(tiny_tokenizer, folder=tmp_path, save_steps=2, resume=True)
+    assert result.resumed_from == 6
+    assert any("checkpoint-8 was not used" in note for note in result.notes)
+    assert losses == pytest.approx(want, rel=1e-6)
+    assert all(torch.equal(other[n], state[n]) for n in state)
+
+
+@pytest.mark.parametrize("content", [None, b"", bytes(range(256)), b"[]\n5\nnull\n", b'{"step": "x"}\n'])
+def test_the_log_of_steps_is_made_from_the_checkpoint(content: bytes | None, tiny_tokenizer: Any, tmp_path: Path
+                                                     ) -> None:
+    want, state = cut_run(tmp_path, tiny_tokenizer)
+    log = tmp_path / "steps.jsonl"
+    log.unlink() if content is None else log.write_bytes(content)
+    losses, other, result = run(tiny_tokenizer, folder=tmp_path, save_steps=2, resume=True)
+    assert result.resumed_from == 8
+    assert losses == pytest.approx(want, rel=1e-6)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, len(want) + 1))
+    assert all(torch.equal(other[n], state[n]) for n in state)
+
+
+def test_no_pickle_is_written_and_starting_anew_over_checkpoints_is_refused(tiny_tokenizer: Any, tmp_path: Path
+                                                                           ) -> None:
+    run(tiny_tokenizer, folder=tmp_path, save_steps=3)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not {p.suffix for p in files} & {".bin", ".pt", ".pth", ".pkl"}
+    assert not any(b"PK\x03\x04" in p.read_bytes()[:8] or p.read_bytes()[:1] == b"\x80" for p in files)
+    assert json.loads((tmp_path / "checkpoint-9" / "training_args.json").read_text())["max_steps"] == 9
+    with pytest.raises(OutputError, match="holds checkpoints"):
+        run(tiny_tokenizer, folder=tmp_path)
+
+
+def test_the_final_loss_is_of_the_last_tenth() -> None:
+    steps = [StepLog(i + 1, 0, float(loss), 10, 5, 12, 0.5) for i, loss in enumerate([9] * 18 + [2, 4])]
+    result = TrainResult(steps, 10.0, 1, {})
+    assert result.final_loss() == 3.0
+    assert result.describe()["first_loss"] == 9.0
+    assert result.describe()["final_loss"] == 3.0
+    assert result.tokens_per_second == 20.0
+    assert result.describe()["padding_share"] == pytest.approx(1 - 10 / 12)
+    late = TrainResult(steps, 10.0, 1, {}, resumed_from=19)
+    assert late.tokens_per_second == 20.0

@@ -10,7 +10,7 @@ import pytest
 
 from families import FAMILIES
 from midblock.models import load_model, save_checkpoint
-from midblock.tuning.trainer import TrainResult
+from midblock.tuning import TrainResult
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tuning.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -25,13 +25,14 @@ from midblock.analysis.weight_names import EXPERT_KINDS
 from midblock.analysis.weight_sums import group_change
 from midblock.capture import model_inputs
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, TrainingError
+from midblock.errors import DataError
 from midblock.models import LoadedModel, kind_of, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Table
 from midblock.segments import zone_means
 from midblock.settings import GradientSettings
+from midblock.training import MasterAdamW, Update, training_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,8 +74,9 @@ def supervised_batches(loaded: LoadedModel, dataset: Dataset, *, max_length: int
 
 
 def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callable[[int, float], None], *,
-                     parameters: Iterable[torch.nn.Parameter] | None = None, progress: Progress = silent) -> None:
-    """Loss and gradients of every batch; ``use(number, loss)`` reads ``parameter.grad`` and may update.
+                     parameters: Iterable[torch.nn.Parameter] | None = None, update: Update | None = None,
+                     progress: Progress = silent) -> None:
+    """Loss and gradients of every batch; ``use(number, loss)`` reads ``parameter.grad``.
 
     The model is in eval mode (no dropout); ``requires_grad`` of all parameters, their gradients and the
     mode are as before afterwards.
@@ -84,6 +86,7 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
         batches: With labels. The loss is the model's own: the mean over the counted tokens of the batch.
         use: Called after each backward pass.
         parameters: Only these get gradients. Default: all (floating) parameters.
+        update: Changes the weights after each batch; None leaves them.
         progress: Told how many batches are done.
 
     Raises:
@@ -93,21 +96,18 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
     everything = list(model.parameters())
     training, needed = model.training, [p.requires_grad for p in everything]
     chosen = {id(p) for p in (everything if parameters is None else parameters) if p.is_floating_point()}
+
+    def loss(batch: Batch) -> Tensor:
+        here = batch.to(loaded.device)
+        found: Tensor = model(**model_inputs(model, here), labels=here.labels).loss
+        return found
+
     model.eval()
     try:
         for parameter in everything:
             parameter.requires_grad_(id(parameter) in chosen)
-        for number, batch in enumerate(batches):
-            here = batch.to(loaded.device)
-            model.zero_grad(set_to_none=True)
-            loss = model(**model_inputs(model, here), labels=here.labels).loss
-            if not bool(torch.isfinite(loss)):
-                raise TrainingError(f"the loss of batch {number} is {loss.item()}; use a smaller learning rate, or "
-                                    "float32 weights (--dtype float32).")
-            loss.backward()
-            value = loss.detach().item()
-            use(number, value)
-            progress("backward", number + 1, len(batches), note=f"loss {value:.3f}")
+        for step in training_steps(batches, loss, everything, update, on_gradients=use):
+            progress("backward", step.number, len(batches), note=f"loss {step.loss:.3f}")
     finally:
         model.zero_grad(set_to_none=True)
         for parameter, flag in zip(everything, needed, strict=True):
@@ -219,30 +219,6 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
     return GradientsResult(table, list(by_name), loaded.anatomy.num_blocks, chosen, counts, losses)
 
 
-class _Trainer:
-    """AdamW without weight decay on float32 copies of 16-bit weights, which would round small updates away."""
-
-    def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
-        self._own = [p for p in model.parameters() if p.is_floating_point()]
-        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._own]
-        # without a gradient nothing moves: experts that no token reached keep their weights
-        self._optimizer = torch.optim.AdamW(self._masters, lr=learning_rate, weight_decay=0.0, foreach=False)
-
-    def step(self) -> None:
-        with torch.no_grad():
-            for own, master in zip(self._own, self._masters, strict=True):
-                if master is not own:
-                    master.grad = None if own.grad is None else own.grad.float()
-            self._optimizer.step()
-            for own, master in zip(self._own, self._masters, strict=True):
-                if master is not own:
-                    own.copy_(master)
-
-    def trained(self) -> dict[int, Tensor]:
-        """id of each parameter -> its weights in float32."""
-        return {id(own): master.detach() for own, master in zip(self._own, self._masters, strict=True)}
-
-
 def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batch], settings: GradientSettings,
              progress: Progress) -> list[float]:
     groups = parameters_by_block(loaded)
@@ -250,7 +226,7 @@ def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batc
     inside = [p for named in groups.values() for _, p in named]
     seen: dict[tuple[int, str, str], list[float]] = {}
     losses: list[float] = []
-    trainer = _Trainer(loaded.model, settings.learning_rate) if settings.steps else None
+    trainer = MasterAdamW(loaded.model.parameters(), settings.learning_rate) if settings.steps else None
     squares: dict[int, float] = {}  # of the weights; they stand still unless there is training
 
     def parts(parameter: torch.nn.Parameter) -> tuple[float, float, float]:
@@ -271,14 +247,12 @@ def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batc
                 _note(seen, block, matrix, g, w, t)
                 square, weight, product = square + g, weight + w, product + t
             _note(seen, block, "all", square, weight, product)
-        if trainer is not None:
-            trainer.step()
 
     if trainer is None:
         backward_batches(loaded, batches, read, parameters=inside, progress=progress)
     else:
         with _weights_restored(loaded.model) as before:
-            backward_batches(loaded, batches, read, progress=progress)
+            backward_batches(loaded, batches, read, update=trainer, progress=progress)
             _changes(table, key, loaded, groups, before, trainer.trained(), len(batches))
     for (block, matrix, metric), values in seen.items():
         interval = stats.mean_interval(values, settings.confidence)

@@ -16,7 +16,8 @@ from midblock.errors import BudgetError, SettingsError
 from midblock.selection.ila import SCORES, ImportanceResult
 from midblock.selection.units import best_units, top_count
 from midblock.settings.base import name_of
-from midblock.tuning.plan import Plan, make_plan
+from midblock.tuning.plan import Plan
+from midblock.tuning.planning import make_plan
 
 __all__ = ["Choice", "chosen_units", "make_plans", "parse_choice", "write_plans"]
 

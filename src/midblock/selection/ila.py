@@ -34,7 +34,8 @@ from midblock.selection.ila_stages import ScoreSet, Stages
 from midblock.selection.units import top_units, units_of
 from midblock.settings.importance import ImportanceSettings
 from midblock.tuning.adapter import attach
-from midblock.tuning.plan import ModulePlan, Plan, make_plan
+from midblock.tuning.plan import ModulePlan, Plan
+from midblock.tuning.planning import make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

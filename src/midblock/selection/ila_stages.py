@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +16,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from midblock import stats
 from midblock.data import Batch
-from midblock.errors import OutputError, TrainingError
+from midblock.errors import OutputError
 from midblock.models.attention import dense_attention
 from midblock.progress import Progress
 from midblock.provenance import atomic_path, sha256_of
 from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
 from midblock.settings.importance import ImportanceSettings
+from midblock.training import training_steps
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, lean_lora
 
@@ -115,13 +119,18 @@ class Stages:
         wanted = self.settings
         if not self.curve:
             self._measure()
-        while not self.stopped:
-            self._train_step()
+        for step in training_steps(
+                (self._batch(i, "train") for i in itertools.count(self.step)),
+                lambda b: batch_loss(self.attachment, b, plain=self.plain), list(self.attachment.trainable.values()),
+                self.optimizer, first=self.step, max_grad_norm=_CLIP,
+                learning_rate=lambda i: wanted.learning_rate * min(1.0, (i + 1) / _WARMUP_STEPS)):
+            self.step = step.number
+            self.progress("stage 1: LoRA on all", self.step, wanted.max_steps, f"loss {step.loss:.3f}")
             if self.step % wanted.check_every == 0 or self.step == wanted.max_steps:
                 self._measure()
                 self.stopped = self._reason_to_stop()
             self.save()
-            if self.step in wanted.at_steps and not self.stopped:
+            if self.stopped or self.step in wanted.at_steps:
                 break
         self.phase = "score"
         self.save(now=True)
@@ -136,21 +145,6 @@ class Stages:
             return ""
         found = "too few measurements" if slope is None else f"{slope:+.1e} nats per step"
         return f"not stable after the most steps allowed: {found}, epsilon {wanted.epsilon:g}"
-
-    def _train_step(self) -> None:
-        wanted = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = wanted.learning_rate * min(1.0, (self.step + 1) / _WARMUP_STEPS)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = batch_loss(self.attachment, self._batch(self.step, "train"), plain=self.plain)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.attachment.trainable.values(), _CLIP)
-        if not bool(torch.isfinite(norm)):
-            raise TrainingError(f"the gradient became {norm.item()} in step {self.step + 1}; use a lower "
-                                "--learning-rate, or --dtype float32.")
-        self.optimizer.step()
-        self.step += 1
-        self.progress("stage 1: LoRA on all", self.step, wanted.max_steps, f"loss {loss.item():.3f}")
 
     def _batch(self, step: int, what: str) -> Batch:
         epoch, place = divmod(step, len(self.batches))
@@ -172,19 +166,25 @@ class Stages:
         """Second stage on the adapter as it is, then the controls."""
         wanted, own = self.settings, self.scores
         device = next(self.attachment.anatomy.embeddings.parameters()).device
-        with _plain_forwards(self.attachment), gated(self.attachment, self.gates):
-            while own.steps < wanted.score_steps:
-                leaf = own.scores.to(device, torch.float32).requires_grad_(True)
-                self.gates.values = torch.sigmoid(leaf)
-                loss = batch_loss(self.attachment, self._batch(own.steps, "scores"), plain=self.plain)
-                total = loss + wanted.penalty * self.gates.values.sum()
-                total.backward()
+        leaf = own.scores.to(device, torch.float32).requires_grad_(True)
+
+        def loss(batch: Batch) -> Tensor:
+            self.gates.values = torch.sigmoid(leaf)
+            found = batch_loss(self.attachment, batch, plain=self.plain)
+            self.score_losses.append(found.item())
+            return found + wanted.penalty * self.gates.values.sum()
+
+        class Update:
+            def step(self) -> None:
                 assert leaf.grad is not None
-                if not bool(torch.isfinite(leaf.grad).all()):
-                    raise TrainingError("a gradient of the scores is not finite; use --dtype float32.")
-                self.score_losses.append(loss.item())
                 own.step(leaf.grad.double().cpu())
-                self.progress("stage 2: scores", own.steps, wanted.score_steps, f"loss {loss.item():.3f}")
+                with torch.no_grad():
+                    leaf.copy_(own.scores)
+
+        with _plain_forwards(self.attachment), gated(self.attachment, self.gates):
+            for step in training_steps((self._batch(i, "scores") for i in range(own.steps, wanted.score_steps)), loss,
+                                       [leaf], Update(), first=own.steps, max_grad_norm=math.inf):
+                self.progress("stage 2: scores", step.number, wanted.score_steps, f"loss {self.score_losses[-1]:.3f}")
                 self.save()
         self.sets.append(self._score_set())
         self.score_losses = []

@@ -22,7 +22,7 @@ from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bou
 from midblock.selection.scores import block_scores
 from midblock.settings.base import name_of
 from midblock.settings.locate import BLOCK_SCORES, DEFAULT_RULE, DEFAULT_SHARE, RULES, LocateSettings
-from midblock.tuning.plan import budget_of, make_plan
+from midblock.tuning.planning import budget_of, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,9 +17,11 @@ from midblock.settings.overlap import OverlapSettings
 from midblock.settings.profile import ProfileSettings, StabilitySettings
 from midblock.settings.steer import SteerSettings
 from midblock.settings.swap import SwapSettings
+from midblock.settings.tune import PlanSettings, RowSettings, TrainSettings, TuneSettings, WhereSettings
 from midblock.settings.weights import WeightsSettings
 
 __all__ = ["ChainLoadSettings", "CorrelateSettings", "EvaluateSettings", "GradientSettings", "ImportanceSettings",
-           "LensSettings", "LoadSettings", "LocateSettings", "MergeSettings", "OverlapSettings", "ProfileSettings",
-           "ScoreSettings", "ScoringSettings", "Settings", "StabilitySettings", "SteerSettings", "SwapSettings",
-           "WeightsSettings", "name_of", "setting"]
+           "LensSettings", "LoadSettings", "LocateSettings", "MergeSettings", "OverlapSettings", "PlanSettings",
+           "ProfileSettings", "RowSettings", "ScoreSettings", "ScoringSettings", "Settings", "StabilitySettings",
+           "SteerSettings", "SwapSettings", "TrainSettings", "TuneSettings", "WeightsSettings", "WhereSettings",
+           "name_of", "setting"]

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from midblock.settings.base import Settings, name_of, setting
 from midblock.settings.sampling import batch_size, max_length, samples, seed
+from midblock.settings.tune import REFERENCE_RANK
 
 __all__ = ["ImportanceSettings", "Unit"]
 
@@ -26,7 +27,7 @@ class ImportanceSettings(Settings):
     max_length: int = max_length(256)
     batch_size: int = batch_size(8, "Rows per step, in both stages.")
     seed: int = seed("Seed of the draw, the order, the adapter's start and the random control.")
-    rank: int = setting(16, ge=1, metavar="R", help="LoRA rank of the first stage.")
+    rank: int = setting(REFERENCE_RANK, ge=1, metavar="R", help="LoRA rank of the first stage.")
     target_modules: tuple[str, ...] = setting(("all-linear",), min_length=1, metavar="NAMES", help=(
         "Matrices to adapt, separated by commas: all-linear, attention, mlp, q, k, v, o, ..."))
     learning_rate: float = setting(5e-4, gt=0, metavar="LR", help=(

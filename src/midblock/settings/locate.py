@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from midblock.settings.base import Settings, name_of, setting
 from midblock.settings.sampling import batch_size, max_length, samples, seed
+from midblock.settings.tune import REFERENCE_RANK
 
 __all__ = ["BLOCK_SCORES", "DEFAULT_RULE", "DEFAULT_SHARE", "RULES", "BlockScore", "LocateSettings", "ScoreSettings"]
 
@@ -82,7 +83,7 @@ class LocateSettings(ScoreSettings):
         f"Share of the blocks to choose. Default: {DEFAULT_SHARE}."))
     budget: str | int | None = setting(None, metavar="PARAMS", help=(
         "In place of a share: most trainable parameters at this rank (900k)."))
-    rank: int = setting(16, ge=1, metavar="R", help="LoRA rank behind a budget.")
+    rank: int = setting(REFERENCE_RANK, ge=1, metavar="R", help="LoRA rank behind a budget.")
     target_modules: tuple[str, ...] = setting(("q", "k", "v", "o"), min_length=1, metavar="NAMES", help=(
         "Matrices behind a budget, separated by commas."))
 

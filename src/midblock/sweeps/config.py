@@ -19,7 +19,7 @@ from midblock.reading import parse_yaml, printable, read_yaml, shortened, user_p
 from midblock.segments import validate_mask
 
 if TYPE_CHECKING:
-    from midblock.tuning.trainer import TrainSettings
+    from midblock.settings import TrainSettings
 
 __all__ = ["ArmsConfig", "DataConfig", "ExplicitArm", "RandomArms", "StatisticsConfig", "SweepConfig",
            "TaskConfig", "TrainingConfig", "dump_config", "load_config", "parse_config"]
@@ -108,7 +108,7 @@ class TrainingConfig(_Strict):
 
     def settings(self, learning_rate: float, seed: int) -> TrainSettings:
         """The trainer's settings for one run."""
-        from midblock.tuning.trainer import TrainSettings
+        from midblock.settings import TrainSettings
 
         return TrainSettings(
             epochs=self.epochs if self.epochs is not None else 1.0, steps=self.steps, learning_rate=learning_rate,

@@ -24,9 +24,8 @@ from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.data import VALIDATION, SweepData, token_rows
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scoring import Scorer
-from midblock.tuning import PrefixCache, check_engagement, frozen_digests
+from midblock.tuning import PrefixCache, TrainResult, check_engagement, frozen_digests, train
 from midblock.tuning.adapter import Attachment, attach
-from midblock.tuning.trainer import TrainResult, train
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel

@@ -25,15 +25,13 @@ from midblock.sweeps.comparisons import default_pairs
 from midblock.sweeps.config import StatisticsConfig, SweepConfig
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.sweeps.scores import infos_of
-from midblock.tuning.estimate import Cost, estimate, matmul_rate
+from midblock.tuning.estimate import EFFICIENCY, Cost, estimate, process_bytes, training_rate
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
 __all__ = ["Outline", "SweepPlan", "clock", "equivalence_margin", "model_outline", "outline_of", "plan_sweep"]
 
-EFFICIENCY = 0.65
-"""Share of a plain matrix product's rate that training and scoring reach (docs/performance.md)."""
 DECODING = 0.15
 """The same for generation."""
 
@@ -99,8 +97,11 @@ class SweepPlan:
     def summary(self) -> str:
         """A few lines for people."""
         peak = self.frame["peak_bytes"].max() / 1e9 if len(self.frame) else 0.0
-        return (f"{len(self.arms)} arms, {len(self.jobs)} runs, about {clock(self.total_seconds)} and {peak:.1f} GB "
-                f"(estimates); {self.comparisons} comparisons between arms.")
+        lines = [f"{len(self.arms)} arms, {len(self.jobs)} runs, about {clock(self.total_seconds)} and {peak:.1f} GB "
+                 f"(estimates); {self.comparisons} comparisons between arms."]
+        lines += [f"Arm {a.name} does not reach all it names: {gaps}." for a in self.arms
+                  if (gaps := a.plan.not_reached())]
+        return "\n".join(lines)
 
 
 def clock(seconds: float) -> str:
@@ -130,12 +131,11 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
     rows = token_rows(data.train, outline.tokenizer, config.train)
     steps = config.training.settings(1e-4, 0).num_steps(len(rows))
     epochs = steps * config.training.batch_size * config.training.accumulate / len(rows)
-    costs = {arm.name: estimate(
-        arm.plan, outline.anatomy, [len(r) for r in rows],
-        sum(sum(b - a for a, b in r.supervised) or len(r) for r in rows), batch_size=config.training.batch_size,
-        dtype=outline.dtype, cached=config.cache != "none",
-        checkpointing=config.training.gradient_checkpointing) for arm in arms}
-    rate = EFFICIENCY * matmul_rate(outline.device, outline.dtype)
+    training = config.training.settings(1e-4, 0)
+    costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, training, dtype=outline.dtype,
+                                cached=config.cache != "none") for arm in arms}
+    rate = training_rate(outline.anatomy, outline.device, outline.dtype)
+    besides = process_bytes(outline.device)
     seconds = _seconds(config, jobs, costs, epochs, _scoring(outline, data), rate)
     table = []
     for arm in arms:
@@ -145,7 +145,7 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
             table.append({
                 "arm": arm.name, "method": arm.method, "map": plan.depth_map(), "rank": plan.rank,
                 "scaling": plan.scaling, "learning_rate": lr, "params": plan.params, "mismatch": plan.mismatch,
-                "steps": steps, "seconds": sum(own) / len(own), "peak_bytes": costs[arm.name].memory_bytes})
+                "steps": steps, "seconds": sum(own) / len(own), "peak_bytes": costs[arm.name].memory_bytes + besides})
     pairs = config.statistics.comparisons or default_pairs(infos_of(arms, {}))
     tests = max(1, len(pairs) * len(config.evaluation))
     return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests), seconds,

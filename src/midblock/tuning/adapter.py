@@ -22,9 +22,10 @@ from midblock.errors import AdapterError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.forwards import replace_forward
 from midblock.provenance import atomic_path, sha256_of
-from midblock.tuning.plan import Plan, require_plan_fits
+from midblock.tuning.plan import ModulePlan, Plan
+from midblock.tuning.planning import require_plan_fits
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "adapted_layer", "attach"]
 
 WEIGHTS_FILE = "tuned_weights.safetensors"
 
@@ -153,8 +154,12 @@ def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout:
     from peft import get_peft_model
 
     config = plan.lora_config(base, dropout=dropout)
-    with torch.random.fork_rng(devices=[]):
-        model: Any = get_peft_model(base, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: Any = get_peft_model(base, config)
+    except (ValueError, NotImplementedError) as error:  # PEFT's own refusals, of a kind of layer or of a family
+        raise AdapterError(f"PEFT cannot adapt these matrices of {type(base).__name__}: {' '.join(str(error).split())} "
+                           "Choose other target modules.") from None
     try:
         _seed_adapters(model, seed)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -167,6 +172,17 @@ def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout:
         # PEFT leaves its config behind, and save_pretrained would then write an adapter
         for name in ("peft_config", "_hf_peft_config_loaded", "active_adapter"):
             base.__dict__.pop(name, None)
+
+
+def adapted_layer(base: nn.Module, module: ModulePlan) -> Any:
+    """PEFT's layer of one matrix of the plan, in a model that has the adapter."""
+    if not module.experts:
+        return base.get_submodule(module.name)
+    owner, _, leaf = module.name.rpartition(".")
+    layer: Any = base.get_submodule(owner)
+    while layer.parameter_name != leaf:  # PEFT wraps the module once for each parameter
+        layer = layer.base_layer
+    return layer
 
 
 def _seed_adapters(model: nn.Module, seed: int) -> None:
@@ -197,7 +213,7 @@ def _full_rank(base: nn.Module, anatomy: Anatomy, plan: Plan
         names = [f"{anatomy.block_path(b)}.{n}" for b in plan.blocks
                  for n, _ in anatomy.blocks[b].named_parameters()]
     else:
-        names = [f"{m.name}.weight" for m in plan.modules]
+        names = [m.parameter for m in plan.modules]
     trainable = {n: base.get_parameter(n) for n in names}
     if odd := next((n for n, p in trainable.items() if not p.is_floating_point()), None):
         raise SettingsError(f"{odd} is quantised ({trainable[odd].dtype}); a full-rank update needs float weights. "
@@ -228,11 +244,21 @@ def _cast_forward(module: Any) -> Callable[..., Tensor]:
     original = module.forward
     linear = type(module) is nn.Linear
     conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    stacks = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 2]
+    inside = False
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal inside
         if linear or conv1d:
             weight = module.weight.to(x.dtype)
             bias = None if module.bias is None else module.bias.to(x.dtype)
             return F.linear(x, weight.t() if conv1d else weight, bias)
+        if stacks and not inside:  # fused experts read their parameters in ways of their own
+            inside = True
+            try:
+                return torch.func.functional_call(  # type: ignore[no-any-return]
+                    module, {n: getattr(module, n).to(x.dtype) for n in stacks}, (x, *args), kwargs)
+            finally:
+                inside = False
         return original(x, *args, **kwargs).to(x.dtype)  # type: ignore[no-any-return]
     return forward

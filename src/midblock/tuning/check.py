@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from midblock.errors import AdapterError
 from midblock.models.anatomy import kind_of
 from midblock.provenance import sha256_of
-from midblock.tuning.adapter import Attachment
+from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.cache_folder import row_bytes
 
-__all__ = ["EngagementReport", "ModuleUpdate", "check_engagement", "frozen_digests"]
+__all__ = ["EngagementReport", "ModuleUpdate", "check_engagement", "frozen_digests", "logits_of",
+           "require_gradients"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,46 @@ def frozen_digests(attachment: Attachment) -> dict[str, str]:
     return {n: sha256_of(str(t.dtype), str(tuple(t.shape)), row_bytes(t)) for n, t in named if id(t) not in trained}
 
 
+def _forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B, T, V) of some tokens in float32, the model in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        return _forward(model, ids, mask).float()
+
+
+def require_gradients(attachment: Attachment, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """One backward pass on a few tokens before anything is spent: every matrix of the plan must be reached.
+
+    Args:
+        attachment: Before training.
+        input_ids: (B, T) tokens.
+        attention_mask: Of these tokens.
+
+    Raises:
+        AdapterError: a matrix gets no gradient, since the model's forward does not go through it.
+    """
+    names = list(attachment.trainable)
+    attachment.model.eval()
+    with torch.enable_grad():
+        logits = _forward(attachment.model, input_ids, attention_mask)
+        found = torch.autograd.grad(logits[attention_mask.bool()].float().logsumexp(-1).sum(),
+                                    list(attachment.trainable.values()), allow_unused=True)
+    # A of LoRA gets a gradient of zeros while B is zero; None is a matrix that no forward goes through
+    lost = [n for n, gradient in zip(names, found, strict=True) if gradient is None]
+    if lost and not (attachment.plan.whole_blocks and len(lost) < len(names)):
+        raise AdapterError(f"{len(lost)} of {len(names)} trained tensors get no gradient: the forward of "
+                           f"{type(attachment.anatomy.causal_lm).__name__} does not go through {lost[0]}. Leave these "
+                           "matrices out of the target modules.")
+
+
 def check_engagement(attachment: Attachment, before: dict[str, str], input_ids: Tensor, *,
                      attention_mask: Tensor | None = None) -> EngagementReport:
     """Compare a trained model with what it was.
@@ -107,15 +147,10 @@ def check_engagement(attachment: Attachment, before: dict[str, str], input_ids: 
     for update in updates:
         if not update.norm > 0:  # NaN as well
             problems.append(f"{update.name} did not move" if update.norm == 0 else f"{update.name} is not finite")
-    attachment.model.eval()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-    if attachment.anatomy.causal_lm.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = input_ids
-    with torch.no_grad():
-        tuned = attachment.model(**inputs).logits[mask.bool()].float()
-        with attachment.disabled():
-            base = attachment.model(**inputs).logits[mask.bool()].float()
+    tuned = logits_of(attachment.model, input_ids, mask)[mask.bool()]
+    with attachment.disabled():
+        base = logits_of(attachment.model, input_ids, mask)[mask.bool()]
     difference = float((tuned - base).abs().max())
     if not difference > 0:
         problems.append("the logits are those of the base")
@@ -127,7 +162,7 @@ def _updates(attachment: Attachment) -> list[ModuleUpdate]:
     found = []
     if attachment.is_peft:
         for module in attachment.plan.modules:
-            layer: Any = attachment.base.get_submodule(module.name)
+            layer = adapted_layer(attachment.base, module)
             weight = base_weight(layer)
             found.append(_update(module.name, module.block, module.kind, merged_weight(layer) - weight, weight))
         return found
@@ -147,8 +182,10 @@ def _update(name: str, block: int, kind: str, delta: Tensor, weight: Tensor) -> 
 
 def base_weight(layer: Any) -> Tensor:
     """Weight under a PEFT layer in float32; a quantised one is what its products compute with."""
-    weight: Tensor = layer.base_layer.weight
+    weight: Tensor = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
     if not weight.is_floating_point():
+        from peft.utils.integrations import dequantize_module_weight
+
         weight = dequantize_module_weight(layer.base_layer)
     return weight.detach().float()
 

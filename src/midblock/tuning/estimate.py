@@ -1,25 +1,61 @@
-"""What a plan will cost, before it is paid: operations, time and memory beside all-layer LoRA.
+"""What a plan will cost, before it is paid: operations, time and memory. `tune --dry-run` and sweeps use it alike.
 
-Operations per token, with P the parameters of a block and T the row's length: forward 2 P, gradient of
-the inputs 2 P, gradient of trained weights 2 per trained parameter, attention 4 T d forward and twice
-that backward; head 2 V d forward and 2 V d backward on labelled tokens only. A cached prefix costs
-nothing. Activations of a block in 16 bit are taken as 34 d bytes per token (Korthikanti et al.,
-"Reducing Activation Recomputation in Large Transformer Models", 2022, without the attention scores).
-These are estimates: `midblock tune` reports what was measured.
+Operations per token, with P the parameters of a block that a token meets and T the row's length: forward 2 P, gradient
+of the inputs 2 P, gradient of trained weights 2 per trained parameter, attention 2 T d forward (causal) and twice
+that backward; head 2 V d forward and 2 V d backward on labelled tokens only. A cached prefix costs nothing.
+
+Activations kept for the backward pass are `KEPT` numbers of width d per token and block, as counted for a transformer
+block by Korthikanti et al. ("Reducing Activation Recomputation in Large Transformer Models", 2022: 34 bytes at 16 bit,
+without attention scores), and one layer's more where gradients are checkpointed.
+
+The rate is that of the model's own products in training's layout (`F.linear` and its gradient), measured in under a
+second, of which `EFFICIENCY` is reached in a step: norms, attention, small products and the optimizer take the rest.
+benchmarks/estimates.py compares these estimates with runs.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from midblock.models import Anatomy
-from midblock.tuning.plan import Plan, make_plan
+from midblock.data import Dataset, TokenRow, TokenRows
+from midblock.models import (
+    Anatomy,
+    choose_dtype,
+    find_anatomy,
+    load_tokenizer,
+    projections,
+    resolve_device,
+    text_config,
+)
+from midblock.models.summary import model_skeleton
+from midblock.provenance import peak_memory_bytes
+from midblock.settings import LoadSettings, TrainSettings, TuneSettings
+from midblock.settings.tune import REFERENCE_RANK
+from midblock.tuning.plan import Plan
+from midblock.tuning.planning import make_plan
 
-__all__ = ["Cost", "estimate", "matmul_rate"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["EFFICIENCY", "Cost", "all_layer_plan", "estimate", "forecast", "process_bytes", "training_rate"]
+
+EFFICIENCY = 0.65
+"""Share of the products' rate that a training step reaches."""
+KEPT = 17
+"""Numbers of width d that a block keeps per token for the backward pass."""
+ADAM_BYTES = 16
+"""Bytes of a trained parameter: float32 weight, gradient and two moments."""
+PROGRAM_BYTES = 350 << 20
+"""What libraries that only a training imports and the allocator's slack take of a process."""
+_ROWS = 256
+_WIDEST = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,58 +75,138 @@ class Cost:
         return self.first_epoch_flops * min(1.0, epochs) + self.epoch_flops * max(0.0, epochs - 1.0)
 
 
-def estimate(plan: Plan, anatomy: Anatomy, lengths: Sequence[int], supervised: int, *, batch_size: int,
-             dtype: torch.dtype, cached: bool, checkpointing: bool = False) -> Cost:
-    """Cost of a plan on rows of these lengths.
+def _met_by_a_token(anatomy: Anatomy, block: int) -> float:
+    """Parameters of a block that a token meets: of a mixture's experts those it is sent to."""
+    config = anatomy.causal_lm.config.get_text_config(decoder=True)
+    total = stacked = 0
+    experts = 1
+    for parameter in anatomy.blocks[block].parameters():
+        total += parameter.numel()
+        if parameter.ndim == 3:
+            stacked, experts = stacked + parameter.numel(), parameter.shape[0]
+    chosen = min(experts, int(getattr(config, "num_experts_per_tok", None) or experts))
+    return total - stacked * (1 - chosen / experts)
+
+
+def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: TrainSettings, *, dtype: torch.dtype,
+             cached: bool) -> Cost:
+    """Cost of a plan on these rows.
 
     Args:
         plan: The plan.
         anatomy: Of the model; it may be on the meta device.
-        lengths: Tokens of each row.
-        supervised: Labelled tokens of all rows.
-        batch_size: Rows in one forward.
+        rows: Tokenised rows.
+        settings: Batch size and checkpointing.
         dtype: Of the weights and activations.
         cached: Whether the prefix is cached.
-        checkpointing: Whether activations inside blocks are recomputed.
     """
-    tokens = sum(lengths)
-    squares = sum(n * n for n in lengths)
+    lengths = [len(r) for r in rows]
+    supervised = sum((stop - start for r in rows for start, stop in r.supervised), 0) or sum(lengths)
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
     width = anatomy.hidden_size
-    blocks = [sum(p.numel() for p in b.parameters()) for b in anatomy.blocks]
+    blocks = [_met_by_a_token(anatomy, b) for b in range(anatomy.num_blocks)]
     prefix, running = blocks[:plan.first_block], blocks[plan.first_block:]
     attention = 4 * width * squares / 2  # causal: half of the scores
     forward_prefix = 2 * tokens * sum(prefix) + attention * len(prefix)
-    rounds = 3 if checkpointing else 2  # forward, input gradients, and the second forward
-    suffix = rounds * 2 * tokens * sum(running) + 3 * attention * len(running)
+    passes = 3 if settings.gradient_checkpointing else 2  # forward, input gradients, and the second forward
+    suffix = passes * 2 * tokens * sum(running) + 3 * attention * len(running)
     trained = (2 if plan.method == "full" else 6) * tokens * plan.params
-    head = 4 * supervised * anatomy.vocab_size * width
-    epoch = suffix + trained + head
+    epoch = suffix + trained + 4 * supervised * anatomy.vocab_size * width
     size = torch.empty((), dtype=dtype).element_size()
-    longest = sorted(lengths)[-batch_size:]
+    longest = sorted(lengths)[-settings.batch_size:]
     batch_tokens = max(longest, default=0) * len(longest)
-    kept = 2 * width * len(running) if checkpointing else 34 * width * len(running)
-    activations = batch_tokens * kept * size // 2
+    kept = len(running) + KEPT if settings.gradient_checkpointing else KEPT * len(running)
     cache = tokens * width * size if cached and plan.first_block else 0
-    memory = plan.model_params * size + plan.params * 16 + activations + cache
+    memory = plan.model_params * size + plan.params * ADAM_BYTES + batch_tokens * kept * width * size + cache
     return Cost(epoch + forward_prefix, epoch + (0 if cached else forward_prefix), int(memory), int(cache))
 
 
 def all_layer_plan(anatomy: Anatomy, plan: Plan) -> Plan:
-    """LoRA of rank 16 on all blocks, the same matrices."""
+    """LoRA of the reference rank on all blocks, the same matrices."""
     targets = plan.targets if plan.targets != ("all",) else ("attention",)
-    return make_plan(anatomy, mask="1", rank=16, target_modules=targets)
+    return make_plan(anatomy, mask="1", rank=REFERENCE_RANK, target_modules=targets)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of a (1024, 1024) x (1024, 1024) product, measured now."""
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    torch.mm(a, a)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begun, done = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        torch.mm(a, a)
-        done += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return done * 2 * 1024**3 / (time.perf_counter() - begun)
+def _shapes(anatomy: Anatomy) -> dict[tuple[int, int], int]:
+    """(out, in) of the products of a block -> how many, each width cut to what shows the rate."""
+    found: dict[tuple[int, int], int] = {}
+    for part in projections(anatomy.blocks[anatomy.num_blocks // 2]).values():
+        if len(part.shape) == 2 and part.kind != "norm":
+            outputs, inputs = (min(_WIDEST, w) for w in part.out_in)
+            found[outputs, inputs] = found.get((outputs, inputs), 0) + 1
+    return found or {(min(_WIDEST, 4 * anatomy.hidden_size), min(_WIDEST, anatomy.hidden_size)): 1}
+
+
+def training_rate(anatomy: Anatomy, device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
+    """Floating-point operations a second that a training step reaches, measured now on the model's own shapes.
+
+    Args:
+        anatomy: Of the model; it may be on the meta device.
+        device: Where it will be trained.
+        dtype: Of its weights.
+        seconds: About how long to measure.
+    """
+    shapes = _shapes(anatomy)
+    flops = taken = 0.0
+    for (outputs, inputs), count in shapes.items():
+        x = torch.randn(_ROWS, inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        best = math.inf
+        until = time.perf_counter() + seconds / len(shapes)
+        for _ in _at_least_two(until):
+            begun = time.perf_counter()
+            torch.mm(F.linear(x, weight), weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - begun)
+        flops += count * 4 * _ROWS * outputs * inputs
+        taken += count * best
+    return EFFICIENCY * flops / taken
+
+
+def _at_least_two(until: float) -> Iterator[None]:
+    yield
+    yield
+    while time.perf_counter() < until:
+        yield
+
+
+def process_bytes(device: torch.device) -> int:
+    """Bytes of this process besides a model and its training; 0 where a device has memory of its own."""
+    return 0 if device.type != "cpu" else peak_memory_bytes() + PROGRAM_BYTES
+
+
+def forecast(model: str, plan: Plan, dataset: Dataset, settings: TuneSettings, load: LoadSettings
+             ) -> tuple[pd.DataFrame, TokenRows]:
+    """Estimated time and memory of a run, beside all-layer LoRA's, from the model's config alone.
+
+    Returns:
+        One row for the plan and one for all-layer LoRA; the tokenised rows.
+    """
+    import pandas as pd
+
+    from midblock.tuning.run import token_rows
+
+    skeleton, stored, folder = model_skeleton(model, trust_remote_code=load.trust_remote_code,
+                                              allow_pickle=load.allow_pickle)
+    anatomy = find_anatomy(skeleton)
+    device = resolve_device(load.device)
+    dtype = choose_dtype(load.dtype, stored=stored, device=device, config=text_config(skeleton),
+                         parameters=sum(p.numel() for p in skeleton.parameters())).dtype
+    rows = token_rows(dataset, load_tokenizer(folder), settings)
+    besides = process_bytes(device)
+    rate = training_rate(anatomy, device, dtype)
+    lines = []
+    everything = (f"all-layer LoRA, rank {REFERENCE_RANK}", all_layer_plan(anatomy, plan), False)
+    for name, one, cached in (("this plan", plan, settings.cache != "none"), everything):
+        cost = estimate(one, anatomy, rows.rows, settings, dtype=dtype, cached=cached)
+        lines.append({"": name, "trainable": one.params, "share of model": f"{one.share:.3%}",
+                      "memory MiB": round((cost.memory_bytes + besides) / 2**20),
+                      "of which cache": round(cost.cache_bytes / 2**20),
+                      "first epoch s": round(cost.first_epoch_flops / rate, 1),
+                      "later epoch s": round(cost.epoch_flops / rate, 1),
+                      "training s": round(cost.total_flops(settings.num_epochs(len(rows))) / rate, 1)})
+    frame = pd.DataFrame(lines)
+    frame["relative time"] = [round(v / lines[-1]["training s"], 2) if lines[-1]["training s"] else 1.0
+                              for v in frame["training s"]]
+    return frame, rows

@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midblock.errors import AdapterError, OutputError
 from midblock.models import LoadedModel, quiet, save_checkpoint
 from midblock.provenance import atomic_path, write_json
+from midblock.reading import printable
 from midblock.segments import format_blocks
-from midblock.tuning.adapter import Attachment
+from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.check import merged_weight
+from midblock.tuning.peft_config import target_names
 from midblock.tuning.plan import Plan
 
-__all__ = ["VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
+__all__ = ["PLAN_FILE", "VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
            "vllm_note", "with_weights"]
 
+PLAN_FILE = "midblock_plan.json"
+"""Marks what `tune` exported, and says what was trained."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's ``--max-lora-rank`` takes."""
 
@@ -35,6 +40,8 @@ def vllm_note(plan: Plan) -> str | None:
         return None
     if plan.method == "dora":
         return "vLLM serves no DoRA adapter: serve the merged model (--merge)"
+    if any(m.experts for m in plan.modules):
+        return "adapters of stacked experts are read by PEFT; for vLLM serve the merged model (--merge)"
     fitting = next((r for r in VLLM_RANKS if r >= plan.rank), None)
     if fitting is None:
         return f"rank {plan.rank} is above vLLM's largest ({VLLM_RANKS[-1]}): serve the merged model (--merge)"
@@ -67,8 +74,10 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
             attachment.model.save_pretrained(temporary, save_embedding_layers=False)  # type: ignore[operator]
         config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name
+        if config.get("layers_to_transform") is None:  # PEFT shortens long lists to the ends of names
+            config["target_modules"] = target_names(attachment.plan)
         write_json(temporary / "adapter_config.json", config)
-        attachment.plan.save(temporary / "midblock_plan.json")
+        attachment.plan.save(temporary / PLAN_FILE)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.chmod(0o755)
@@ -91,9 +100,9 @@ def pad_adapter(folder: Path | str, rank: int) -> None:
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     old = int(config["r"])
-    if config.get("use_dora") or config.get("rank_pattern") or rank < old:
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("target_parameters") or rank < old:
         raise AdapterError(f"{folder}: an adapter of rank {old} "
-                           f"{'with DoRA or several ranks ' if rank >= old else ''}cannot be written at rank {rank}.")
+                           f"{'with DoRA, experts or several ranks ' * (rank >= old)}cannot be written at rank {rank}.")
     state = load_file(folder / "adapter_model.safetensors")
     padded = {}
     for name, tensor in state.items():
@@ -120,12 +129,12 @@ def merged_weights(attachment: Attachment) -> dict[str, Tensor]:
         return {n: p.detach().to(attachment._original[n].dtype, copy=True) for n, p in attachment.trainable.items()}
     found = {}
     for module in attachment.plan.modules:
-        layer: Any = attachment.base.get_submodule(module.name)
-        weight = layer.base_layer.weight
+        layer = adapted_layer(attachment.base, module)
+        weight = layer.get_param() if module.experts else layer.base_layer.weight
         if not weight.is_floating_point():
             raise AdapterError(f"{module.name} is quantised ({weight.dtype}), so the adapter cannot be merged into "
                                "it; load the base in 16 bit, or serve base and adapter.")
-        found[f"{module.name}.weight"] = merged_weight(layer).to(weight.dtype)
+        found[module.parameter] = merged_weight(layer).to(weight.dtype)
     return found
 
 
@@ -143,10 +152,12 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn
 
 
 def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path | str, *,
-                card: str | None = None) -> Path:
+                card: str | None = None, plan: Plan | None = None) -> Path:
     """Write base + update as a plain checkpoint (after the attachment is off the model)."""
     with with_weights(base.model, weights):
         written = save_checkpoint(base.model, base.tokenizer, folder)
+    if plan is not None:
+        plan.save(written / PLAN_FILE)
     if card is not None:
         (written / "README.md").write_text(card, encoding="utf-8")
     return written
@@ -159,10 +170,10 @@ def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path |
 def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, Any], check: str,
                results: str = "", merged: bool = False) -> str:
     """Text of a ``README.md``: what was trained where, on what, and what was measured."""
-    tags = ["midblock", plan.method]
     kind = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full-rank update"}[plan.method]
-    head = ["---", f"base_model: {base_name}", f"library_name: {'transformers' if merged else 'peft'}",
-            "tags:", *[f"- {t}" for t in tags], "---", ""]
+    about = ModelCardData(base_model=base_name, library_name="transformers" if merged else "peft",
+                          tags=["midblock", plan.method])
+    head = ["---", about.to_yaml(), "---", ""]
     rows = "\n".join(f"| {r['block']} | {r['matrices']} | {r['rank']} | {r['parameters']:,} |"
                      for r in plan.table().to_dict("records"))
     what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
@@ -170,9 +181,9 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
              "model = AutoModelForCausalLM.from_pretrained(\"this folder\")\n```"
              if merged or plan.method == "full" else
              "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-             f"base = AutoModelForCausalLM.from_pretrained(\"{base_name}\")\n"
+             f"base = AutoModelForCausalLM.from_pretrained({base_name!r})\n"
              "model = PeftModel.from_pretrained(base, \"this folder\")\n```")
-    facts = "\n".join(f"| {k} | {v} |" for k, v in training.items())
+    facts = "\n".join(f"| {k} | {_cell(v)} |" for k, v in training.items())
     body = [
         f"# {what}", "",
         f"Trained blocks {format_blocks(plan.blocks)} of {plan.num_blocks}"
@@ -181,9 +192,14 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
         "## Use", "", usage, ""]
     if (note := vllm_note(plan)) and not merged:
         body += [note + ".", ""]
-    body += ["## Training", "", "| | |", "|---|---|", f"| data | {data} |", facts, "", check + ".", "",
+    body += ["## Training", "", "| | |", "|---|---|", f"| data | {_cell(data)} |", facts, "", check + ".", "",
              "## Trained matrices", "", "| block | matrices | rank | parameters |", "|---|---|---|---|", rows, ""]
     if results:
         body += ["## Results", "", results, ""]
     body += ["Made with midblock."]
     return "\n".join([*head, *body]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A value in a cell of a Markdown table."""
+    return printable(str(value)).replace("|", "\\|")

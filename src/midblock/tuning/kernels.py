@@ -22,36 +22,54 @@ from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
 from midblock.models.forwards import replace_forward
 
-__all__ = ["has_plain_head", "lean_lora", "supervised_loss"]
+__all__ = ["has_plain_head", "lean_lora", "row_losses", "supervised_loss"]
 
 # ---------------------------------------------------------------------------------------------
 # head and loss on supervised tokens
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Sum of next-token losses of rows; the gradient is made on the way, so logits live once."""
+class _RowLosses(torch.autograd.Function):
+    """Next-token loss of each row; the gradient is made on the way, so logits live once."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+                look: Callable[[Tensor, Tensor], None] | None) -> Tensor:
         wants = ctx.needs_input_grad[0]
         grad = torch.empty_like(rows) if wants else None
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        losses = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         wide = head_rows(weight.shape[0], rows.device)
         for lo in range(0, rows.shape[0], wide):
             logits, index = F.linear(rows[lo:lo + wide], weight, bias), targets[lo:lo + wide]
+            if look is not None:
+                look(logits, index)
             if grad is None:
-                total += metrics.row_sums(logits, index).loss.sum()
+                losses[lo:lo + wide] = metrics.row_sums(logits, index).loss
             else:
-                total += metrics.cross_entropy_(logits, index).sum()
+                losses[lo:lo + wide] = metrics.cross_entropy_(logits, index)
                 torch.mm(logits, weight, out=grad[lo:lo + wide])
         if grad is not None:
             ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * grads[0].to(grad.dtype)[:, None], None, None, None, None
+
+
+def row_losses(rows: Tensor, head: nn.Module, targets: Tensor,
+               look: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    """Next-token losses (n,) of hidden rows (n, d) through a frozen head, in nats; logits exist in chunks only.
+
+    Args:
+        rows: After the final norm.
+        head: A linear layer without a gradient of its own.
+        targets: Next tokens (n,).
+        look: Called with the logits (m, V) and targets (m,) of each chunk, to read and not to keep.
+    """
+    weight: Any = head.weight
+    losses: Tensor = _RowLosses.apply(rows, weight, getattr(head, "bias", None), targets, look)
+    return losses
 
 
 def has_plain_head(anatomy: Anatomy) -> bool:
@@ -92,11 +110,11 @@ def supervised_loss(anatomy: Anatomy, inputs: dict[str, Tensor], *, plain: bool,
         real = inputs["attention_mask"].bool()
         hidden = packed_hidden(anatomy, inputs["input_ids"], real)
         rows = hidden[F.pad(counted, (0, 1))[real]]
-        total = _HeadLoss.apply(rows, anatomy.head.weight, getattr(anatomy.head, "bias", None), targets)
+        total = row_losses(rows, anatomy.head, targets).sum()
     elif plain:
         hidden = anatomy.body(**call)[0]
         rows = hidden[:, :-1][counted]
-        total = _HeadLoss.apply(rows, anatomy.head.weight, getattr(anatomy.head, "bias", None), targets)
+        total = row_losses(rows, anatomy.head, targets).sum()
     elif anatomy.causal_lm.config.is_encoder_decoder:
         total = _encoder_decoder_loss(anatomy, inputs)
         counted = inputs["labels"] != -100
@@ -108,7 +126,7 @@ def supervised_loss(anatomy: Anatomy, inputs: dict[str, Tensor], *, plain: bool,
         else:
             logits = anatomy.causal_lm(**call).logits[:, columns]
         total = F.cross_entropy(logits[counted[:, columns]].float(), targets, reduction="sum")
-    return total / (counted.sum() if count is None else count)  # type: ignore[no-any-return]
+    return total / (counted.sum() if count is None else count)
 
 
 def _encoder_decoder_loss(anatomy: Anatomy, inputs: dict[str, Tensor]) -> Tensor:

@@ -15,206 +15,45 @@ while the model's own forward runs, which computes its masks and position embedd
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from midblock.capture import verify_resume, why_not_resume
 from midblock.capture.interventions import hidden_of_output, passing_over, with_hidden
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
-from midblock.models import Anatomy, LoadedModel, find_anatomy
+from midblock.models import LoadedModel, find_anatomy
 from midblock.models.attention import attends_by_row
 from midblock.models.forwards import forwards_replaced, replace_forward
-from midblock.provenance import sha256_of
 from midblock.tuning.cache import PrefixCache
-from midblock.tuning.cache_folder import row_bytes
+from midblock.tuning.prefix_identity import first_trainable_block, noise_in, prefix_identity, prefix_stamp
+from midblock.tuning.prefix_rows import RowInputs, row_inputs, rows_in
 
-__all__ = ["FrozenPrefix", "first_trainable_block", "prefix_identity"]
-
-# inputs of a body that have one row per sample
-_PER_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-# inputs that change no hidden state of a forward without a key-value cache
-_HARMLESS = ("labels", "num_items_in_batch", "return_dict", "use_cache", "cache_position", "logits_to_keep",
-             "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values")
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-# entries of a config that no hidden state depends on
-_NOT_IDENTITY = ("use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "output_router_logits",
-                 "router_aux_loss_coef", "_name_or_path", "transformers_version", "architectures",
-                 "quantization_config")
+__all__ = ["FrozenPrefix"]
 
 _installed: WeakKeyDictionary[nn.Module, FrozenPrefix] = WeakKeyDictionary()
-_digests: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, str]]] = WeakKeyDictionary()
 
 
 class _PrefixDone(Exception):
     """Ends a forward after the prefix: nothing behind it is needed."""
 
 
-def first_trainable_block(anatomy: Anatomy) -> int | None:
-    """The first block with a parameter that requires a gradient.
-
-    Returns:
-        0..L-1; L if only final norm or head are trained; None if nothing is.
-
-    Raises:
-        CacheRefusedError: something before the blocks is trained (embeddings, an encoder), or a
-            head that shares its weight with the embeddings: then nothing is a frozen prefix.
-    """
-    first: int | None = None
-    inside = set()
-    for index, block in enumerate(anatomy.blocks):
-        for parameter in block.parameters():
-            inside.add(id(parameter))
-            if first is None and parameter.requires_grad:
-                first = index
-    behind = {id(p) for m in (anatomy.final_norm, anatomy.head) if m is not None for p in m.parameters()}
-    before = {id(p) for p in anatomy.embeddings.parameters()}
-    trained_behind = False
-    for name, parameter in anatomy.causal_lm.named_parameters():
-        if not parameter.requires_grad or id(parameter) in inside:
-            continue
-        if id(parameter) in behind and id(parameter) not in before:
-            trained_behind = True
-            continue
-        raise CacheRefusedError(
-            f"there is no frozen prefix: {name} is trained and acts before block 0"
-            + (" (the head shares its weight with the embeddings)" if anatomy.tied and id(parameter) in before
-               else "") + ". Freeze it, or train without FrozenPrefix.")
-    if first is None and trained_behind:
-        return anatomy.num_blocks
-    return first
-
-
-# ---------------------------------------------------------------------------------------------
-# what a prefix is
-
-
-def prefix_identity(anatomy: Anatomy, start: int) -> str:
-    """Digest of everything but the tokens that hidden ``start`` depends on.
-
-    Weights and buffers of embeddings and blocks before ``start``, config, state of adapters there,
-    dtype, device type, autocast and library versions. Digests of tensors are remembered until they
-    change.
-    """
-    behind = {id(t) for m in (*anatomy.blocks[start:], anatomy.final_norm) if m is not None
-              for t in (*m.parameters(), *m.buffers())}
-    known = _digests.setdefault(anatomy.body, {})
-    parts: list[str] = []
-    for name, tensor in (*anatomy.body.named_parameters(), *anatomy.body.named_buffers()):
-        if id(tensor) in behind:
-            continue
-        stamp = (tensor._version, tensor.data_ptr())
-        if name not in known or known[name][:2] != stamp:
-            known[name] = (*stamp, sha256_of(str(tensor.dtype), str(tuple(tensor.shape)), row_bytes(tensor)))
-        parts += [name, known[name][2]]
-    for name, module in anatomy.body.named_modules():
-        if hasattr(module, "merged_adapters") and _before(anatomy, name, start):
-            parts += [name, str(module.active_adapters), str(module.merged_adapters),
-                      str(getattr(module, "disable_adapters", "")), str(getattr(module, "scaling", ""))]
-    config = anatomy.causal_lm.config.get_text_config(decoder=True)
-    entries = {k: v for k, v in config.to_dict().items() if k not in _NOT_IDENTITY}
-    device = next(anatomy.embeddings.parameters()).device.type
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
-    return sha256_of(*parts, json.dumps(entries, sort_keys=True, default=str), type(anatomy.body).__name__,
-                     _attention_name(config), str(start), device, autocast,
-                     torch.__version__, transformers.__version__)
-
-
-def _attention_name(config: Any) -> str:
-    return str(getattr(config, "_attn_implementation", ""))
-
-
-def _before(anatomy: Anatomy, name: str, start: int) -> bool:
-    block = anatomy.block_of(f"{anatomy.body_path}.{name}" if anatomy.body_path else name)
-    return block is None or block < start
-
-
-def _stamp(anatomy: Anatomy, start: int) -> tuple[Any, ...]:
-    """Changes whenever the prefix's weights may have changed; cheap enough for every forward."""
-    parts: list[Any] = []
-    for module in (anatomy.embeddings, *anatomy.blocks[:start]):
-        for tensor in (*module.parameters(), *module.buffers()):
-            parts += (tensor._version, tensor.data_ptr())
-        for inner in module.modules():
-            if hasattr(inner, "merged_adapters"):
-                parts += (str(inner.active_adapters), str(inner.merged_adapters),
-                          getattr(inner, "disable_adapters", None))
-    device = next(anatomy.embeddings.parameters()).device.type
-    parts.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-    parts.append(_attention_name(anatomy.causal_lm.config))
-    return tuple(parts)
-
-
-def _noise(anatomy: Anatomy, start: int) -> list[str]:
-    """Sources of randomness in the prefix that are on in training mode."""
-    found = []
-    for name, module in anatomy.body.named_modules():
-        if not _before(anatomy, name, start) or not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            found.append(f"{name} (p={module.p:g})")
-            continue
-        for key, value in vars(module).items():
-            if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0:
-                found.append(f"{name or type(module).__name__}.{key}={value:g}")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
-# the context manager
-
-
-@dataclass
-class _Inputs:
-    """What a forward was called with, as the cache sees it."""
-
-    rows: list[str]
-    """Key of each row."""
-    spans: list[tuple[int, int]]
-    """Half-open range of each row up to its last real token; of packed rows, within the one row."""
-    length: int
-    """Padded length T."""
-    packed: bool = False
-    """Whether all rows follow each other in one."""
-
-    def shape(self, row: int, width: int) -> tuple[int, int]:
-        """Shape (T, d) of the cached state of a row."""
-        lo, hi = self.spans[row]
-        return hi - lo, width
-
-    def part(self, call: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-        """The call with some rows only."""
-        if self.packed:
-            return _packed_rows_of(call, [self.spans[i] for i in rows])
-        return _rows_of(call, rows, len(self.rows))
-
-    def together(self, states: list[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
-        """Cached states of some rows as a batch (B, T, d), zero on padding, or (1, N, d) packed."""
-        if self.packed:
-            return torch.cat([state.to(device) for state in states])[None]
-        hidden = torch.zeros(len(rows), self.length, states[0].shape[-1], dtype=states[0].dtype, device=device)
-        for place, (i, state) in enumerate(zip(rows, states, strict=True)):
-            lo, hi = self.spans[i]
-            hidden[place, lo:hi] = state
-        return hidden
-
-
 class FrozenPrefix:
     """Within the context, training forwards of ``model`` do not differentiate, store or (with a cache)
     compute anything before the first trainable block.
 
-    Works under transformers' Trainer, TRL's SFTTrainer and hand-written loops; forwards without
-    grad (evaluation, generation) are left alone. Losses and gradients stay what they are without
-    it. Leave gradient checkpointing and the trainer's own options as you like.
+    Works under transformers' Trainer, TRL's SFTTrainer and hand-written loops. After the first training forward,
+    forwards without grad that keep no keys and values (a trainer's evaluation, a reference pass with the adapter
+    disabled) read the cache too; generation is left alone. Losses and gradients stay what they are without it. Leave
+    gradient checkpointing and the trainer's own options as you like.
+
+    Several processes each cache the rows that they see: give them a sampler that keeps a row on its process (one
+    without reshuffling over processes), or one ``disk:DIR`` for all.
 
     Args:
         model: A transformers causal LM, a PEFT model around one, or a `LoadedModel`, before or after its adapters
@@ -228,7 +67,7 @@ class FrozenPrefix:
         CacheRefusedError: at the first training forward, where there is no frozen prefix or the
             cache cannot be exact: random layers in the prefix, packed rows or positions that
             restart, router logits asked for, an encoder-decoder, blocks that share more than
-            hidden states.
+            hidden states. Ways out: ``cache="none"`` or ``on_refusal="uncached"``.
         SettingsError: another `FrozenPrefix` is active on this model.
 
     Example:
@@ -250,10 +89,10 @@ class FrozenPrefix:
         self._checked: int | None = None
         self._probed = False
         self._namespace: tuple[tuple[Any, ...], str] | None = None
-        self._labels_on_padding = False
+        self._labels_on_padding = self._has_labels = False
         self._outer: dict[str, Tensor] = {}
         self._restore: list[Callable[[], bool]] = []
-        self._parameters = _parameter_names(self.anatomy.body)
+        self._parameters = [n for n in inspect.signature(type(self.anatomy.body).forward).parameters if n != "self"]
 
     def __enter__(self) -> FrozenPrefix:
         if _installed.get(self.anatomy.body) is not None:
@@ -278,9 +117,7 @@ class FrozenPrefix:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._active or not torch.is_grad_enabled():
-                return original(*args, **kwargs)
-            return handler(original, args, kwargs)
+            return handler(original, args, kwargs) if self._active else original(*args, **kwargs)
 
         self._restore.append(replace_forward(module, forward))
 
@@ -327,6 +164,7 @@ class FrozenPrefix:
 
     def _lm_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        self._has_labels = labels is not None
         # a loss on padding would read hidden states that the cache does not keep
         self._labels_on_padding = (
             isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape
@@ -336,23 +174,26 @@ class FrozenPrefix:
         try:
             return original(*args, **kwargs)
         finally:
-            self._labels_on_padding = False
+            self._labels_on_padding = self._has_labels = False
             self._outer = {}
 
     def _body_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        start = self.start = self.prepare()
+        training = torch.is_grad_enabled()
+        start = self.prepare() if training else self.start
+        if training:
+            self.start = start
         if not start:
             return original(*args, **kwargs)
         call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if call.get("past_key_values") is not None:
-            return original(*args, **kwargs)  # generation with grad: the key-value cache needs every block
+            return original(*args, **kwargs)  # generation: the key-value cache needs every block
         config = self.anatomy.causal_lm.config.get_text_config(decoder=True)
+        if not training:
+            return self._evaluate(original, args, kwargs, call, start, config)
         if call.get("use_cache", getattr(config, "use_cache", False)):
             call["use_cache"] = False  # nothing reads keys and values of a training forward
-        watched = any(call.get(key, getattr(config, key, False)) for key in
-                      ("output_hidden_states", "output_attentions"))
-        if self.cache is None or self._labels_on_padding or watched:
-            self.rows_bypassed += 0 if self.cache is None else _batch_size(call)
+        if self.cache is None or self._labels_on_padding or self._watched(call, config):
+            self.rows_bypassed += 0 if self.cache is None else rows_in(call)
             with self._without_grad(start):
                 return original(**call)
         try:
@@ -363,6 +204,25 @@ class FrozenPrefix:
                 return original(**call)
         with forwards_replaced(self.anatomy.blocks[:start], self._passing_over(start, hidden)):
             return original(**call)
+
+    def _evaluate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+                  call: dict[str, Any], start: int, config: Any) -> Any:
+        """A forward without gradient: from the cache where nobody asks for keys, values or states of the prefix."""
+        keeps = call.get("use_cache", getattr(config, "use_cache", False)) and not self._has_labels
+        if self.cache is None or keeps or self._labels_on_padding or self._watched(call, config):
+            return original(*args, **kwargs)
+        call["use_cache"] = False
+        try:
+            hidden = self._prefix_of(original, call, start, config)
+        except CacheRefusedError:
+            return original(*args, **kwargs)
+        with forwards_replaced(self.anatomy.blocks[:start], self._passing_over(start, hidden)):
+            return original(**call)
+
+    @staticmethod
+    def _watched(call: dict[str, Any], config: Any) -> bool:
+        return any(call.get(key, getattr(config, key, False)) for key in
+                   ("output_hidden_states", "output_attentions"))
 
     # ------------------------------------------------------------------ without a cache
 
@@ -412,7 +272,7 @@ class FrozenPrefix:
             raise CacheRefusedError(
                 f"the prefix of {type(lm).__name__} cannot be cached: its decoder blocks also read an encoder's "
                 "output. Use cache='none' (still no gradient before the first trainable block).")
-        if noise := _noise(self.anatomy, start):
+        if noise := noise_in(self.anatomy, start):
             raise CacheRefusedError(
                 f"the prefix is random in training mode, so its output cannot be cached: {', '.join(noise[:3])}"
                 f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading, or use "
@@ -427,7 +287,7 @@ class FrozenPrefix:
             raise CacheRefusedError(f"the prefix cannot be cached: {error} Use cache='none'.") from error
 
     def _current_namespace(self, start: int) -> str:
-        stamp = (start, *_stamp(self.anatomy, start))
+        stamp = (start, *prefix_stamp(self.anatomy, start))
         if self._namespace is None or self._namespace[0] != stamp:
             self._namespace = (stamp, prefix_identity(self.anatomy, start))
             if self.cache is not None:
@@ -437,7 +297,7 @@ class FrozenPrefix:
     def _prefix_of(self, original: Callable[..., Any], call: dict[str, Any], start: int, config: Any) -> Tensor:
         """Hidden ``start`` of a batch (B, T, d), zero on padding."""
         assert self.cache is not None
-        inputs = self._keys(call, config)
+        inputs = row_inputs(call, self._outer, config, by_row=attends_by_row(self.anatomy.causal_lm.config))
         namespace = self._current_namespace(start)
         damaged = self.cache.damaged
         width = self.anatomy.hidden_size
@@ -446,7 +306,7 @@ class FrozenPrefix:
         self.rows_cached += len(states) - len(missing)
         self.rows_computed += len(missing)
         if missing:
-            if not self._probed:
+            if not self._probed and self.anatomy.body.training:
                 self._probe(original, inputs.part(call, missing[:1]), start)
             part = call if len(missing) == len(states) else inputs.part(call, missing)
             origin, before = self._nearest(inputs, missing, start)
@@ -466,14 +326,14 @@ class FrozenPrefix:
 
     def _probe(self, original: Callable[..., Any], call: dict[str, Any], start: int) -> None:
         """What no attribute tells (noise in a forward) shows when the same row runs twice."""
-        if self.anatomy.body.training and not torch.equal(
+        if not torch.equal(
                 *(self._compute(original, call, start) for _ in range(2))):
             raise CacheRefusedError(
                 f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
                 "forwards of one row differ in training mode. Use cache='none'.")
         self._probed = True
 
-    def _nearest(self, inputs: _Inputs, rows: list[int], start: int) -> tuple[int, Tensor | None]:
+    def _nearest(self, inputs: RowInputs, rows: list[int], start: int) -> tuple[int, Tensor | None]:
         """The deepest hidden state before ``start`` that the cache has of all these rows; 0 if none."""
         assert self.cache is not None
         for origin in sorted(self.cache.starts, reverse=True):
@@ -514,132 +374,3 @@ class FrozenPrefix:
         if not reached:
             raise ArchitectureError(f"{type(self.anatomy.body).__name__} did not run its block {start - 1}.")
         return reached[0]
-
-    def _keys(self, call: dict[str, Any], config: Any) -> _Inputs:
-        bounds = self._bounds(call)
-        for name, value in call.items():
-            if value is None or value is False or name in _PER_ROW or (
-                    name in _HARMLESS and name != "output_router_logits"):
-                continue
-            if bounds is not None and name in _PACKED and name != "seq_idx":
-                continue
-            if name in _PACKED:
-                raise CacheRefusedError(f"packed rows ({name} was given) cannot be cached by sample; set "
-                                        "packing=False (and padding_free=False), or use cache='none'.")
-            if name == "output_router_logits":
-                raise CacheRefusedError("router logits of all blocks were asked for (output_router_logits), but a "
-                                        "cached prefix computes none; set router_aux_loss_coef=0.0, or use "
-                                        "cache='none'.")
-            if isinstance(value, Tensor | dict | list | tuple):
-                raise CacheRefusedError(f"the model was called with {name}=..., of which the cache does not know "
-                                        "whether the prefix depends on it. Use cache='none'.")
-        if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is not False:
-            raise CacheRefusedError("the config asks for router logits of all blocks (output_router_logits), but a "
-                                    "cached prefix computes none; set router_aux_loss_coef=0.0, or use "
-                                    "cache='none'.")
-        content = call.get("input_ids")
-        if content is None:
-            content = call.get("inputs_embeds")
-        if not isinstance(content, Tensor):
-            raise CacheRefusedError("the model was called without input_ids or inputs_embeds.")
-        rows, length = content.shape[:2]
-        mask, positions = call.get("attention_mask"), call.get("position_ids")
-        if bounds is not None and (mask is not None or rows != 1 or bounds[0] != 0 or bounds[-1] != length):
-            raise CacheRefusedError("packed rows came with an attention mask, or with bounds that do not cover them. "
-                                    "Use cache='none'.")
-        if isinstance(mask, dict):
-            mask = self._outer.get("attention_mask", mask)
-        # such as token types, from which such a model makes its masks
-        beside = [v.detach().cpu() for k, v in sorted(self._outer.items())
-                  if k not in _PER_ROW and v.shape == (rows, length)]
-        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length)):
-            raise CacheRefusedError("the attention mask is not one 0/1 value per token, so rows cannot be told "
-                                    "apart from their padding. Use cache='none'.")
-        if positions is not None and not (isinstance(positions, Tensor) and positions.ndim == 2
-                                          and positions.shape[-1] == length):
-            raise CacheRefusedError("position_ids have a form that the cache does not know. Use cache='none'.")
-        # long rotary embeddings switch with the padded length
-        scope = str(length) if "longrope" in str(getattr(config, "rope_parameters", "")) else ""
-        ids = content.detach().cpu()
-        keys, spans = [], []
-        real = None if mask is None else (mask != 0).cpu()
-        where = None if positions is None else positions.expand(rows, length).cpu()
-        for i in range(rows) if bounds is None else range(len(bounds) - 1):
-            if bounds is not None:
-                row, begin, lo, hi = 0, bounds[i], bounds[i], bounds[i + 1]
-            else:
-                row, begin, (lo, hi) = i, 0, (0, length) if real is None else _span(real[i])
-            offset = lo - begin
-            if where is not None:
-                own = where[row, lo:hi]
-                offset = int(own[0])
-                if not torch.equal(own, torch.arange(offset, offset + hi - lo, dtype=own.dtype)):
-                    raise CacheRefusedError("positions restart inside a row (packing); set packing=False, or use "
-                                            "cache='none'.")
-            # padding on the left is kept too: its last state predicts the row's first token
-            digest = hashlib.sha256(row_bytes(ids[row, begin:hi]))
-            digest.update(f"{ids.dtype} {lo - begin} {offset} {scope}".encode())
-            for tensor in beside:
-                digest.update(row_bytes(tensor[row, begin:hi]))
-            keys.append(digest.hexdigest())
-            spans.append((begin, hi))
-        return _Inputs(keys, spans, length, packed=bounds is not None)
-
-    def _bounds(self, call: dict[str, Any]) -> list[int] | None:
-        """Where packed rows begin and end, if the model's attention is one that keeps them apart by these."""
-        bounds, keys = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
-        if not (isinstance(bounds, Tensor) and isinstance(keys, Tensor) and bounds.shape == keys.shape
-                and call.get("position_ids") is not None and call.get("seq_idx") is None and len(bounds) > 1
-                and bool((bounds == keys).all())
-                and attends_by_row(self.anatomy.causal_lm.config)):
-            return None
-        return [int(x) for x in bounds.tolist()]
-
-
-def _parameter_names(body: nn.Module) -> list[str]:
-    return [n for n in inspect.signature(type(body).forward).parameters if n != "self"]
-
-
-def _batch_size(call: dict[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(value := call.get(name), Tensor):
-            return int(value.shape[0])
-    return 0
-
-
-def _span(real: Tensor) -> tuple[int, int]:
-    """Half-open range of a row's real tokens; a row of padding only is kept as it is."""
-    count = int(real.sum())
-    if not count:
-        return 0, real.shape[0]
-    first = int(real.int().argmax())
-    if not bool(real[first:first + count].all()):
-        raise CacheRefusedError("the attention mask has a gap inside a row, so the row is more than one "
-                                "sample. Use cache='none'.")
-    return first, first + count
-
-
-def _rows_of(call: dict[str, Any], rows: list[int], total: int) -> dict[str, Any]:
-    part = dict(call)
-    for name in _PER_ROW:
-        part[name] = _take(part.get(name), rows, total)
-    return {k: v for k, v in part.items() if k in call}
-
-
-def _packed_rows_of(call: dict[str, Any], spans: list[tuple[int, int]]) -> dict[str, Any]:
-    part = dict(call)
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
-        if isinstance(value := call.get(name), Tensor):
-            part[name] = torch.cat([value[:, lo:hi] for lo, hi in spans], dim=1)
-    lengths = torch.tensor([0] + [hi - lo for lo, hi in spans])
-    bounds = lengths.cumsum(0).to(call["cu_seq_lens_q"])
-    return part | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": int(lengths.max()),
-                   "max_length_k": int(lengths.max())}
-
-
-def _take(value: Any, rows: list[int], total: int) -> Any:
-    if isinstance(value, dict):
-        return {k: _take(v, rows, total) for k, v in value.items()}
-    if isinstance(value, Tensor) and value.shape[0] == total and total > 1:
-        return value[rows]
-    return value

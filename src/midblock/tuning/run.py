@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,23 @@ from midblock import stats
 from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
-from midblock.models import LoadedModel, load_model, quiet
+from midblock.models import LoadedModel, find_anatomy, load_model, quiet, save_checkpoint
+from midblock.models.summary import model_skeleton
 from midblock.progress import Progress, silent
+from midblock.provenance import cache_dir
 from midblock.results import Estimate, Table
+from midblock.settings import PlanSettings, Settings, TuneSettings, name_of
 from midblock.tuning.adapter import Attachment, attach
 from midblock.tuning.cache import PrefixCache
-from midblock.tuning.check import EngagementReport, check_engagement, frozen_digests
+from midblock.tuning.check import (
+    EngagementReport,
+    check_engagement,
+    frozen_digests,
+    logits_of,
+    require_gradients,
+)
 from midblock.tuning.export import (
+    PLAN_FILE,
     VLLM_RANKS,
     export_adapter,
     merged_weights,
@@ -34,16 +44,21 @@ from midblock.tuning.export import (
     vllm_note,
     with_weights,
 )
-from midblock.tuning.plan import DEFAULT_TARGETS, Method, Plan, Scale, make_plan, require_plan_fits
-from midblock.tuning.trainer import TrainResult, TrainSettings, train
+from midblock.tuning.plan import Plan
+from midblock.tuning.planning import make_plan, require_plan_fits
+from midblock.tuning.steps import TrainResult
+from midblock.tuning.trainer import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TuneResult", "load_4bit", "tune"]
+__all__ = ["TuneResult", "base_name", "load_4bit", "plan_of_spec", "prefix_cache", "require_tracker", "token_rows",
+           "tune"]
 
 # tokens on which the check compares logits
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
+# tokens of the one backward pass before training
+_TRIAL_TOKENS = 16
 
 
 @dataclass
@@ -66,6 +81,10 @@ class TuneResult:
     held_out: dict[str, Estimate] = field(default_factory=dict)
     """Mean loss per held-out row: base, tuned, difference."""
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Merged weights by name until they are written."""
+    tuned_logits: Tensor | None = field(default=None, repr=False)
+    """Logits of the check's tokens until the merged weights are compared with them."""
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -112,18 +131,10 @@ class TuneResult:
                 "notes": self.notes}
 
 
-def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, *, plan: Plan | None = None,
-         mask: str | None = None, blocks: str | Sequence[int] | None = None,
-         random_blocks: tuple[int, int] | None = None, modules: Sequence[str] | None = None,
-         rank: int | None = None, budget: int | str | None = None,
-         target_modules: Sequence[str] = DEFAULT_TARGETS, method: Method = "lora",
-         scale: Scale = "fixed-ratio", alpha_over_rank: float = 2.0, alpha: float | None = None,
-         dropout: float = 0.0, samples: int | None = None, max_length: int = 512, chat: bool = False,
-         all_tokens: bool = False, settings: TrainSettings | None = None, seed: int | None = None,
-         cache: str | PrefixCache | None = "auto", eval_data: str | Dataset | None = None,
-         eval_samples: int = 64, out: Path | str | None = None, resume: bool = False, merge: bool = False,
-         pad_rank: bool = False, save_steps: int | None = None, progress: Progress = silent,
-         **trl_options: Any) -> TuneResult:
+def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Settings | None = None, *,
+         plan: Plan | None = None, cache: str | PrefixCache | None = None, eval_data: str | Dataset | None = None,
+         out: Path | str | None = None, resume: bool = False, progress: Progress = silent,
+         trl_options: Mapping[str, Any] | None = None, **overrides: Any) -> TuneResult:
     """Tune chosen blocks of a model and prove what was done.
 
     The model given is, afterwards, what it was before, bit for bit: use the adapter folder, the
@@ -132,87 +143,104 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, *, plan: Pla
     Args:
         model: A MODEL spec or a loaded model.
         data: A data spec (its train split), a data set, or token rows.
-        plan: What to train; or give the arguments of `make_plan` (``mask`` ... ``alpha``).
-        dropout: Of LoRA's input.
-        samples: Rows drawn from the data.
-        max_length: Rows are cut after this many tokens; cuts are counted in the result.
-        chat: Write prompt and completion with the tokenizer's chat template.
-        all_tokens: Learn every token; otherwise completions (and what the assistant says) only.
-        settings: See `TrainSettings`.
-        seed: Of everything random; overrides ``settings.seed``.
-        cache: Of the frozen prefix: ``auto``, ``none``, ``memory``, ``disk:DIR``, a `PrefixCache`.
-        eval_data: Held-out rows whose loss is compared before and after (a spec's test split).
-        eval_samples: How many of them.
+        settings: A `TuneSettings`, or part of one (`TrainSettings`).
+        plan: What to train, in place of ``mask`` ... ``alpha``.
+        cache: Of the frozen prefix, also as a `PrefixCache` to share.
+        eval_data: Held-out rows whose loss is compared before and after (a spec's test split, or a data set).
         out: Folder for checkpoints, ``adapter/`` and ``model/``; None writes nothing.
         resume: Go on from the last checkpoint in ``out``.
-        merge: Also write base + update as a plain checkpoint (always done for full-rank updates).
-        pad_rank: Write the adapter at the next rank that vLLM takes.
-        save_steps: Checkpoint every so many steps (default: every minute).
         progress: Callback.
         trl_options: Further fields of `trl.SFTConfig`.
+        **overrides: Single fields of `midblock.settings.TuneSettings`: ``mask``, ``rank``, ``samples``, ``epochs`` ...
 
     Raises:
-        BlockRangeError, BudgetError, SettingsError: the plan cannot be made.
+        BlockRangeError, BudgetError, SettingsError: the plan cannot be made; told before a spec is loaded.
         DataError: a row without a completion (file and line named), no rows.
         TrainingError: non-finite loss; the last good checkpoint is kept.
-        AdapterError: the plan belongs to another model, or the engagement check failed.
+        AdapterError: the plan belongs to another model, a matrix gets no gradient, or the engagement check failed.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    settings = settings if settings is not None else TrainSettings()
-    if seed is not None:
-        settings = replace(settings, seed=seed)
-    if plan is None:
-        plan = make_plan(loaded, mask=mask, blocks=blocks, random_blocks=random_blocks, modules=modules, rank=rank,
-                         budget=budget, target_modules=target_modules, method=method, scale=scale,
-                         alpha_over_rank=alpha_over_rank, alpha=alpha)
-    plan = require_plan_fits(plan, loaded)
-    _check_exports(plan, loaded, merge, pad_rank)
-    rows, data_name = _token_rows(data, loaded, samples, max_length, chat, all_tokens, settings.seed)
-    held = (None if eval_data is None else
-            _token_rows(eval_data, loaded, eval_samples, max_length, chat, all_tokens, settings.seed, "test")[0])
+    wanted = TuneSettings(**{**({} if settings is None else settings.given()), **overrides})
+    store = prefix_cache(wanted.cache if cache is None else cache, wanted.cache_limit)
+    if isinstance(model, LoadedModel):
+        loaded, solved = model, None
+    else:
+        solved = plan_of_spec(model, wanted, plan)
+        loaded = load_model(model)
+    plan = make_plan(loaded, wanted) if plan is None and solved is None else require_plan_fits(
+        plan or solved, loaded)  # type: ignore[arg-type]
+    _check_exports(plan, loaded, wanted)
+    rows, data_name = _token_rows(data, loaded, wanted)
+    held = wanted.eval_data if eval_data is None else eval_data
+    held_rows = None if held is None else _token_rows(
+        held, loaded, wanted.replace(samples=wanted.eval_samples), split="test")[0]
     folder = None if out is None else Path(out)
-    table = Table()
-    notes: list[str] = []
-    with attach(loaded, plan, seed=settings.seed, dropout=dropout) as attachment:
+    with attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout) as attachment:
         before = frozen_digests(attachment)
-        losses = {} if held is None else {"base": _row_losses(attachment, loaded, held, progress)}
-        trained = train(attachment, rows, tokenizer=loaded.tokenizer, settings=settings, cache=cache,
-                        folder=None if folder is None else folder / "checkpoints", resume=resume,
-                        save_steps=save_steps, progress=progress, **trl_options)
         ids, mask_ids = _check_tokens(rows, loaded)
+        require_gradients(attachment, ids[:1, :_TRIAL_TOKENS], mask_ids[:1, :_TRIAL_TOKENS])
+        base_losses = None if held_rows is None else _row_losses(attachment, loaded, held_rows, progress)
+        trained = train(attachment, rows, tokenizer=loaded.tokenizer, settings=wanted, cache=store,
+                        folder=None if folder is None else folder / "checkpoints", resume=resume,
+                        save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to,
+                        **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
-        if held is not None:
-            losses["tuned"] = _row_losses(attachment, loaded, held, progress)
-        result = TuneResult(plan, trained, report, rows, table, attachment.state(), notes=notes)
-        if losses:
-            result.held_out = {
-                **{k: stats.mean_interval(v) for k, v in losses.items()},
-                "difference": stats.mean_interval([b - a for a, b in zip(losses["base"], losses["tuned"],
-                                                                       strict=True)])}
-        _fill(table, result)
-        notes += trained.notes
-        card = _card(result, loaded, settings, data_name)
-        if folder is not None and attachment.is_peft:
-            if resume and (folder / "adapter").exists():
-                shutil.rmtree(folder / "adapter")
-            result.adapter = export_adapter(attachment, folder / "adapter", base_name=_base_name(loaded),
-                                            card=card(False))
-            if pad_rank:
-                assert plan.rank is not None
-                pad_adapter(result.adapter, next(r for r in VLLM_RANKS if r >= plan.rank))
-            if note := vllm_note(plan):
-                notes.append(note)
-        wants_merged = folder is not None and (merge or not attachment.is_peft)
-        weights = merged_weights(attachment) if wants_merged else {}
-        logits = _logits(attachment.model, ids, mask_ids) if wants_merged else None
-    if folder is not None and wants_merged and logits is not None:
-        if resume and (folder / "model").exists():
-            shutil.rmtree(folder / "model")
-        with with_weights(loaded.model, weights):
-            difference = (_logits(loaded.model, ids, mask_ids) - logits).abs()[mask_ids.bool()]
-        result.merge_difference = float(difference.max())
-        result.merged = save_merged(loaded, weights, folder / "model", card=card(True))
+        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes))
+        if held_rows is not None and base_losses is not None:
+            result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
+        _fill(result)
+        if folder is not None:
+            _export(result, attachment, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
+    if folder is not None and wanted.export_base and result.adapter is not None:
+        _free(folder / "base", resume)
+        result.plan.save(save_checkpoint(loaded.model, loaded.tokenizer, folder / "base") / PLAN_FILE)
+    if folder is not None and result.weights:
+        _write_merged(result, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
     return result
+
+
+def prefix_cache(cache: str | PrefixCache | None, limit: int | str | None) -> str | PrefixCache | None:
+    """The cache that ``train`` is given; a wrong word, size or folder is told before anything is loaded.
+
+    Raises:
+        SettingsError, OutputError: as `PrefixCache`.
+    """
+    if cache is None or isinstance(cache, PrefixCache) or (cache == "auto" and limit is None):
+        return cache
+    return PrefixCache.from_spec("memory" if cache == "auto" else cache, limit_bytes=limit) or "none"
+
+
+def require_tracker(name: str) -> None:
+    """Stop before anything is loaded where a tracker is unknown or its package is absent.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    if name == "none":
+        return
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks([name]):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"{name_of('report_to')} {name} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def plan_of_spec(spec: str, settings: PlanSettings, plan: Plan | None = None, **options: Any) -> Plan:
+    """The plan on a model of which only the config is read.
+
+    Args:
+        spec: A MODEL spec.
+        settings: Where and how large.
+        plan: A plan to check instead.
+        **options: ``trust_remote_code``, ``allow_pickle``.
+
+    Raises:
+        SettingsError, AdapterError: it reaches nothing, or does not fit.
+    """
+    skeleton, _, _ = model_skeleton(spec, **options)
+    anatomy = find_anatomy(skeleton)
+    return make_plan(anatomy, settings) if plan is None else require_plan_fits(plan, anatomy)
 
 
 def load_4bit(spec: str, **options: Any) -> LoadedModel:
@@ -240,8 +268,6 @@ def load_4bit(spec: str, **options: Any) -> LoadedModel:
         # for good, and training would then silently get no gradient through them
         if hasattr(linear, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
-    from midblock.models import find_anatomy
-
     return replace(loaded, model=small, anatomy=find_anatomy(small))
 
 
@@ -249,43 +275,85 @@ def load_4bit(spec: str, **options: Any) -> LoadedModel:
 # parts
 
 
-def _check_exports(plan: Plan, loaded: LoadedModel, merge: bool, pad_rank: bool) -> None:
-    if merge and plan.method != "full" and not all(
-            loaded.model.get_submodule(m.name).weight.is_floating_point() for m in plan.modules):  # type: ignore
-        raise SettingsError("--merge cannot write the update into quantised weights; train without it and merge the "
-                            "adapter into the base in 16 bit (PEFT's merge_and_unload), or leave out --load-4bit.")
-    if pad_rank and plan.method != "lora":
-        raise SettingsError(f"--pad-rank is for LoRA adapters; the method is {plan.method}.")
-    if pad_rank and plan.rank is not None and plan.rank > VLLM_RANKS[-1]:
+def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> None:
+    if wanted.merge and plan.method != "full" and not all(
+            loaded.model.get_parameter(m.parameter).is_floating_point() for m in plan.modules):
+        raise SettingsError(f"{name_of('merge')} cannot write the update into quantised weights; train without it and "
+                            "merge the adapter into the base in 16 bit (PEFT's merge_and_unload), or load the base in "
+                            "full.")
+    if wanted.pad_rank and (plan.method != "lora" or any(m.experts for m in plan.modules)):
+        raise SettingsError(f"{name_of('pad_rank')} is for LoRA adapters of linear layers; the method is "
+                            f"{plan.method}.")
+    if wanted.pad_rank and plan.rank is not None and plan.rank > VLLM_RANKS[-1]:
         raise SettingsError(f"rank {plan.rank} is above the largest that vLLM takes ({VLLM_RANKS[-1]}); merge the "
-                            "adapter instead (--merge).")
+                            f"adapter instead ({name_of('merge')}).")
 
 
-def _token_rows(data: str | Dataset | TokenRows, loaded: LoadedModel, samples: int | None, max_length: int,
-                chat: bool, all_tokens: bool, seed: int, split: str = "train") -> tuple[TokenRows, str]:
+def _token_rows(data: str | Dataset | TokenRows, loaded: LoadedModel, wanted: TuneSettings, split: str = "train"
+                ) -> tuple[TokenRows, str]:
     if isinstance(data, TokenRows):
         return data, f"{len(data)} token rows"
     dataset = load_data(data, split=split) if isinstance(data, str) else data
-    if samples is not None:
-        dataset = dataset.sample(samples, seed)
-    rows = tokenize(dataset, loaded.tokenizer, max_length=max_length, supervised=not all_tokens, chat=chat,
-                    add_eos=True if all_tokens else None)
+    rows = token_rows(dataset, loaded.tokenizer, wanted)
     return rows, f"{dataset.name} ({dataset.split}), {rows.summary()}"
+
+
+def token_rows(dataset: Dataset, tokenizer: Any, wanted: TuneSettings) -> TokenRows:
+    """The rows of a data set that are learned.
+
+    Raises:
+        DataError: a row has no completion (file and line are named).
+    """
+    return tokenize(dataset.sample(wanted.samples, wanted.seed), tokenizer, max_length=wanted.max_length,
+                    supervised=not wanted.all_tokens, chat=wanted.chat, add_eos=True if wanted.all_tokens else None)
+
+
+def _held_out(base: list[float], tuned: list[float]) -> dict[str, Estimate]:
+    return {"base": stats.mean_interval(base), "tuned": stats.mean_interval(tuned),
+            "difference": stats.mean_interval([b - a for a, b in zip(base, tuned, strict=True)])}
+
+
+def _export(result: TuneResult, attachment: Attachment, loaded: LoadedModel, wanted: TuneSettings, folder: Path,
+            data: str, ids: Tensor, mask: Tensor, *, resume: bool) -> None:
+    """The adapter's folder; of a merged checkpoint what it needs of the attachment."""
+    plan = result.plan
+    if attachment.is_peft:
+        _free(folder / "adapter", resume)
+        base = str((folder / "base").resolve()) if wanted.export_base else base_name(loaded)
+        result.adapter = export_adapter(attachment, folder / "adapter", base_name=base,
+                                        card=_card(result, loaded, wanted, data, base=base))
+        if wanted.pad_rank:
+            assert plan.rank is not None
+            pad_adapter(result.adapter, next(r for r in VLLM_RANKS if r >= plan.rank))
+        if note := vllm_note(plan):
+            result.notes.append(note)
+    if wanted.merge or not attachment.is_peft:
+        result.weights = merged_weights(attachment)
+        result.tuned_logits = logits_of(attachment.model, ids, mask)
+
+
+def _write_merged(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, folder: Path, data: str, ids: Tensor,
+                  mask: Tensor, *, resume: bool) -> None:
+    assert result.tuned_logits is not None
+    _free(folder / "model", resume)
+    with with_weights(loaded.model, result.weights):
+        difference = (logits_of(loaded.model, ids, mask) - result.tuned_logits).abs()[mask.bool()]
+    result.merge_difference = float(difference.max())
+    result.merged = save_merged(loaded, result.weights, folder / "model", plan=result.plan,
+                                card=_card(result, loaded, wanted, data))
+    result.weights, result.tuned_logits = {}, None
+
+
+def _free(folder: Path, resume: bool) -> None:
+    """Remove what the interrupted run exported, if it was that."""
+    if resume and folder.exists() and (folder / PLAN_FILE).is_file():
+        shutil.rmtree(folder)
 
 
 def _check_tokens(rows: TokenRows, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
     cut = [replace(r, ids=r.ids[:_CHECK_TOKENS], supervised=()) for r in rows.rows[:_CHECK_ROWS]]
     batch = make_batches(cut, batch_size=_CHECK_ROWS, pad_id=pad_token_id(loaded.tokenizer))[0].to(loaded.device)
     return batch.input_ids, batch.attention_mask
-
-
-def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    model.eval()
-    with torch.no_grad():
-        return model(**inputs).logits.float()  # type: ignore[no-any-return]
 
 
 def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, progress: Progress) -> list[float]:
@@ -306,8 +374,8 @@ def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, pr
     return values
 
 
-def _fill(table: Table, result: TuneResult) -> None:
-    plan, run = result.plan, result.training
+def _fill(result: TuneResult) -> None:
+    plan, run, table = result.plan, result.training, result.table
     for block in plan.blocks:
         amount = plan.params // len(plan.blocks) if plan.whole_blocks else plan.params_of_block(block)
         table.add("block", block, "trainable_parameters", "sft", float(amount), n=1)
@@ -327,27 +395,35 @@ def _fill(table: Table, result: TuneResult) -> None:
             table.add("model", layer, "loss", side, result.held_out[name])
 
 
-def _base_name(loaded: LoadedModel) -> str:
-    """The base as PEFT should find it again: specs as they are, folders absolute."""
-    return str(Path(loaded.spec).expanduser().resolve()) if Path(loaded.spec).expanduser().exists() else loaded.spec
+def base_name(loaded: LoadedModel) -> str:
+    """The base as PEFT and transformers find it again: a hub id as it is, anything else as an absolute folder.
+
+    What midblock converted (a GGUF file, the embedded model) is the converted folder in its cache; `export_base`
+    writes a copy beside the adapter.
+    """
+    folder = loaded.folder
+    if folder is None:
+        return loaded.spec
+    own = Path(loaded.spec).expanduser()
+    if own.exists() or folder.resolve().is_relative_to(cache_dir().resolve()):
+        return str(folder.resolve())
+    return loaded.spec
 
 
-def _card(result: TuneResult, loaded: LoadedModel, settings: TrainSettings, data: str) -> Any:
+def _card(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, data: str, base: str | None = None) -> str:
+    """The model card of an adapter on ``base``, or of the merged checkpoint."""
     run = result.training
     facts = {
-        "steps": len(run.steps), "batch size": settings.batch_size * settings.accumulate,
-        "learning rate": f"{settings.learning_rate or 'default'} ({settings.schedule})", "seed": settings.seed,
+        "steps": len(run.steps), "batch size": wanted.batch_size * wanted.accumulate,
+        "learning rate": f"{wanted.peak_rate(result.plan.method):g} ({wanted.schedule})", "seed": wanted.seed,
         "loss (nats per labelled token)": f"{run.losses[0]:.4f} at first, {run.final_loss():.4f} at last",
         "speed": f"{run.tokens_per_second:,.0f} tokens/s", "peak memory": f"{run.peak_memory_bytes / 2**20:,.0f} MiB",
-        "number format": str(loaded.dtype).removeprefix("torch.")}
+        "dtype": str(loaded.dtype).removeprefix("torch.")}
     results = ""
     if result.held_out:
         change = result.held_out["difference"]
         results = (f"Held-out loss {result.held_out['base'].value:.4f} before and "
                    f"{result.held_out['tuned'].value:.4f} after: {change.value:+.4f}, 95% interval "
                    f"[{change.low:+.4f}, {change.high:+.4f}], {change.n} rows.")
-
-    def card(merged: bool) -> str:
-        return model_card(result.plan, base_name=_base_name(loaded), data=data, training=facts,
-                          check=result.check.summary(), results=results, merged=merged)
-    return card
+    return model_card(result.plan, base_name=base or base_name(loaded), data=data, training=facts,
+                      check=result.check.summary(), results=results, merged=base is None)

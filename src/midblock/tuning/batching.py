@@ -1,0 +1,82 @@
+"""Which rows make a batch, in which order batches come, and what the trainer is given of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from midblock.data import TokenRow
+from midblock.provenance import sha256_of
+from midblock.settings.tune import Order
+
+__all__ = ["BatchOrder", "batch_plan", "collator", "labels_of"]
+
+
+def batch_plan(lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> list[list[int]]:
+    """Rows of like length in each batch, the same batches in every epoch (only their order changes).
+
+    Ties are broken by seed and place. Fixed batches make a cached row equal to what its batch would
+    compute again, bit for bit; fairseq orders data in the same way. A batch that is not full comes
+    last. With ``order="random"`` batches are drawn without regard to length (and fixed as well).
+
+    Example:
+        >>> batches = batch_plan([5, 9, 5, 9, 7], 2, seed=0)
+        >>> [sorted(b) for b in batches]
+        [[0, 2], [3, 4], [1]]
+    """
+    by_length = order == "length"
+    places = sorted(range(len(lengths)), key=lambda i: (lengths[i] if by_length else 0,
+                                                        sha256_of("row", str(seed), str(i))))
+    return [places[lo:lo + batch_size] for lo in range(0, len(places), batch_size)]
+
+
+class BatchOrder(Sampler[int]):
+    """Indices batch by batch; the order of full batches is drawn from (seed, epoch)."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> None:
+        self._batches = batch_plan(lengths, batch_size, seed, order)
+        self._full = len(self._batches) - (len(self._batches[-1]) < batch_size)
+        self._seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self._batches))
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self._full))
+        random.Random(f"midblock order {self._seed} {self.epoch}").shuffle(order)
+        for number in (*order, *range(self._full, len(self._batches))):
+            yield from self._batches[number]
+
+
+def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(r["input_ids"]) for r in rows)
+        ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            n = len(row["input_ids"])
+            ids[i, :n] = torch.tensor(row["input_ids"])
+            labels[i, :n] = torch.tensor(row["labels"])
+            mask[i, :n] = 1
+        labels[:, 0] = -100  # nothing stands before a first token that could predict it
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return collate
+
+
+def labels_of(row: TokenRow) -> list[int]:
+    if not row.supervised:
+        return list(row.ids)
+    labels = [-100] * len(row.ids)
+    for start, stop in row.supervised:
+        labels[start:stop] = row.ids[start:stop]
+    return labels

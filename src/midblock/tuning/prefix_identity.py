@@ -1,0 +1,131 @@
+"""What a frozen prefix is: where it ends, everything its output depends on, and what in it is random."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import nn
+
+from midblock.errors import CacheRefusedError
+from midblock.models import Anatomy
+from midblock.provenance import sha256_of
+from midblock.tuning.cache_folder import row_bytes
+
+__all__ = ["first_trainable_block", "noise_in", "prefix_identity", "prefix_stamp"]
+
+# entries of a config that no hidden state depends on
+_NOT_IDENTITY = ("use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "output_router_logits",
+                 "router_aux_loss_coef", "_name_or_path", "transformers_version", "architectures",
+                 "quantization_config")
+
+_digests: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, str]]] = WeakKeyDictionary()
+
+
+def first_trainable_block(anatomy: Anatomy) -> int | None:
+    """The first block with a parameter that requires a gradient.
+
+    Returns:
+        0..L-1; L if only final norm or head are trained; None if nothing is.
+
+    Raises:
+        CacheRefusedError: something before the blocks is trained (embeddings, an encoder), or a
+            head that shares its weight with the embeddings: then nothing is a frozen prefix.
+    """
+    first: int | None = None
+    inside = set()
+    for index, block in enumerate(anatomy.blocks):
+        for parameter in block.parameters():
+            inside.add(id(parameter))
+            if first is None and parameter.requires_grad:
+                first = index
+    behind = {id(p) for m in (anatomy.final_norm, anatomy.head) if m is not None for p in m.parameters()}
+    before = {id(p) for p in anatomy.embeddings.parameters()}
+    trained_behind = False
+    for name, parameter in anatomy.causal_lm.named_parameters():
+        if not parameter.requires_grad or id(parameter) in inside:
+            continue
+        if id(parameter) in behind and id(parameter) not in before:
+            trained_behind = True
+            continue
+        raise CacheRefusedError(
+            f"there is no frozen prefix: {name} is trained and acts before block 0"
+            + (" (the head shares its weight with the embeddings)" if anatomy.tied and id(parameter) in before
+               else "") + ". Freeze it, or train without FrozenPrefix.")
+    if first is None and trained_behind:
+        return anatomy.num_blocks
+    return first
+
+
+def prefix_identity(anatomy: Anatomy, start: int) -> str:
+    """Digest of everything but the tokens that hidden ``start`` depends on.
+
+    Weights and buffers of embeddings and blocks before ``start``, config, state of adapters there,
+    dtype, device type, autocast and library versions. Digests of tensors are remembered until they
+    change.
+    """
+    behind = {id(t) for m in (*anatomy.blocks[start:], anatomy.final_norm) if m is not None
+              for t in (*m.parameters(), *m.buffers())}
+    known = _digests.setdefault(anatomy.body, {})
+    parts: list[str] = []
+    for name, tensor in (*anatomy.body.named_parameters(), *anatomy.body.named_buffers()):
+        if id(tensor) in behind:
+            continue
+        stamp = (tensor._version, tensor.data_ptr())
+        if name not in known or known[name][:2] != stamp:
+            known[name] = (*stamp, sha256_of(str(tensor.dtype), str(tuple(tensor.shape)), row_bytes(tensor)))
+        parts += [name, known[name][2]]
+    for name, module in anatomy.body.named_modules():
+        if hasattr(module, "merged_adapters") and _before(anatomy, name, start):
+            parts += [name, str(module.active_adapters), str(module.merged_adapters),
+                      str(getattr(module, "disable_adapters", "")), str(getattr(module, "scaling", ""))]
+    config = anatomy.causal_lm.config.get_text_config(decoder=True)
+    entries = {k: v for k, v in config.to_dict().items() if k not in _NOT_IDENTITY}
+    device = next(anatomy.embeddings.parameters()).device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
+    return sha256_of(*parts, json.dumps(entries, sort_keys=True, default=str), type(anatomy.body).__name__,
+                     _attention_name(config), str(start), device, autocast,
+                     torch.__version__, transformers.__version__)
+
+
+def _attention_name(config: Any) -> str:
+    return str(getattr(config, "_attn_implementation", ""))
+
+
+def _before(anatomy: Anatomy, name: str, start: int) -> bool:
+    block = anatomy.block_of(f"{anatomy.body_path}.{name}" if anatomy.body_path else name)
+    return block is None or block < start
+
+
+def prefix_stamp(anatomy: Anatomy, start: int) -> tuple[Any, ...]:
+    """Changes whenever the prefix's weights may have changed; cheap enough for every forward."""
+    parts: list[Any] = []
+    for module in (anatomy.embeddings, *anatomy.blocks[:start]):
+        for tensor in (*module.parameters(), *module.buffers()):
+            parts += (tensor._version, tensor.data_ptr())
+        for inner in module.modules():
+            if hasattr(inner, "merged_adapters"):
+                parts += (str(inner.active_adapters), str(inner.merged_adapters),
+                          getattr(inner, "disable_adapters", None))
+    device = next(anatomy.embeddings.parameters()).device.type
+    parts.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+    parts.append(_attention_name(anatomy.causal_lm.config))
+    return tuple(parts)
+
+
+def noise_in(anatomy: Anatomy, start: int) -> list[str]:
+    """Sources of randomness in the prefix that are on in training mode."""
+    found = []
+    for name, module in anatomy.body.named_modules():
+        if not _before(anatomy, name, start) or not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            found.append(f"{name} (p={module.p:g})")
+            continue
+        for key, value in vars(module).items():
+            if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0:
+                found.append(f"{name or type(module).__name__}.{key}={value:g}")
+    return found

@@ -1,0 +1,247 @@
+"""`midblock tune`'s trainer: TRL's `SFTTrainer` with the frozen prefix's savings and checkpoints without pickle.
+
+Users of TRL keep its datasets, logging, trackers, callbacks and hub upload. What differs: logits are made for
+labelled tokens only, padding is left out, batches hold rows of like length, a non-finite loss stops the run, and
+checkpoints hold what is trained and nothing else. This module imports TRL; `midblock.tuning.trainer` does so when a
+training starts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from midblock.data import TokenRow
+from midblock.errors import SettingsError, TrainingError
+from midblock.models import quiet
+from midblock.models.attention import worth_packing
+from midblock.progress import Progress
+from midblock.provenance import write_json
+from midblock.settings.tune import TrainSettings
+from midblock.tuning import checkpoints
+from midblock.tuning.adapter import Attachment
+from midblock.tuning.batching import BatchOrder, collator, labels_of
+from midblock.tuning.kernels import supervised_loss
+from midblock.tuning.steps import StepLog
+
+__all__ = ["MidblockTrainer", "Watch", "build_trainer", "require_finite"]
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class MidblockTrainer(SFTTrainer):
+    """Use `midblock.tuning.train`, which builds it; the class is public for callbacks and subclasses."""
+
+    def __init__(self, attachment: Attachment, *, order: BatchOrder, plain_head: bool, watch: Watch, **kwargs: Any
+                 ) -> None:
+        self._attachment = attachment
+        self._order = order
+        self._plain_head = plain_head
+        self._watch = watch
+        self.packed = False
+        """Whether rows go through the blocks without their padding."""
+        self._pending: list[tuple[Tensor, int, int, int]] = []
+        self.steps_per_epoch = 1
+        model: Any = attachment.model
+        super().__init__(model=model, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
+        return self._order
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Checkpoints carry no card; `midblock.tuning.export` writes one for the result."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Tensor | int | None = None) -> Any:
+        """Mean loss over labelled tokens; see `supervised_loss`."""
+        if return_outputs or self.accelerator.num_processes > 1:
+            # wrappers of several processes must see the call; outputs need the model's own forward
+            return super().compute_loss(model, inputs, return_outputs=return_outputs,
+                                        num_items_in_batch=num_items_in_batch)
+        mask, labels = inputs["attention_mask"], inputs["labels"]
+        packed = self.packed and worth_packing(self._attachment.anatomy, mask)
+        loss = supervised_loss(self._attachment.anatomy, inputs, plain=self._plain_head, count=num_items_in_batch,
+                               packed=packed)
+        value = loss.detach()
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(f"the loss became {value.item()} in step {self.state.global_step + 1} at a learning "
+                                f"rate of {self._get_learning_rate():.3g}")
+        if model.training:
+            tokens = int(mask.sum())
+            self._pending.append((value, tokens, int((labels != -100).sum()), tokens if packed else mask.numel()))
+            self._total_train_tokens += self._pending[-1][1]
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def take_step(self) -> tuple[float, int, int, int]:
+        """Loss, real, supervised and padded tokens since the last call."""
+        pending, self._pending = self._pending, []
+        return (sum(p[0].item() for p in pending), sum(p[1] for p in pending), sum(p[2] for p in pending),
+                sum(p[3] for p in pending))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        require_finite(self._attachment, self.state.global_step)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        checkpoints.begin(folder)
+        with quiet():
+            super()._save_checkpoint(model, trial)
+        checkpoints.complete(folder, self.state.global_step, [asdict(s) for s in self._watch.steps])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        self._attachment.save(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_json(folder / "training_args.json", self.args.to_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._attachment.is_peft:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._attachment.load(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        checkpoints.save_tree({"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()},
+                              Path(output_dir) / "optimizer")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = checkpoints.load_tree(Path(checkpoint) / "optimizer")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoints.save_tree(checkpoints.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random_state(checkpoints.load_tree(
+                Path(checkpoint) / f"random_{self.args.process_index}"))
+
+
+def require_finite(attachment: Attachment, step: int) -> None:
+    """Raise `TrainingError` where a trained tensor is not finite."""
+    for name, parameter in attachment.trainable.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(f"{name} has NaN or infinity after step {step}")
+
+
+class Watch(TrainerCallback):
+    """Times steps, keeps their losses (across interruptions), reports progress, decides when to save."""
+
+    def __init__(self, progress: Progress, save_seconds: float | None, log: Path | None) -> None:
+        self.trainer: MidblockTrainer | None = None
+        self.steps: list[StepLog] = []
+        self._progress = progress
+        self._save_seconds = save_seconds
+        self._log = log
+        self._began = self._saved = time.perf_counter()
+
+    def restore(self, steps: Sequence[StepLog]) -> None:
+        """Steps of the interrupted run, as its checkpoint holds them; the log file is written anew."""
+        self.steps = list(steps)
+        if self._log is not None:
+            self._log.write_text("".join(json.dumps(asdict(s)) + "\n" for s in self.steps), encoding="utf-8")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **kwargs: Any) -> None:
+        self._saved = time.perf_counter()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                      **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                    **kwargs: Any) -> None:
+        assert self.trainer is not None
+        loss, tokens, supervised, padded = self.trainer.take_step()
+        now = time.perf_counter()
+        epoch = (state.global_step - 1) // self.trainer.steps_per_epoch
+        entry = StepLog(state.global_step, epoch, loss, tokens, supervised, padded, now - self._began)
+        self.steps.append(entry)
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(entry)) + "\n")
+        recent = self.steps[-20:]
+        rate = sum(s.tokens for s in recent) / max(1e-9, sum(s.seconds for s in recent))
+        self._progress("tune", state.global_step, state.max_steps, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        last = state.global_step >= state.max_steps
+        if self._save_seconds is not None and (last or now - self._saved >= self._save_seconds):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                **kwargs: Any) -> None:
+        self._saved = time.perf_counter()
+
+
+def build_trainer(attachment: Attachment, rows: list[TokenRow], tokenizer: Any, settings: TrainSettings, place: Path, *,
+                  plain: bool, watch: Watch, callbacks: Sequence[TrainerCallback], save_steps: int | None,
+                  report_to: str | Sequence[str], trl_options: dict[str, Any]) -> MidblockTrainer:
+    """The trainer of one run.
+
+    Raises:
+        SettingsError: TRL does not accept an option.
+    """
+    from datasets import Dataset
+    from transformers import PrinterCallback, ProgressCallback
+
+    from midblock.data import pad_token_id
+
+    order = BatchOrder([len(r) for r in rows], settings.batch_size, settings.seed, settings.order)
+    steps = settings.num_steps(len(rows))
+    device = next(iter(attachment.trainable.values())).device
+    options: dict[str, Any] = {
+        "output_dir": str(place), "max_steps": steps, "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": settings.peak_rate(attachment.plan.method),
+        "lr_scheduler_type": _SCHEDULES[settings.schedule], "warmup_steps": int(settings.warmup * steps),
+        "weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "seed": settings.seed, "data_seed": settings.seed,
+        # weights are in the dtype they were loaded in; adapters are float32
+        "bf16": False, "fp16": False, "use_cpu": device.type == "cpu",
+        "packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
+        "save_strategy": "no" if save_steps is None else "steps",
+        "save_total_limit": None,  # `checkpoints.complete` removes old ones, and only those that it made
+        "logging_steps": 10, "report_to": report_to, "disable_tqdm": True, "router_aux_loss_coef": 0.0,
+        "dataloader_pin_memory": device.type == "cuda", **trl_options}
+    if save_steps is not None:
+        options["save_steps"] = save_steps
+    try:
+        arguments = SFTConfig(**options)
+        data = Dataset.from_dict({"input_ids": [list(r.ids) for r in rows], "labels": [labels_of(r) for r in rows]})
+        with quiet():
+            trainer = MidblockTrainer(
+                attachment, order=order, plain_head=plain, watch=watch, args=arguments, train_dataset=data,
+                processing_class=tokenizer, data_collator=collator(pad_token_id(tokenizer)),
+                callbacks=[watch, *callbacks])
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"TRL does not accept these settings: {' '.join(str(error).split())}.") from None
+    except (ImportError, RuntimeError) as error:
+        if report_to in ("none", ["none"], []):
+            raise
+        raise SettingsError(f"the tracker {report_to} cannot be used: {' '.join(str(error).split())}") from None
+    trainer.steps_per_epoch = settings.steps_per_epoch(len(rows))
+    for kind in (PrinterCallback, ProgressCallback):  # stdout belongs to results
+        trainer.remove_callback(kind)
+    watch.trainer = trainer
+    return trainer
