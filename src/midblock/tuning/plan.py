@@ -25,8 +25,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from midblock.errors import SettingsError
-from midblock.reading import faults_of, read_json, user_path
+from midblock.reading import read_json, user_path
 from midblock.segments import format_blocks
+from midblock.settings.base import faults_of
 from midblock.settings.tune import Method, Scale
 
 if TYPE_CHECKING:
