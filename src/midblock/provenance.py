@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import socket
 import subprocess
@@ -38,8 +37,8 @@ from midblock.reading import read_csv, read_sealed, sealed, user_path, validated
 from midblock.results import Table, json_ready
 
 __all__ = ["FORMAT_VERSION", "RunFolder", "atomic_path", "cache_dir", "peak_memory_bytes", "read_run",
-           "read_table", "read_written", "remove_leftovers", "sha256_of", "temporary_folder", "write_json",
-           "write_sealed"]
+           "read_table", "read_written", "remove_leftovers", "sha256_of", "temporary_folder", "umask",
+           "write_json", "write_sealed"]
 
 FORMAT_VERSION = 2
 """Of everything that midblock writes and reads back; 2: with digests."""
@@ -74,7 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=path.suffix, dir=path.parent)
         temporary = Path(name)
         os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~umask())
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -96,7 +95,7 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
         beside.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(beside.parent)
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=beside.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         yield temporary
     except OSError as error:
         raise _output_error(beside, error) from error
@@ -147,7 +146,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that this process takes from the files that it makes."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -202,6 +202,12 @@ def sha256_of(*parts: bytes | str) -> str:
 
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -138,7 +138,8 @@ def read_text(path: Path, *, limit: int = FILE_LIMIT, error: Fault = MidblockErr
     """
     try:
         with open_file(path, error=error) as stream:
-            raw = stream.read(limit + 1)
+            # read() makes room for all that it may read, however short the file is
+            raw = stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror or fault}.") from None
     if len(raw) > limit:

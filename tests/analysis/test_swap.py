@@ -201,7 +201,7 @@ def test_models_that_cannot_be_resumed_are_run_whole_and_that_is_recorded(family
     if family == "gemma4":
         base, sft = (replace(m, model=made, anatomy=find_anatomy(made)) for m, made in (
             (base, gemma4_with_shared_keys_and_values(0)), (sft, gemma4_with_shared_keys_and_values(1))))
-        monkeypatch.setattr("midblock.analysis.stages.check_fit", lambda models: None)
+        monkeypatch.setattr("midblock.models.chain.check_fit", lambda models: None)
     data = tiny_data(4)
     result = swap(base, sft, data=data, segments=2, samples=4, batch_size=2, max_length=64)
     assert any("cannot" not in reason and "block 2" in reason for reason in result.counts["not_resumed"])

@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from midblock import metrics
 from midblock.analysis.weights import weights
-from midblock.models.checkpoints import Checkpoint, save_checkpoint
+from midblock.models import Checkpoint, save_checkpoint
 
 TENSOR = "model.layers.1.self_attn.q_proj.weight"
 

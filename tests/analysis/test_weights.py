@@ -21,8 +21,7 @@ from families import FAMILIES
 from midblock.analysis import weight_names, weight_sums
 from midblock.analysis.weights import weights
 from midblock.errors import AdapterError, ArchitectureError, CheckpointError, PairMismatchError, SettingsError
-from midblock.models.anatomy import find_anatomy, kind_of
-from midblock.models.checkpoints import Checkpoint, save_checkpoint
+from midblock.models import AdapterFile, Checkpoint, find_anatomy, kind_of, save_checkpoint
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
@@ -313,7 +312,7 @@ def test_a_chain_compares_with_the_first_and_the_one_before(pair, tmp_path):
         alone = alone[alone.side == "difference"]["value"].to_numpy(float)
         np.testing.assert_allclose(frame[frame.stage == stage]["value"].to_numpy(float), alone, rtol=1e-6)
     merged = stored(pair[0])
-    delta = Checkpoint(adapter).delta("model.layers.2.self_attn.q_proj.weight")
+    delta = AdapterFile(adapter).delta("model.layers.2.self_attn.q_proj.weight")
     want = (merged["model.layers.2.self_attn.q_proj.weight"] + delta
             - stored(dpo)["model.layers.2.self_attn.q_proj.weight"]).double().norm().item()
     assert cell(frame, "weight_change", stage="lora-dpo", layer=2, matrix="q") == pytest.approx(want, rel=1e-5)
@@ -328,7 +327,7 @@ def test_two_adapters_of_one_base_are_compared_without_the_base(tmp_path):
     second, _ = adapter_folder(model, tmp_path / "second", target_modules=["q_proj", "v_proj"])
     frame = weights([base, first, second]).frame
     name = "model.layers.0.self_attn.{}_proj.weight"
-    one, two = Checkpoint(first), Checkpoint(second)
+    one, two = AdapterFile(first), AdapterFile(second)
     want_q = (two.delta(name.format("q")) - one.delta(name.format("q"))).double().norm().item()
     want_v = two.delta(name.format("v")).double().norm().item()
     where = {"stage": "dpo-sft", "kind": "block", "layer": 0}

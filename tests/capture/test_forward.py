@@ -16,7 +16,7 @@ from midblock.capture import (
 )
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
-from midblock.models.anatomy import find_anatomy
+from midblock.models import find_anatomy
 
 
 def make_batch(seed: int = 0, rows: int = 3, length: int = 12) -> Batch:

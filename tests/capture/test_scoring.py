@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, token_ids
 from midblock.capture import counted_positions, model_inputs, run_blocks, score_batch, score_hidden, scoring
 from midblock.data import Batch
-from midblock.models.anatomy import find_anatomy
+from midblock.models import find_anatomy
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -312,13 +312,22 @@ def test_a_folder_without_config(capsys: pytest.CaptureFixture[str]) -> None:
     ({"family": "qwen3"}, "architecture"),
     ({"num_hidden_layers": 3}, "depth"),
     ({"hidden_size": 48}, "width"),
-    ({"vocab_size": 160}, "vocabulary"),
-], ids=["architecture", "depth", "width", "vocabulary"])
+], ids=["architecture", "depth", "width"])
 @pytest.mark.usefixtures("no_drawing")
 def test_a_pair_that_does_not_fit_says_in_what(change: dict[str, Any], expected: str,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     save_model(Path("other"), **change)
     refused(capsys, words("profile", models=["base", "other"]), expected, "base", "other")
+
+
+@pytest.mark.parametrize("command", ["profile", "lens", "swap", "merge"])
+@pytest.mark.usefixtures("no_drawing")
+def test_a_larger_vocabulary_is_compared_over_the_common_rows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(Path("other"), vocab_size=160)
+    assert run(words(command, models=["base", "other"])) == 0
+    said = "compared over the first 128 of the 160 rows of its vocabulary; the last 32 have no counterpart in base"
+    assert capsys.readouterr().err.count(said) == 1
+    assert read_run(Path("out"))["models"]["sft"]["notes"] == [said]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupt"])

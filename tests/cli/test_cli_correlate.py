@@ -11,7 +11,7 @@ import pytest
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
 from midblock.cli.app import run
-from midblock.models.checkpoints import save_checkpoint
+from midblock.models import save_checkpoint
 from midblock.provenance import read_run
 
 pytestmark = pytest.mark.e2e

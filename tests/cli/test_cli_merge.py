@@ -12,8 +12,7 @@ import torch
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
 from midblock.cli.app import run
-from midblock.models import load_model
-from midblock.models.checkpoints import save_checkpoint
+from midblock.models import load_model, save_checkpoint
 from midblock.provenance import read_run
 
 pytestmark = pytest.mark.e2e

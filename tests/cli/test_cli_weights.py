@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from families import FAMILIES
 from midblock.cli.app import run
-from midblock.models.checkpoints import Checkpoint, save_checkpoint
+from midblock.models import AdapterFile, save_checkpoint
 from midblock.provenance import read_run
 
 pytestmark = pytest.mark.e2e
@@ -72,7 +72,7 @@ def test_for_people_and_with_an_adapter(home, tmp_path, capsys):
     assert "weights (MB)" in captured.err
     table = pd.read_csv(out / "table.csv")
     q = table[(table.metric == "weight_change") & (table.matrix == "q")]
-    factors = Checkpoint(home / "lora")
+    factors = AdapterFile(home / "lora")
     want = [factors.delta(name).double().norm().item() for name in q["tensor"]]
     assert q["value"].tolist() == pytest.approx(want, rel=1e-5)
     assert (table[(table.metric == "weight_change") & (table.matrix == "k")]["value"] == 0).all()

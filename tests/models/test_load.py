@@ -1,4 +1,4 @@
-"""Loading models, pairs and chains: what loads, in which dtype, and every refusal."""
+"""Loading one model: what loads, in which dtype, and every refusal."""
 
 from __future__ import annotations
 
@@ -13,40 +13,22 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build_tiny_tokenizer
 from families import FAMILIES, VOCAB, token_ids
-from midblock.analysis.stages import resolve_stages
 from midblock.errors import (
     AdapterError,
     ArchitectureError,
     CheckpointError,
-    MidblockError,
     ModelNotFoundError,
-    PairMismatchError,
     SettingsError,
     UnsafeCheckpointError,
 )
-from midblock.models import check_fit, choose_dtype, load_chain, load_model, load_pair, save_checkpoint
-from midblock.models.load import check_finite_weights
-
-
-def saved(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0,
-          tokenizer: object = None, **overrides: object) -> Path:
-    model = FAMILIES[family](seed=seed, **overrides).to(dtype)
-    return save_checkpoint(model, tokenizer or build_tiny_tokenizer(), folder)
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, change) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-# -- what loads --------------------------------------------------------------------------------
+from midblock.models import (
+    check_finite_weights,
+    choose_dtype,
+    load_model,
+    load_pair,
+    save_checkpoint,
+)
+from model_helpers import edit_config, edit_weights, saved
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,34 +69,6 @@ def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, ge
     assert {p.dtype for p in loaded.model.parameters()} == {gets}
 
 
-@pytest.mark.parametrize(("stored", "asked", "gets"), [
-    (("float32", "bfloat16"), "auto", torch.float32), (("bfloat16", "float32"), "auto", torch.float32),
-    (("bfloat16", "float16"), "auto", torch.float32), (("bfloat16", "bfloat16"), "auto", None),
-    (("float16", "float16"), "auto", None), (("bfloat16", "float16", "bfloat16"), "auto", torch.float32),
-    (("float32", "bfloat16"), "bfloat16", torch.bfloat16)])
-def test_stages_stored_in_different_formats_are_loaded_in_one_that_holds_all(
-        tmp_path: Path, stored: tuple[str, ...], asked: str, gets: torch.dtype | None) -> None:
-    gets = gets or choose_dtype("auto", stored=torch.bfloat16, device=torch.device("cpu")).dtype
-    specs = [str(saved(tmp_path / f"m{i}", dtype=getattr(torch, name))) for i, name in enumerate(stored)]
-    chain = load_chain(specs, dtype=asked, device="cpu")
-    assert {m.dtype for m in chain} == {gets}
-    assert {p.dtype for m in chain for p in m.model.parameters()} == {gets}
-    if gets is torch.float32:  # exactly what is stored
-        for loaded, spec in zip(chain, specs, strict=True):
-            want = load_file(Path(spec) / "model.safetensors")
-            own = dict(loaded.model.named_parameters())
-            assert all(torch.equal(own[name], value.float()) for name, value in want.items())
-
-
-def test_loaded_stages_of_different_formats_are_refused(tmp_path: Path) -> None:
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", dtype=torch.bfloat16)
-    loaded = [load_model(folder, device="cpu") for folder in (base, sft)]
-    with pytest.raises(PairMismatchError, match=r"dtypes, float32 and bfloat16.*load_chain"):
-        check_fit(loaded)
-    # a folder beside a loaded model takes that one's
-    assert [m.dtype for m in resolve_stages(loaded[1], str(base), None)] == [torch.bfloat16] * 2
-
-
 @pytest.mark.parametrize(("option", "value"), [
     ("dtype", "float64"), ("dtype", "half"), ("device", "gpu"), ("device", "cuda:99"), ("device", "xla")])
 def test_unknown_dtype_and_device_come_before_any_file(option: str, value: str) -> None:
@@ -132,9 +86,6 @@ def test_pickle_loads_when_asked(tmp_path: Path) -> None:
     loaded = load_model(folder, device="cpu", allow_pickle=True)
     assert torch.equal(loaded.model.model.norm.weight, weights["model.norm.weight"])
     assert len(loaded.fingerprint) == 64
-
-
-# -- what is refused ---------------------------------------------------------------------------
 
 
 def test_model_that_does_not_exist() -> None:
@@ -234,12 +185,42 @@ def test_weights_of_a_deeper_model(tmp_path: Path) -> None:
                             "prediction, say)",)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_nested", "opt"])
+def test_blocks_behind_the_last_one_are_left_aside_and_said(tmp_path: Path, family: str) -> None:
+    """As of multi-token prediction; the model is the one that the config describes."""
+    folder = saved(tmp_path / "m", family)
+    want = load_model(folder, device="cpu")
+
+    def add(weights: dict[str, torch.Tensor]) -> None:
+        inside = [n for n in weights if re.search(r"\b(layers|h)\.3\.", n) and "vision" not in n]
+        assert inside
+        for name in inside:
+            for further in (4, 5):
+                weights[re.sub(r"(layers|h)\.3\.", rf"\1.{further}.", name)] = weights[name].clone()
+
+    edit_weights(folder, add)
+    loaded = load_model(folder, device="cpu")
+    assert loaded.anatomy.num_blocks == 4
+    assert any("blocks 4:6 left aside" in note for note in loaded.notes), loaded.notes
+    with torch.no_grad():
+        assert torch.equal(loaded.model(token_ids()).logits, want.model(token_ids()).logits)
+
+
 def test_weights_within_a_block_without_a_place_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     edit_weights(folder, lambda weights: weights.update(
         {"model.layers.1.self_attn.extra_proj.weight": torch.zeros(2, 2)}))
     with pytest.raises(CheckpointError, match=r"no place for.*layers\.1\.self_attn\.extra_proj"):
         load_model(folder, device="cpu")
+
+
+def test_weights_of_another_tower_are_not_the_texts(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    edit_weights(folder, lambda w: w.update({f"vision_model.model.layers.{b}.mlp.fc1.weight": torch.zeros(2, 2)
+                                             for b in (0, 7)}))
+    loaded = load_model(folder, device="cpu")
+    assert len(loaded.notes) == 1
+    assert "vision_model" in loaded.notes[0]
 
 
 def test_weights_of_a_wider_model(tmp_path: Path) -> None:
@@ -279,9 +260,6 @@ def test_end_token_pads_where_no_padding_token_is_set(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     loaded = load_model(saved(tmp_path / "m", tokenizer=tokenizer), device="cpu")
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id == 2
-
-
-# -- adapters ----------------------------------------------------------------------------------
 
 
 def adapter(base: Path, folder: Path, *, base_name: str | None = None, seed: int = 7) -> Path:
@@ -353,103 +331,17 @@ def test_adapter_without_base(tmp_path: Path) -> None:
         load_model(base, adapter=base)
 
 
-# -- pairs and chains --------------------------------------------------------------------------
-
-
-def test_pair_and_chain(tmp_path: Path) -> None:
-    base, sft, dpo = (saved(tmp_path / n, seed=i) for i, n in enumerate(("base", "tuned", "dpo")))
-    first, second = load_pair(base, sft, device="cpu")
-    assert (first.name, second.name) == ("base", "sft")
-    assert first.fingerprint != second.fingerprint
-    chain = load_chain([str(base), str(sft), str(dpo)], device="cpu")
-    assert [m.name for m in chain] == ["base", "tuned", "dpo"]
-    named = load_chain([str(base), str(sft)], names=["a", "b"], device="cpu")
-    assert [m.name for m in named] == ["a", "b"]
-
-
-def test_same_checkpoint_twice_gives_two_models(tmp_path: Path) -> None:
-    base = saved(tmp_path / "base")
-    first, second = load_pair(base, base, device="cpu")
-    assert first.model is not second.model
-    assert first.fingerprint == second.fingerprint
-
-
-@pytest.mark.parametrize(("overrides", "says"), [
-    ({"num_hidden_layers": 3}, "depth 4 against 3"),
-    ({"hidden_size": 16}, "width 32 against 16"),
-    ({"vocab_size": 136}, "vocabulary 128 against 136.*resize"),
-    ({"num_key_value_heads": 4}, "key-value heads 2 against 4"),
-    ({"intermediate_size": 96}, "MLP width 64 against 96")])
-def test_sizes_that_differ_are_named(tmp_path: Path, overrides: dict[str, int], says: str) -> None:
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", **overrides)
-    with pytest.raises(PairMismatchError, match=says):
-        load_pair(base, sft, device="cpu")
-
-
-def test_other_architecture_is_named(tmp_path: Path) -> None:
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", "qwen2")
-    with pytest.raises(PairMismatchError, match="architecture 'llama' against 'qwen2'"):
-        load_pair(base, sft, device="cpu")
-
-
-def test_weights_only_one_side_has(tmp_path: Path) -> None:
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", mlp_bias=True)
-    with pytest.raises(PairMismatchError, match=r"mlp\.down_proj\.bias.*absent against \(32,\)"):
-        load_pair(base, sft, device="cpu")
-
-
-def test_tied_base_with_untied_sft_is_a_pair(tmp_path: Path) -> None:
-    base, sft = saved(tmp_path / "base", "llama_tied"), saved(tmp_path / "sft")
-    first, second = load_pair(base, sft, device="cpu")
-    assert (first.anatomy.tied, second.anatomy.tied) == (True, False)
-
-
-def test_tokenizers_that_differ(tmp_path: Path) -> None:
-    other = build_tiny_tokenizer()
-    other.add_tokens(["<extra>"], special_tokens=True)
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", tokenizer=other)
-    with pytest.raises(PairMismatchError, match=r"1 entries.*'<extra>' \(absent against 112\).*--tokenizer base"):
-        load_pair(base, sft, device="cpu")
-    first, second = load_pair(base, sft, tokenizer="base", device="cpu")
-    assert second.tokenizer is first.tokenizer
-
-
-def test_equal_vocabularies_that_cut_text_differently(tmp_path: Path) -> None:
-    from tokenizers import pre_tokenizers
-
-    other = build_tiny_tokenizer()
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("t", "isolated")  # no "th" any more
-    base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", tokenizer=other)
-    with pytest.raises(PairMismatchError, match="vocabularies agree"):
-        load_pair(base, sft, device="cpu")
-
-
-@pytest.mark.parametrize("bad", [
-    {"specs": []}, {"specs": ["a", "b"], "names": ["x"]}, {"specs": ["a", "b"], "names": ["x", "x"]},
-    {"specs": ["a"], "tokenizer": "other"}])
-def test_bad_chain_settings(bad: dict) -> None:
-    with pytest.raises(SettingsError):
-        load_chain(**bad)
-
-
-def test_every_refusal_is_one_line_and_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(MidblockError) as caught:
-        load_model(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 2
-
-
-def test_vocabulary_constant_matches_the_builders() -> None:
-    assert FAMILIES["llama"]().config.vocab_size == VOCAB
-
-
 @pytest.mark.slow
 def test_embedded_model_loads_and_speaks(smollm2_folder: Path) -> None:
     loaded = load_model("smollm2", device="cpu")
     assert loaded.folder == smollm2_folder
-    assert loaded.dtype == torch.float32
+    assert loaded.dtype in (torch.float32, torch.bfloat16)
     assert (loaded.anatomy.num_blocks, loaded.anatomy.hidden_size, loaded.anatomy.tied) == (30, 576, True)
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = loaded.model(input_ids=ids).logits
     assert loaded.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+def test_vocabulary_constant_matches_the_builders() -> None:
+    assert FAMILIES["llama"]().config.vocab_size == VOCAB

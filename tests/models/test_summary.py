@@ -7,7 +7,7 @@ import torch
 
 from families import FAMILIES
 from midblock.errors import BlockRangeError
-from midblock.models.anatomy import find_anatomy
+from midblock.models import find_anatomy
 from midblock.models.summary import ModelSummary, summarize
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from midblock.cli.app import run
-from midblock.models.checkpoints import save_checkpoint
+from midblock.models import save_checkpoint
 from midblock.provenance import read_run
 from midblock.tuning import load_plan
 from selection_helpers import alphabet, planted

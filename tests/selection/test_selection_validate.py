@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from midblock.errors import OutputError, SettingsError
-from midblock.models.checkpoints import save_checkpoint
+from midblock.models import save_checkpoint
 from midblock.provenance import RunFolder
 from midblock.results import Table
 from midblock.selection.validate import (

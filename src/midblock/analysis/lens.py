@@ -20,10 +20,10 @@ from torch import Tensor
 from midblock import metrics
 from midblock.analysis.passes import PassState, feed_batches, prepare
 from midblock.analysis.scores import TokenMean, exponential
-from midblock.analysis.stages import comparisons, side_of
 from midblock.capture.scoring import chunks_of_all_logits, counted_positions, sums_by_row
 from midblock.data import Batch, Dataset
 from midblock.models import LoadedModel, shared_read_outs
+from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.results import Estimate, Table
 from midblock.settings.lens import LensSettings

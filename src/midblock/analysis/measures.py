@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from midblock import metrics, stats
-from midblock.analysis.stages import side_of
 from midblock.errors import UndefinedMetricError
+from midblock.models.chain import side_of
 from midblock.quantities import Level, Quantity, quantities
 from midblock.results import Estimate, Table
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from midblock.analysis.passes import draw, encode, load_stages
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
-from midblock.analysis.stages import comparisons, side_of
 from midblock.capture import score_batch
 from midblock.data import Dataset
 from midblock.errors import OutputError, PairMismatchError, SettingsError
 from midblock.models import LoadedModel, save_checkpoint
+from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Table

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from midblock.analysis.stages import comparisons, resolve_stages, stage_names
 from midblock.capture import Lockstep
 from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, OutputError
 from midblock.models import LoadedModel
+from midblock.models.chain import comparisons, resolve_stages, stage_names
 from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path

@@ -13,11 +13,11 @@ import torch
 from midblock import metrics, stats
 from midblock.analysis.measures import Depth, functions
 from midblock.analysis.passes import PassState, feed_batches, prepare
-from midblock.analysis.stages import comparisons, side_of
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
 from midblock.data import Dataset, augment_dataset, tokenize
 from midblock.errors import DataError
 from midblock.models import LoadedModel
+from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import FAMILIES, moved, quantities
 from midblock.results import Table

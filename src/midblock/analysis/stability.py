@@ -19,10 +19,10 @@ import pandas as pd
 
 from midblock import stats
 from midblock.analysis.profile import ProfileResult, profile
-from midblock.analysis.stages import comparisons, resolve_stages, side_of, stage_names
 from midblock.data import Dataset, load_data
 from midblock.errors import OutputError, SettingsError
 from midblock.models import LoadedModel
+from midblock.models.chain import comparisons, resolve_stages, side_of, stage_names
 from midblock.progress import Progress, silent
 from midblock.provenance import read_written, write_sealed
 from midblock.quantities import moved, unchanged

@@ -26,12 +26,12 @@ from midblock import metrics, stats
 from midblock.analysis.directions import direction_of
 from midblock.analysis.passes import Inputs, feed_batches, prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
-from midblock.analysis.stages import comparisons, side_of
 from midblock.capture import patched, run_blocks, score_hidden, steered, why_not_resume
 from midblock.capture.accumulators import PooledStates
 from midblock.data import Batch, Dataset, TokenRow, pad_token_id
 from midblock.errors import DataError
 from midblock.models import LoadedModel
+from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Kind, Table

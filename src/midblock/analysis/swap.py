@@ -19,11 +19,11 @@ from torch import Tensor
 
 from midblock.analysis.passes import prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
-from midblock.analysis.stages import comparisons, side_of
 from midblock.capture import RowScores, run_blocks, score_hidden, swap_blocks, why_not_resume
 from midblock.data import Batch, Dataset
 from midblock.errors import SettingsError
 from midblock.models import LoadedModel, SharedParts, shared_parts
+from midblock.models.chain import comparisons, side_of
 from midblock.models.inference import many_read_outs
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of

@@ -24,9 +24,18 @@ from midblock.errors import (
     PairMismatchError,
     SettingsError,
 )
-from midblock.models import LoadedModel
-from midblock.models.anatomy import Anatomy, find_anatomy, kind_of, split_fused, text_config
-from midblock.models.checkpoints import Checkpoint, is_adapter_folder, resolve_checkpoint
+from midblock.models import (
+    AdapterFile,
+    Anatomy,
+    Checkpoint,
+    LoadedModel,
+    find_anatomy,
+    is_adapter_folder,
+    kind_of,
+    resolve_checkpoint,
+    split_fused,
+    text_config,
+)
 from midblock.models.summary import model_skeleton
 from midblock.segments import format_blocks
 
@@ -90,13 +99,13 @@ class Stage:
 
     def __init__(self, name: str, folder: Path, base: Stage | None) -> None:
         self.name = name
-        self.adapter: Checkpoint | None = None
+        self.adapter: AdapterFile | None = None
         self.own_names: dict[str, str] = {}
         if is_adapter_folder(folder):
             if base is None or base.adapter is not None:
                 raise AdapterError(f"{folder} is an adapter; the first checkpoint must be the base model "
                                    "that it adapts.")
-            self.adapter = Checkpoint(folder)
+            self.adapter = AdapterFile(folder)
             kind = self.adapter.config.get("peft_type", "LORA")
             if kind != "LORA":
                 raise AdapterError(f"{folder} is a {kind} adapter, but only LoRA adapters can be compared with "
@@ -107,9 +116,6 @@ class Stage:
             raise CheckpointError(f"{folder} is quantised ({method}): its stored integers are not weights. "
                                   "Dequantise it first.")
         self.changed: dict[str, str] = {}  # base weight -> its name as the adapter has it
-        # modules saved in full, and embeddings that PEFT saves beside their adapter: name -> stored name
-        self.saved_in_full: dict[str, str] = {full: name for name in (self.adapter.names() if self.adapter else ())
-                                              if (full := _full_name(name)) is not None}
 
     @property
     def source(self) -> Checkpoint:
@@ -127,7 +133,7 @@ class Stage:
         if self.adapter is None or weight.name not in self.changed:
             return Operand(stored)
         key = self.changed[weight.name]
-        full = self.saved_in_full.get(key)
+        full = self.adapter.replacement(key)
         if full is not None:
             stored = _slab(self.adapter, full)
             if not _begins_with(self.adapter.shape(full), weight.shape):
@@ -142,7 +148,8 @@ class Stage:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of what this stage has in place of a base weight."""
-        if self.adapter is not None and name in self.changed and (full := self.saved_in_full.get(self.changed[name])):
+        if self.adapter is not None and name in self.changed and (
+                full := self.adapter.replacement(self.changed[name])):
             return self.adapter.shape(full)
         return self.checkpoint.shape(self.own_names[name])
 
@@ -170,13 +177,6 @@ def _slab(checkpoint: Checkpoint, name: str) -> Slab:
 def _begins_with(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether a tensor has at least the wanted rows, each of the wanted size."""
     return len(shape) == len(wanted) and tuple(shape[1:]) == tuple(wanted[1:]) and shape[0] >= wanted[0]
-
-
-def _full_name(name: str) -> str | None:
-    if ".lora_" in name:
-        return None
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
 
 
 def _no_fit(adapter: Checkpoint, name: str, shape: Sequence[int], weight: Weight) -> str:
@@ -251,7 +251,7 @@ def correspondence(stages: Sequence[Stage]) -> Plan:
     tied = anatomy.tied if anatomy is not None else head not in base
     reference = base.names()
     has_head = any(head in s.checkpoint
-                   or head in s.saved_in_full for s in stages)
+                   or (s.adapter is not None and s.adapter.replacement(head)) for s in stages)
     if head not in base and tied and has_head:
         reference.append(head)
     left_out: set[str] = set()

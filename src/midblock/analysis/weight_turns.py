@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from midblock import metrics
-from midblock.analysis.stages import side_of
 from midblock.analysis.weight_names import Stage, Weight
 from midblock.analysis.weight_sums import Pair, entries
 from midblock.errors import UndefinedMetricError
+from midblock.models.chain import side_of
 from midblock.progress import Progress
 
 __all__ = ["Turn", "turns"]

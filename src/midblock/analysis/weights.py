@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from midblock.analysis.stages import comparisons, side_of, stage_names
 from midblock.analysis.weight_names import ATTENTION_KINDS, Stage, Weight, correspondence, stage_of
 from midblock.analysis.weight_sums import (
     Pair,
@@ -31,8 +30,8 @@ from midblock.analysis.weight_sums import (
 )
 from midblock.analysis.weight_turns import turns
 from midblock.errors import SettingsError
-from midblock.models import LoadedModel
-from midblock.models.anatomy import split_fused
+from midblock.models import LoadedModel, split_fused
+from midblock.models.chain import comparisons, side_of, stage_names
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.segments import depth, zone_means

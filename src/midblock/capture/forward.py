@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from midblock.capture.interventions import hidden_of_call, hidden_of_output, resume_at
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
-from midblock.models.anatomy import Anatomy
+from midblock.models import Anatomy
 
 __all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks", "run_layer_major"]
 

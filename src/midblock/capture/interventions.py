@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from midblock.errors import ArchitectureError, BlockRangeError
-from midblock.models.anatomy import Anatomy
+from midblock.models import Anatomy
 from midblock.models.forwards import forwards_replaced
 
 __all__ = ["hidden_of_call", "hidden_of_output", "learn_outputs", "outputs_changed", "passing_over", "patched",

@@ -17,7 +17,7 @@ from midblock.capture.forward import run_blocks
 from midblock.capture.interventions import learn_outputs
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
-from midblock.models.anatomy import Anatomy
+from midblock.models import Anatomy
 
 __all__ = ["verify_resume", "why_not_resume"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from midblock import metrics
 from midblock.capture.forward import run_blocks
 from midblock.data import Batch
-from midblock.models.anatomy import Anatomy
+from midblock.models import Anatomy
 
 __all__ = ["RowScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows", "score_batch",
            "score_hidden", "sums_by_row"]

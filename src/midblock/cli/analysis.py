@@ -63,10 +63,10 @@ def run_analysis(
     Raises:
         SettingsError: too few checkpoints, or other settings than the run that is resumed.
     """
-    from midblock.analysis.stages import stage_names
     from midblock.data import load_data
     from midblock.errors import SettingsError
     from midblock.models import load_chain, pair_warning
+    from midblock.models.chain import stage_names
     from midblock.provenance import RunFolder
     from midblock.report import save_result
 
@@ -81,9 +81,6 @@ def run_analysis(
     if not resume:
         RunFolder.check_free(out)
     chain = load_chain(models, names=keys, **load.model_dump())
-    for key, model in zip(keys, chain, strict=True):
-        for note in model.notes:
-            console.warn(f"{key}: {note}.")
     recorded = {"models": list(models), "names": keys, "data": data, **load.model_dump(), **dict(settings)}
     with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
             console.progress_bar() as progress:

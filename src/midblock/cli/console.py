@@ -87,7 +87,11 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if not is_quiet() and line not in self.shown:
+        if line in self.shown:
+            return
+        if record.levelno >= logging.WARNING:
+            warn(line)
+        elif not is_quiet():
             _to_stderr(line)
         self.shown.add(line)
 

@@ -33,11 +33,10 @@ def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/w
     is the column qkvo) and relative to the base; norms, MLP, embeddings and head as well. A
     tuned checkpoint may be a PEFT LoRA adapter of the base.
     """
-    from midblock.analysis.stages import comparisons, side_of, stage_names
     from midblock.analysis.weights import weights as measure
     from midblock.errors import SettingsError
-    from midblock.models import pair_warning
-    from midblock.models.checkpoints import fingerprint, is_adapter_folder, resolve_checkpoint
+    from midblock.models import fingerprint, is_adapter_folder, pair_warning, resolve_checkpoint
+    from midblock.models.chain import comparisons, side_of, stage_names
     from midblock.provenance import RunFolder, sha256_of
     from midblock.report import save_result
 

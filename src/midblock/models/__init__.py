@@ -1,38 +1,30 @@
-"""Models: loading, anatomy, checkpoints on disk, and what is known of published pairs."""
+"""Models: finding, loading, anatomy, checkpoints on disk, adapters, and what is known of published pairs."""
 
 from __future__ import annotations
 
-from midblock.models.anatomy import (
-    Anatomy,
-    Projection,
-    attention_of,
-    check_read_out,
-    find_anatomy,
-    kind_of,
-    projections,
-    split_fused,
-    text_config,
-)
-from midblock.models.checkpoints import (
-    Checkpoint,
-    fingerprint,
-    quiet,
-    resolve_checkpoint,
-    save_checkpoint,
-)
-from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
-from midblock.models.load import (
-    LoadedModel,
+from midblock.models.adapters import AdapterFile, base_weight, layer_factors, merged_weight
+from midblock.models.anatomy import Anatomy, check_read_out, find_anatomy, text_config
+from midblock.models.chain import (
     check_fit,
+    comparisons,
     load_chain,
-    load_model,
     load_pair,
-    load_tokenizer,
+    resolve_stages,
+    side_of,
+    stage_names,
 )
+from midblock.models.checkpoints import Checkpoint, fingerprint, is_adapter_folder
+from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
+from midblock.models.load import LoadedModel, check_finite_weights, load_model, load_tokenizer
+from midblock.models.matrices import Projection, attention_of, kind_of, projections, split_fused
 from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
+from midblock.models.quiet import quiet
+from midblock.models.resolve import resolve_checkpoint
+from midblock.models.saving import save_checkpoint
 from midblock.models.sharing import SharedParts, shared_parts, shared_read_outs
 
 __all__ = [
+    "AdapterFile",
     "Anatomy",
     "Checkpoint",
     "DtypeChoice",
@@ -41,26 +33,35 @@ __all__ = [
     "Projection",
     "SharedParts",
     "attention_of",
+    "base_weight",
+    "check_finite_weights",
     "check_fit",
     "check_read_out",
     "choose_dtype",
+    "comparisons",
     "find_anatomy",
     "fingerprint",
+    "is_adapter_folder",
     "kind_of",
     "known_pairs",
+    "layer_factors",
     "load_chain",
     "load_model",
     "load_pair",
     "load_tokenizer",
+    "merged_weight",
     "pair_warning",
     "projections",
     "quiet",
     "resolve_checkpoint",
     "resolve_device",
+    "resolve_stages",
     "save_checkpoint",
     "shared_parts",
     "shared_read_outs",
+    "side_of",
     "split_fused",
+    "stage_names",
     "stages_of",
     "text_config",
 ]

@@ -11,9 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from midblock.models.anatomy import Anatomy, find_anatomy, kind_of, text_config
-from midblock.models.checkpoints import is_adapter_folder, quiet, resolve_checkpoint
-from midblock.models.load import _base_of_adapter, _model_class, _read_config, _stored_dtype
+from midblock.models.adapters import base_of_adapter
+from midblock.models.anatomy import Anatomy, find_anatomy, text_config
+from midblock.models.checkpoints import is_adapter_folder
+from midblock.models.load import model_class, read_config, stored_dtype
+from midblock.models.matrices import kind_of
+from midblock.models.quiet import quiet
+from midblock.models.resolve import resolve_checkpoint
 from midblock.segments import all_masks_single, depth, segment_bounds
 
 __all__ = ["ModelSummary", "SegmentSummary", "summarize", "summarize_model"]
@@ -145,12 +149,12 @@ def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_p
     folder = resolve_checkpoint(name, revision=revision, allow_pickle=allow_pickle,
                                 trust_remote_code=trust_remote_code)
     if is_adapter_folder(folder):
-        folder = _base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    config = _read_config(folder, name, trust_remote_code)
-    stored = _stored_dtype(folder, config)
+        folder = base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config = read_config(folder, name, trust_remote_code)
+    stored = stored_dtype(folder, config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     with quiet(), torch.device("meta"):
-        model = _model_class(config, name, trust_remote_code).from_config(config, **remote)
+        model = model_class(config, name, trust_remote_code).from_config(config, **remote)
     return model, stored, folder
 
 

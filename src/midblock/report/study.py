@@ -235,13 +235,13 @@ class _Chain:
                     **self._load.model_dump(), **dict(self._arguments(task))}
         with RunFolder(task.folder, command=task.part, settings=settings, resume=task.folder.exists()) as run:
             if needs_models:
-                from midblock.analysis.stages import stage_names
+                from midblock.models.chain import stage_names
 
                 names = stage_names(len(models))
                 run.record_inputs(models={k: m.describe() for k, m in zip(names, models, strict=True)},
                                   data={} if data is None else data.describe())
             else:
-                from midblock.analysis.stages import stage_names
+                from midblock.models.chain import stage_names
 
                 names = stage_names(len(self._specs))
                 run.update(models={k: {"spec": s} for k, s in zip(names, self._specs, strict=True)})

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from midblock.data import Batch
-from midblock.errors import SettingsError, TrainingError
+from midblock.errors import AdapterError, SettingsError, TrainingError
+from midblock.models import layer_factors
 from midblock.models.forwards import replace_forward
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, supervised_loss
@@ -58,14 +59,12 @@ class Gates:
 
 
 def _factors(attachment: Attachment, module: str) -> tuple[Any, Tensor, Tensor]:
-    """The PEFT layer of a module, its A (r, in), and its B (out, r) times the scaling."""
+    """The PEFT layer of a module, and its A and scaled B."""
     layer: Any = attachment.base.get_submodule(module)
-    names = [n for n in layer.active_adapters if n in layer.lora_A]
-    if len(names) != 1 or attachment.plan.method != "lora":
-        raise SettingsError(f"{module}: gates need one plain LoRA adapter, found {attachment.plan.method} with "
-                            f"{len(names)} active.")
-    name = names[0]
-    return layer, layer.lora_A[name].weight.detach(), (layer.lora_B[name].weight * layer.scaling[name]).detach()
+    try:
+        return layer, *layer_factors(layer)
+    except AdapterError as error:
+        raise SettingsError(f"{module}: gates need plain LoRA ({attachment.plan.method}: {error}).") from error
 
 
 @contextlib.contextmanager

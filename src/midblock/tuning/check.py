@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from midblock.errors import AdapterError
-from midblock.models.anatomy import kind_of
+from midblock.models import base_weight, kind_of, merged_weight
 from midblock.provenance import sha256_of
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.cache_folder import row_bytes
@@ -178,29 +178,3 @@ def _update(name: str, block: int, kind: str, delta: Tensor, weight: Tensor) -> 
     norm = float(delta.norm())
     size = float(weight.detach().float().norm())
     return ModuleUpdate(name, block, kind, norm, norm / size if size else norm)
-
-
-def base_weight(layer: Any) -> Tensor:
-    """Weight under a PEFT layer in float32; a quantised one is what its products compute with."""
-    weight: Tensor = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
-    if not weight.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(layer.base_layer)
-    return weight.detach().float()
-
-
-def merged_weight(layer: Any) -> Tensor:
-    """Weight of a PEFT LoRA or DoRA layer with its adapter, in float32 and in the base's layout."""
-    name = layer.active_adapters[0]
-    weight = base_weight(layer)
-    delta: Tensor = layer.get_delta_weight(name).detach().float()
-    if name not in layer.lora_variant:
-        return weight + delta
-    # DoRA: magnitude times the direction of W + B A, rows being outputs
-    magnitude = layer.lora_magnitude_vector[name].weight.detach().float()
-    total = weight + delta
-    rows = total.t() if layer.fan_in_fan_out else total
-    scaled: Tensor = rows * (magnitude / rows.norm(dim=1))[:, None]
-    return scaled.t() if layer.fan_in_fan_out else scaled
-

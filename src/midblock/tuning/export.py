@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midblock.errors import AdapterError, OutputError
-from midblock.models import LoadedModel, quiet, save_checkpoint
+from midblock.models import LoadedModel, merged_weight, quiet, save_checkpoint
 from midblock.provenance import atomic_path, write_json
 from midblock.reading import printable
 from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
-from midblock.tuning.check import merged_weight
 from midblock.tuning.peft_config import target_names
 from midblock.tuning.plan import Plan
 

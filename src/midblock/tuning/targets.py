@@ -20,7 +20,7 @@ from midblock.segments import format_blocks
 from midblock.tuning.plan import Missing, ModulePlan
 
 if TYPE_CHECKING:
-    from midblock.models.anatomy import Projection
+    from midblock.models import Projection
 
 __all__ = ["every_matrix", "modules_by_name", "modules_of_blocks", "modules_of_kinds"]
 

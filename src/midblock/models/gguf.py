@@ -1,0 +1,132 @@
+"""GGUF files: converted once into a folder of safetensors in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import mmap
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
+from midblock.models.checkpoints import Checkpoint, file_digest, read_object
+from midblock.models.dtypes import DTYPES
+from midblock.models.quiet import first_line, quiet
+from midblock.models.saving import save_checkpoint
+from midblock.provenance import cache_dir, sha256_of
+
+__all__ = ["convert_gguf", "precision_of"]
+
+_CONVERSION = 2  # raise it when the conversion of a GGUF file changes: older caches are left aside
+_ORIGIN = "midblock.json"  # in a converted folder: the GGUF file, and the dtype that holds its precision
+_LOG = logging.getLogger("midblock")
+# llama.cpp's names of pre-tokenizers that split digits one by one before GPT-2's rule;
+# transformers leaves the digit step out when it reads a tokenizer from GGUF.
+_DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+# llama.cpp's file types of weights that are not quantised
+_GGUF_PRECISION = {0: "float32", 1: "float16", 32: "bfloat16", None: "float32"}
+
+
+def convert_gguf(path: Path, spec: str) -> Path:
+    """Convert a GGUF file into a safetensors folder in the cache, once, and return the folder.
+
+    Weights are stored as float32: dequantised values (scale times integer plus offset) are not
+    exactly representable in 16 bits. Their precision is far below that of 16 bits, though, which the
+    folder says (`precision_of`), so that ``--dtype auto`` may take either. Safe when several processes do
+    it at once: one converts under a file lock, the others wait, and the folder appears whole by a rename.
+    """
+    stem = re.sub(r"[^\w.\-]+", "_", path.stem)
+    root = cache_dir() / "converted"
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(f"model {spec!r}: {path.name} cannot be read ({error.strerror}).") from error
+    if magic != b"GGUF":
+        raise CheckpointError(f"model {spec!r}: {path.name} is no GGUF file (it starts with {magic!r}).")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem) and not path.stem.endswith("-00001-of-00001"):
+        raise CheckpointError(f"model {spec!r}: {path.name} is one part of a split GGUF file; join the "
+                              "parts first (llama.cpp's gguf-split --merge).")
+    folder = root / f"{stem}-{sha256_of(str(_CONVERSION), file_digest(path))[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{folder.name}.lock"):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                _write_converted(path, folder, spec)
+    except OSError as error:
+        raise OutputError(f"cannot write the cache folder {root}: {error.strerror or first_line(error)}; "
+                          "name another with MIDBLOCK_CACHE.") from error
+    return folder
+
+
+def _write_converted(path: Path, folder: Path, spec: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _LOG.info("converting %s to safetensors (once)", path.name)
+    try:
+        # transformers draws this progress bar with plain tqdm, which no setting of its turns off
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # gguf, numpy and the Rust tokenizers raise anything on odd bytes
+        raise CheckpointError(
+            f"model {spec!r}: {path.name} cannot be converted ({type(error).__name__}: "
+            f"{first_line(error)}); the file is damaged, or transformers knows no GGUF of its "
+            "architecture.") from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokenizer.model_max_length > 10**9:
+        tokenizer.model_max_length = limit
+    _split_digits(path, tokenizer)
+    origin = {"file": path.name, "precision": _GGUF_PRECISION.get(_gguf_number(path, b"general.file_type"), "bfloat16")}
+    save_checkpoint(model, tokenizer, folder, files={_ORIGIN: json.dumps(origin)})
+
+
+def precision_of(folder: Path) -> torch.dtype:
+    """The dtype that holds a checkpoint's weights as exactly as they are known, from its headers.
+
+    It is the one that most of its bytes are stored in; of a converted GGUF file that of its own weights, and
+    bfloat16 where they are quantised.
+    """
+    if (folder / _ORIGIN).is_file():
+        return DTYPES.get(read_object(folder / _ORIGIN).get("precision", ""), torch.float32)
+    return Checkpoint(folder).main_dtype()
+
+
+def _split_digits(path: Path, tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    if _gguf_string(path, b"tokenizer.ggml.pre") in _DIGIT_SPLITTING:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+def _gguf_number(path: Path, key: bytes) -> int | None:
+    """An unsigned 32-bit field of a GGUF file's metadata."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        name = len(key).to_bytes(8, "little") + key + (4).to_bytes(4, "little")
+        start = data.find(name)
+        return None if start < 0 else int.from_bytes(data[start + len(name):start + len(name) + 4], "little")
+
+
+def _gguf_string(path: Path, key: bytes) -> str | None:
+    """A string field of a GGUF file's metadata (read directly: gguf's reader takes seconds)."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little"))
+        if start < 0:
+            return None
+        start += 8 + len(key) + 4
+        length = int.from_bytes(data[start:start + 8], "little")
+        return data[start + 8:start + 8 + min(length, 4096)].decode("utf-8", "replace")
