@@ -219,7 +219,7 @@ def test_a_matrix_of_zeros_has_no_relative_norm_and_says_so():
 
 
 def test_settings_out_of_range_are_refused_together():
-    with pytest.raises(SettingsError, match=r"--samples.*--steps.*--learning-rate"):
+    with pytest.raises(SettingsError, match=r"samples.*steps.*learning_rate"):
         gradients(loaded("llama"), data=tiny_data(2), samples=0, steps=-1, learning_rate=0.0)
 
 

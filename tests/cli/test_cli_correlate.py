@@ -58,18 +58,18 @@ def test_all_runs_together(runs, tmp_path, capsys):
     assert (table["points"] == "3 segments").any()
     assert read_run(out)["counts"]["folders"] == folders
     assert {p.name for p in (out / "figures").iterdir()} == {
-        f"correlation-{m}.{end}" for m in ("pearson", "spearman") for end in ("svg", "png")}
+        f"correlation-{m}.{end}" for m in ("pearson", "spearman") for end in ("svg", "pdf")}
     assert "too optimistic" in printed["summary"]
 
 
 def test_choices_and_mistakes(runs, tmp_path, capsys):
     profile = str(runs / "profile")
-    assert run(["correlate", profile, "--metrics", "cka,cosine,effective_rank", "--method", "pearson", "--out",
+    assert run(["correlate", profile, "--metrics", "cka,cosine,effective_rank", "--methods", "pearson", "--out",
                 str(tmp_path / "some")]) == 0
     assert "effective_rank" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "some" / "table.csv")) == 3
     for words, message in (([str(runs / "base")], "run.json"), ([profile, "--metrics", "nothing"], "no metric"),
-                           ([profile, "--method", "kendall"], "pearson")):
+                           ([profile, "--methods", "kendall"], "pearson"), ([profile, "--methods", ","], "--methods")):
         assert run(["correlate", *words, "--out", str(tmp_path / "bad"), "--quiet"]) == 2
         captured = capsys.readouterr()
         assert message in captured.err

@@ -49,10 +49,12 @@ def test_an_unsure_full_gain_has_no_bounds():
 
 def test_it_covers_over_seeds_and_items():
     rng = np.random.default_rng(3)
-    hits = 0
+    hits = bounded = 0
     for _ in range(200):
         base = rng.normal(0, 1, 80)
         arm, full = (base + gain + rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.6, (3, 80)) for gain in (0.9, 1.0))
         found = share_of_gain(arm, full, base)
-        hits += found.low <= 0.9 <= found.high
+        bounded += not math.isnan(found.low)
+        hits += math.isnan(found.low) or found.low <= 0.9 <= found.high  # without bounds it holds every share
+    assert bounded / 200 > 0.8
     assert 0.9 <= hits / 200 <= 1.0

@@ -190,7 +190,8 @@ def correlate(folders: Sequence[Path | str], *, progress: Progress = silent,
                         "further run folders (profile, lens, weights, gradients, swap) or other metrics.")
     first = 0 if chosen.embeddings else 1
     layers = _wide(named, num_blocks, first)
-    pairs = _all_pairs(named, layers, num_blocks, chosen.methods, chosen.confidence, progress)
+    methods = [m for m in METHODS if m in chosen.methods]
+    pairs = _all_pairs(named, layers, num_blocks, methods, chosen.confidence, progress)
     if pairs.empty:
         raise DataError("no pair of quantities shares layers: segments of different number cannot be compared.")
     table = Table()

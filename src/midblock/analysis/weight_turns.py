@@ -65,10 +65,15 @@ def _of_weight(chain: Sequence[Stage], pairs: Sequence[Pair], weight: Weight) ->
             yield weight, metric, side, name, _value(value)
     for later in range(2, len(chain)):
         one, other = values[later - 1] - values[0], values[later] - values[0]
+        stored = min((operands[i].dtype for i in (0, later - 1, later)), key=lambda dtype: torch.finfo(dtype).bits)
+        common = min(k, *(int(_rank(values[0], values[i], stored)) for i in (later - 1, later)))
         name = f"{chain[later].name} with {chain[later - 1].name}"
         yield weight, "change_cosine", "pair", name, _value(lambda a=one, b=other: metrics.change_cosine(a, b))
-        yield weight, "principal_angles", "pair", name, _value(
-            lambda a=one, b=other: metrics.principal_angles(a, b, k=_common(a, b, k)).mean())
+        if common:
+            yield weight, "principal_angles", "pair", name, float(
+                metrics.principal_angles(one, other, k=common).mean())
+        else:
+            yield weight, "principal_angles", "pair", name, "a change is not above the rounding of what is stored"
 
 
 def _rank(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,11 +84,6 @@ def _rank(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
     change = after - before
     floor = torch.finfo(dtype).eps * float(after.square().mean().sqrt()) * sum(n ** 0.5 for n in change.shape)
     return torch.count_nonzero(metrics.singular_values(change) > floor)
-
-
-def _common(a: Tensor, b: Tensor, k: int) -> int:
-    """Directions that both changes have, at most ``k``."""
-    return max(1, min(k, int(metrics.algebraic_rank(a)), int(metrics.algebraic_rank(b))))
 
 
 def _value(make: Callable[..., Any]) -> float | str:

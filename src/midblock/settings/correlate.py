@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import field_validator
 
 from midblock.settings.base import Settings, setting
 
@@ -19,6 +19,13 @@ class CorrelateSettings(Settings):
     all_sides: bool = setting(False, help="Also each checkpoint's own values, not only changes.")
     embeddings: bool = setting(False, help=(
         "Let the embedding output (hidden 0) be a point too, for pairs of hidden quantities."))
-    methods: tuple[Literal["pearson", "spearman"], ...] = setting(
-        ("pearson", "spearman"), min_length=1, metavar="A,B", old=("method",), help="pearson, spearman or both.")
+    methods: tuple[str, ...] = setting(
+        ("pearson", "spearman"), metavar="A,B", old=("method",), help="pearson, spearman or both.")
     confidence: float = setting(0.95, gt=0, lt=1, cli=False, help="Confidence of every interval.")
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if not methods or set(methods) - {"pearson", "spearman"}:
+            raise ValueError(f"must be pearson, spearman or both, got {','.join(methods) or 'none'}")
+        return methods
