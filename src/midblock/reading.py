@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from pydantic import BaseModel
 
-__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "open_file", "parse_json",
+__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "lines_of", "open_file", "parse_json",
            "parse_yaml", "printable", "read_csv", "read_json", "read_jsonl", "read_sealed", "read_text", "read_yaml",
            "sealed", "shortened", "user_path", "validated"]
 

@@ -92,6 +92,118 @@ def test_messages_in_both_forms(tmp_path: Path) -> None:
     assert first.prompt is None
 
 
+USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(("row", "messages"), [
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, [USER, REPLY]),
+    ({"conversations": [USER, REPLY]}, [USER, REPLY]),
+    ({"conversation": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}, [USER, REPLY]),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "be kind"},
+     [{"role": "system", "content": "be kind"}, USER, REPLY]),
+    ({"conversations": [{"from": "human", "value": "Hi"},
+                        {"from": "function_call", "value": '{"name": "w", "arguments": {"a": 1}}'},
+                        {"from": "observation", "value": "72F"}, {"from": "gpt", "value": "Hello"}]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "72F"}, REPLY]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, REPLY]},
+     [USER, REPLY]),
+    ({"messages": [{**USER, "name": None, "tool_calls": None},
+                   {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "why"}]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "why"}]),
+    ({"prompt": [USER], "response": "Hello"}, [USER, REPLY]), ({"prompt": "Hi", "completion": [REPLY]}, [USER, REPLY]),
+    ({"prompt": [USER]}, [USER]),
+])
+def test_conversations_as_people_write_them(tmp_path: Path, row: dict, messages: list[dict]) -> None:
+    example, = load_data(write(tmp_path / "a.jsonl", lines([row])))
+    assert list(example.messages) == messages
+    assert example.given == (0 if "prompt" not in row or len(messages) == 1 else 1)
+
+
+@pytest.mark.parametrize("name", ["response", "answer", "output", "target", "solution", "completion"])
+def test_a_prompt_and_its_answer_by_any_name(tmp_path: Path, name: str) -> None:
+    example, = load_data(write(tmp_path / "a.jsonl", lines([{"prompt": "2+2?", name: "4", "source": "x"}])))
+    assert (example.prompt, example.completion, example.text) == ("2+2?", "4", "2+2?4")
+
+
+def test_tools_as_text_are_read(tmp_path: Path) -> None:
+    row = {"messages": [USER, REPLY], "tools": '[{"type": "function", "function": {"name": "w"}}]'}
+    example, = load_data(write(tmp_path / "a.jsonl", lines([row])))
+    assert example.row["tools"] == [{"type": "function", "function": {"name": "w"}}]
+
+
+@pytest.mark.parametrize(("row", "why"), [
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}, REPLY]},
+     "a part of the type 'image'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "its content is a int"),
+    ({"messages": [{"role": "user"}]}, "needs a role"), ({"messages": ["Hi"]}, "message 1 is not an object"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "needs a role"),
+    ({"messages": [USER, REPLY], "tools": "[{"}, "'tools' is not valid JSON"),
+    ({"messages": [USER, REPLY], "tools": 5}, "'tools' is not a list"),
+    ({"conversations": [{"from": "function_call", "value": "w(1)"}]}, "the function call of message 1"),
+    ({"conversations": [{"from": "function_call", "value": "[]"}]}, "needs a name and arguments"),
+    ({"prompt": [USER], "completion": {}}, "'completion' is not a list of messages"),
+    ({"prompt": ["Hi"], "completion": [REPLY]}, "message 1 is not an object"),
+    ({"text": "nice \ud83d"}, "half of a surrogate pair"), ({"prompt": "\udc00", "completion": "x"}, "half of a"),
+    ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
+    ({"text": "fine", "note": "\udfff"}, "half of a surrogate pair"),
+    ({"question": "q", "choices": ["a", "b"], "answer": "9" * 5000}, "is not the index"),
+    ({"prompt": "p", "answer": 4}, "'answer' is a int"),
+])
+def test_rows_that_cannot_be_used_are_named(tmp_path: Path, row: dict, why: str) -> None:
+    data = load_data(write(tmp_path / "a.jsonl", lines([row, {"text": "fine words"}])))
+    assert [e.text for e in data] == ["fine words"]
+    assert data.skipped[0][0].endswith("a.jsonl:1")
+    assert why in data.skipped[0][1]
+
+
+@pytest.mark.parametrize(("answer", "number"), [
+    ("x = 5\n#### $x=$", None), ("#### $1,018", 1018), ("#### -3.5", -3.5), ("#### ", None), ("#### $", None),
+    ("#### " + "9" * 5000, None), ("#### -$7", -7), ("#### 1\n#### two", 1)])
+def test_final_numbers(tmp_path: Path, answer: str, number: float | None) -> None:
+    example, = load_data(write(tmp_path / "a.jsonl", lines([{"question": "q", "answer": answer}])))
+    assert example.row.get("answer_number") == number
+
+
+def test_a_surrogate_deep_in_a_row_stops_nothing(tmp_path: Path) -> None:
+    data = load_data(write(tmp_path / "a.jsonl", lines([{"text": "fine", "more": {"deep": ["\ud83d"]}}])))
+    assert len(data) == 1
+    assert len(data.fingerprint) == 64
+
+
+def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from midblock import reading
+    from midblock.data import files
+
+    for limit in (reading, files):
+        monkeypatch.setattr(limit, "FILE_LIMIT", 1000)
+    monkeypatch.setattr(files, "_WHOLE_LIMIT", 5000)
+    monkeypatch.setattr(files, "MAX_ROWS", 10)
+    long = "x" * 20_000
+    for name, text, words in (("a.jsonl", f'{{"text": "{long}"}}\n', "more than 1,000 bytes"),
+                              ("a.jsonl.gz", f'{{"text": "{long}"}}\n', "more than 1,000 bytes"),
+                              ("a.json", f'[{{"text": "{long}"}}]', "more than 5,000 bytes"),
+                              ("a.json.gz", f'[{{"text": "{long}"}}]', "more than 5,000 bytes"),
+                              ("a.csv", f"text\n{long}\n", "more than 1,000 characters"),
+                              ("a.csv.gz", f"text\n{long}\n", "more than 1,000 characters"),
+                              ("b.jsonl", lines([{"text": "x"}] * 11), "more than 10 rows")):
+        with pytest.raises(DataError, match=words):
+            load_data(write(tmp_path / name, text))
+    assert len(load_data(write(tmp_path / "c.jsonl", lines([{"text": "x"}] * 10)))) == 10
+
+
+def test_what_is_not_a_file(tmp_path: Path, no_data: None) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    for spec in (str(tmp_path / "pipe.jsonl"), f"{tmp_path / 'folder.jsonl'}:train", "x" * 300 + ".jsonl",
+                 "~nosuchuser/a.jsonl", "a\0b.jsonl", "\udcff.jsonl", "~nosuchuser", "x" * 5000):
+        with pytest.raises(DataError) as caught:
+            load_data(spec)
+        assert len(str(caught.value)) < 6000
+
+
 def test_a_single_json_object_is_one_row(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}]
     example, = load_data(write(tmp_path / "a.json", json.dumps({"messages": turns})))
@@ -99,20 +211,20 @@ def test_a_single_json_object_is_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", '{"text": "one"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
+    ("a.jsonl", '{"text": "one"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
     ("a.jsonl", '{"text": "one"}\n["two"]\n', r"a\.jsonl:2: a row must be an object"),
     ("a.jsonl", '{"text": "one"}\n{"body": "two"}\n',
      r"a\.jsonl:2: no field that can be used \(it has body\)"),
     ("a.jsonl", '{"text": null}\n', r"a\.jsonl:1: no field"),
-    ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', r"a\.jsonl:2 is not UTF-8"),
     ("a.jsonl", "", r"a\.jsonl: the data set is empty: it has no rows"),
     ("a.jsonl", '{"text": "  "}\n{"text": 3}\n', r"all 2 rows are unusable.*a\.jsonl:1.*'text' is empty"),
-    ("a.json", "[{]", r"a\.json:1: not valid JSON"),
+    ("a.json", "[{]", r"a\.json is not valid JSON: .* \(line 1, column 3\)"),
     ("a.json", '"words"', r"a\.json: expected a list of objects"),
     ("a.json", b'{"text": "\xff"}', r"a\.json: not UTF-8"),
     ("a.csv", "text\none,two\n", r"a\.csv:2: this row has more cells than the header"),
     ("a.csv", 'text\n"one" x\n', r"a\.csv:\d: not valid CSV"),
-    ("a.csv", "messages\n[1;2]\n", r"a\.csv:2: the cell 'messages' is not valid JSON"),
+    ("a.csv", "messages\n[{1;2]\n", r"a\.csv:2: the cell 'messages' is not valid JSON"),
     ("a.csv", "words\none\n", r"a\.csv:2: no field"),
     ("a.csv", b"text\n\xff\xff\n", r"a\.csv: not UTF-8"),
     ("a.txt", "words", "neither a known data set nor a file"),

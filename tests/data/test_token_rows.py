@@ -129,7 +129,10 @@ def test_template_that_rewrites_earlier_turns(make_tokenizer) -> None:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     example = chat(("user", "Hi"), ("assistant", "Hello"), ("user", "more"), ("assistant", "there"))
     row, = tokenize(dataset(example), tokenizer, max_length=256, supervised=True)
-    assert supervised_text(tokenizer, row) == "Hello|think there<|im_end|>\n"
+    assert supervised_text(tokenizer, row) == "think there<|im_end|>\n"
+    rows = tokenize(dataset(example), tokenizer, max_length=256, supervised=True, every_turn=True)
+    assert [supervised_text(tokenizer, r) for r in rows] == ["think Hello<|im_end|>\n", "think there<|im_end|>\n"]
+    assert [r.index for r in rows] == [0, 0]
 
 
 def test_template_without_end_of_turn_gets_eos(make_tokenizer) -> None:

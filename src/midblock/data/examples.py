@@ -39,18 +39,22 @@ class Example:
         completion: what it should write, where the source has them. Where both exist,
             ``text`` is their concatenation (HumanEval and ToxiGen differ: see
             `midblock.data.formats`).
-        messages: A conversation of ``{"role", "content"}``, where the source has one.
+        messages: A conversation of ``{"role", "content"}`` and whatever else the source's messages hold
+            (``tool_calls``, ``reasoning_content``), where the source has one.
         row: The original fields, with the benchmark's names
             (and ``answer_number`` for GSM8K and arithmetic).
         where: ``file:line``, or what names the row in its source.
+        given: How many of ``messages`` are the prompt of a conversation that the source divides into prompt and
+            completion; 0 where every turn of the assistant is its own.
     """
 
     text: str
     prompt: str | None = None
     completion: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    given: int = 0
 
 
 @dataclass
@@ -169,6 +173,6 @@ class Dataset:
 
 def _fingerprint(examples: list[Example]) -> str:
     return sha256_of(*(
-        json.dumps([e.text, e.prompt, e.completion, e.messages, e.row], sort_keys=True,
-                   ensure_ascii=False, default=str)
+        json.dumps([e.text, e.prompt, e.completion, e.messages, e.row, *([e.given] if e.given else [])],
+                   sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
         for e in examples))

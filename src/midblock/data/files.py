@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,16 @@ from typing import IO, Any, cast
 
 from midblock import extras
 from midblock.errors import DataError
+from midblock.reading import FILE_LIMIT, lines_of, open_file, parse_json
 
 __all__ = ["FILE_SUFFIXES", "file_format", "find_split", "read_rows", "splits_in"]
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_LIST_FIELDS = ("messages", "choices", "turns")  # a CSV cell holds these as JSON
+# a CSV cell holds these as JSON
+_LIST_FIELDS = ("messages", "conversations", "choices", "turns", "tools")
+_WHOLE_LIMIT = 16 * FILE_LIMIT  # bytes of a file that can only be read whole
+MAX_ROWS = 2_000_000
+"""Rows of one file; all of them are held in memory, about 1.5 KB each beside their text."""
 
 
 def file_format(path: Path) -> str:
@@ -68,10 +72,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     kind = file_format(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind]
     try:
-        with _open(path) as stream:
-            yield from reader(path, stream)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file.") from None
+        with open_file(path, error=DataError) as raw, _decompressed(path, raw) as stream:
+            for number, row in enumerate(reader(path, stream), start=1):
+                if number > MAX_ROWS:
+                    raise DataError(f"{path} has more than {MAX_ROWS:,} rows, too many to be held in memory; give a "
+                                    f"part of it (shuf -n {MAX_ROWS // 2} draws one).")
+                yield row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is truncated or corrupt ({error}); fetch it again.") from None
     except UnicodeDecodeError as error:
@@ -81,18 +87,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _parse(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{line}: not valid JSON ({error}).") from None
-    return _object(f"{path}:{line}", row)
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
 
 
 def _object(where: str, row: object) -> dict[str, Any]:
@@ -102,33 +98,33 @@ def _object(where: str, row: object) -> dict[str, Any]:
     return {str(key): value for key, value in row.items()}
 
 
+def _whole(path: Path, stream: IO[bytes]) -> bytes:
+    raw = stream.read(_WHOLE_LIMIT + 1)
+    if len(raw) > _WHOLE_LIMIT:
+        raise DataError(f"{path} holds more than {_WHOLE_LIMIT:,} bytes; write it as .jsonl, which is read by lines.")
+    return raw
+
+
 def _read_jsonl(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, raw in enumerate(stream, start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason}); "
-                            "convert the file to UTF-8.") from None
-        if line:
-            yield f"{path}:{number}", _parse(path, number, line)
+    for number, value in lines_of(stream, path, error=DataError):
+        yield f"{path}:{number}", _object(f"{path}:{number}", value)
 
 
 def _read_json(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = stream.read().decode("utf-8-sig")
+    text = _whole(path, stream).decode("utf-8-sig")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under the name .json, as many tools write
-            yield from _read_jsonl(path, io.BytesIO(text.encode()))
-            return
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error}).") from None
-    except RecursionError:
-        raise DataError(f"{path}: the JSON is nested too deeply to be read.") from None
+        value = parse_json(text, where=str(path), error=DataError)
+    except DataError as error:
+        if "Extra data" not in str(error):
+            raise
+        # JSON lines under the name .json, as many tools write
+        yield from _read_jsonl(path, io.BytesIO(text.encode()))
+        return
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
         # {"data": [...]}: one list of objects among the fields; otherwise the object is itself the row
         value = lists[0] if len(lists) == 1 and all(isinstance(r, dict) for r in lists[0]) \
-            and "messages" not in value else [value]
+            and not {"messages", "conversations"} & value.keys() else [value]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found a {type(value).__name__}.")
     for number, row in enumerate(value, start=1):
@@ -137,7 +133,8 @@ def _read_json(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, A
 
 
 def _read_csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    csv.field_size_limit(FILE_LIMIT)
+    reader = csv.DictReader(_lines(path, stream), strict=True)
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
@@ -149,12 +146,17 @@ def _read_csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, An
         raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
 
 
+def _lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    while line := text.readline(FILE_LIMIT + 1):
+        if len(line) > FILE_LIMIT:
+            raise DataError(f"{path}: a line has more than {FILE_LIMIT:,} characters.")
+        yield line
+
+
 def _cell(name: str, value: str, where: str) -> Any:
-    if name in _LIST_FIELDS and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{where}: the cell {name!r} is not valid JSON ({error}).") from None
+    if name in _LIST_FIELDS and value.lstrip().startswith(("[{", "[") if name in ("choices", "turns") else "[{"):
+        return parse_json(value, where=f"{where}: the cell {name!r}", error=DataError)
     return value
 
 
@@ -165,7 +167,7 @@ def _read_parquet(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str
     except ModuleNotFoundError as error:
         raise extras.missing(error, f"{path}: reading .parquet") or error from None
     try:
-        source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
+        source = io.BytesIO(_whole(path, stream)) if path.suffix.lower() == ".gz" else stream
         number = 0
         for batch in parquet.ParquetFile(source).iter_batches():
             for row in batch.to_pylist():

@@ -31,6 +31,7 @@ from midblock.data.formats import BadRowError, MissingFieldError, format_row
 from midblock.data.pydocs import pydocs_examples
 from midblock.data.registry import DATASETS, DatasetInfo
 from midblock.errors import DataError, SettingsError
+from midblock.reading import user_path
 
 __all__ = ["load_data"]
 
@@ -89,8 +90,8 @@ def _resolve(text: str, split: str | None) -> Dataset:
             return Dataset("pydocs", wanted, "built in", pydocs_examples(wanted))
         return _named(info, wanted)
     file = _FILE.fullmatch(text)
-    if file and (file["split"] or not Path(text).expanduser().is_dir()):
-        return _from_file(Path(file["path"]).expanduser(), file["split"])
+    if file and (file["split"] or not user_path(text, error=DataError).is_dir()):
+        return _from_file(user_path(file["path"], error=DataError), file["split"])
     return _from_folder(text, split)
 
 
@@ -117,7 +118,7 @@ def _data_root() -> Path | None:
     given = os.environ.get("MIDBLOCK_DATA")
     if not given:
         return None
-    root = Path(given).expanduser()
+    root = user_path(given, error=DataError)
     if not root.is_dir():
         raise DataError(f"MIDBLOCK_DATA={given} is not a folder; set it to the folder that holds "
                         "NAME/SPLIT.jsonl, or unset it.")
@@ -134,10 +135,10 @@ def _from_file(path: Path, part: str | None) -> Dataset:
 
 
 def _from_folder(text: str, split: str | None) -> Dataset:
-    folder, wanted = Path(text).expanduser(), split or "test"
+    folder, wanted = user_path(text, error=DataError), split or "test"
     if not folder.is_dir() and ":" in text:
         head, _, wanted = text.rpartition(":")
-        folder = Path(head).expanduser()
+        folder = user_path(head, error=DataError)
     root = _data_root()
     if not folder.is_dir() and root is not None and (root / folder).is_dir():
         folder = root / folder

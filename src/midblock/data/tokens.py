@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from midblock.data.chat import ChatWriter, Marked, Pieces, Unusable
 from midblock.data.examples import Dataset, Example
 from midblock.errors import DataError, SettingsError
 
@@ -108,29 +109,15 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """A text in consecutive pieces, with the numbers of those that a loss counts."""
-
-    texts: tuple[str, ...]
-    supervised: tuple[bool, ...]
-    special: bool
-    """Whether the tokenizer adds its special tokens (a rendered chat template has them already)."""
-    add_eos: bool
-
-
-class _Unusable(Exception):
-    """An example cannot be written as asked; it is left out and the reason is kept."""
-
-
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, min_tokens: int = 2,
-             supervised: bool = False, chat: bool = False, add_eos: bool | None = None) -> TokenRows:
+             supervised: bool = False, chat: bool = False, add_eos: bool | None = None,
+             every_turn: bool = False) -> TokenRows:
     """Token ids of every example.
 
     Without ``supervised`` a row is the example's text with the tokenizer's own special tokens.
     With it a row is prompt, completion and EOS, and the loss counts completion and EOS;
     conversations (``messages``) go through the tokenizer's chat template and the loss counts
-    what the assistant writes, its end-of-turn token included.
+    what the assistant writes, its end-of-turn token included (`midblock.data.chat`).
 
     The tokens of a prompt are exactly those that a generation would start from: where the
     tokens of the whole begin with the tokens of the prompt alone, the whole is used; where the
@@ -149,6 +136,9 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length
         add_eos: End rows with EOS. None: yes for prompt + completion when ``supervised`` (and
             for a template that does not end the assistant's turn itself), else what the
             tokenizer does. False: nothing is added to what the tokenizer does.
+        every_turn: For training: where the chat template writes a turn of the assistant differently once others
+            follow, a conversation becomes several rows (of one ``index``), each of which ends with such a turn.
+            Otherwise such a turn is context only; `TokenRows.notes` counts them.
 
     Raises:
         DataError: ``supervised`` and an example has neither completion nor messages; a chat
@@ -160,21 +150,25 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length
     if not 1 <= min_tokens <= max_length:
         raise SettingsError(f"min_tokens={min_tokens} does not lie in 1..{max_length} (max_length).")
     result = TokenRows([], max_length=max_length)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    writer = ChatWriter(tokenizer, add_eos, every_turn) if has_template else None
     places: list[int] = []
-    pieces: list[_Pieces] = []
+    pieces: list[Pieces | Marked] = []
     plain = 0
     for index, example in enumerate(dataset.examples):
         try:
-            written = _write(example, tokenizer, supervised, chat, add_eos)
-        except _Unusable as error:
+            written = _write(example, writer, supervised, chat, add_eos)
+        except Unusable as error:
             result.skipped.append((example.where, str(error)))
             continue
-        plain += example.messages is not None and written.special
-        places.append(index)
-        pieces.append(written)
+        plain += example.messages is not None and writer is None
+        places += [index] * len(written)
+        pieces += written
     if plain:
         result.notes.append(f"the tokenizer has no chat template: {plain:,} conversations were written as "
                             "plain 'User: ...' text")
+    if writer is not None:
+        result.notes += writer.notes()
     for index, (ids, spans) in zip(places, _encode(tokenizer, pieces), strict=True):
         example = dataset.examples[index]
         if len(ids) < min_tokens:
@@ -198,90 +192,39 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length
     return result
 
 
-def _write(example: Example, tokenizer: PreTrainedTokenizerBase, supervised: bool, chat: bool,
-           add_eos: bool | None) -> _Pieces:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+def _write(example: Example, writer: ChatWriter | None, supervised: bool, chat: bool,
+           add_eos: bool | None) -> list[Pieces | Marked]:
     has_completion = example.prompt is not None and example.completion is not None
     if supervised and example.messages is None and not has_completion:
         raise DataError(f"{example.where}: training needs a completion, this row has only "
                         f"{'a prompt' if example.prompt is not None else 'text'}; give prompt and "
                         "completion, question and answer, instruction and response, or messages.")
-    if (chat or (supervised and example.messages is not None)) and not has_template:
+    if writer is not None and (chat or example.messages is not None):
+        return writer.write(example if example.messages is not None else _as_conversation(example), supervised)
+    if chat or (supervised and example.messages is not None):
         raise DataError(f"{example.where}: this needs a chat template and the tokenizer has none; "
                         + ("use a tokenizer with one, or give prompt and completion."
                            if example.messages is not None else "leave out the chat option."))
-    if example.messages is not None and has_template:
-        return _write_chat(example.messages, tokenizer, supervised, add_eos)
-    if chat:
-        return _write_chat(_as_messages(example), tokenizer, supervised, add_eos)
     if supervised:
         assert example.prompt is not None
         assert example.completion is not None
-        return _Pieces((example.prompt, example.completion), (False, True), True,
-                       True if add_eos is None else add_eos)
-    return _Pieces((example.text,), (False,), True, bool(add_eos))
+        return [Pieces((example.prompt, example.completion), (False, True), True, True if add_eos is None else add_eos)]
+    return [Pieces((example.text,), (False,), True, bool(add_eos))]
 
 
-def _as_messages(example: Example) -> tuple[dict[str, str], ...]:
+def _as_conversation(example: Example) -> Example:
     if example.prompt is None:
-        return ({"role": "user", "content": example.text},)
-    user = {"role": "user", "content": example.prompt}
-    if example.completion is None:
-        return (user,)
-    # the blank that separates the completion from its prompt belongs to the plain form only
-    return (user, {"role": "assistant", "content": example.completion.removeprefix(" ")})
+        messages: tuple[dict[str, str], ...] = ({"role": "user", "content": example.text},)
+    elif example.completion is None:
+        messages = ({"role": "user", "content": example.prompt},)
+    else:  # the blank that separates the completion from its prompt belongs to the plain form only
+        messages = ({"role": "user", "content": example.prompt},
+                    {"role": "assistant", "content": example.completion.removeprefix(" ")})
+    return replace(example, messages=messages, given=0)
 
 
-def _write_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, supervised: bool,
-                add_eos: bool | None) -> _Pieces:
-    """A rendered conversation, cut where the assistant begins and ends to write."""
-    whole = _render(messages, tokenizer, generation=False)
-    ends_turn = messages[-1]["role"] != "assistant" or \
-        not whole.rstrip().endswith(messages[-1]["content"].rstrip())
-    wants_eos = (supervised and not ends_turn) if add_eos is None else (add_eos and not ends_turn)
-    if not supervised:
-        return _Pieces((whole,), (False,), False, wants_eos)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise _Unusable("no message of the assistant to learn from")
-    texts: list[str] = []
-    counted: list[bool] = []
-    done = 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:number], tokenizer, generation=True) if number else ""
-        content = message["content"].strip()
-        # some templates write earlier turns differently once later ones follow: then find the words
-        start = len(before) if whole.startswith(before) and len(before) >= done else whole.find(content, done)
-        after = _render(messages[: number + 1], tokenizer, generation=False)
-        if whole.startswith(after) and len(after) > start:
-            stop = len(after)
-        else:
-            at = whole.find(content, max(start, 0))
-            stop = at + len(content) if at >= 0 else -1
-        if start < done or stop <= start:
-            raise _Unusable(f"the chat template does not show where message {number + 1} begins and ends")
-        texts += [whole[done:start], whole[start:stop]]
-        counted += [False, True]
-        done = stop
-    if done < len(whole):
-        texts.append(whole[done:])
-        counted.append(False)
-    return _Pieces(tuple(texts), tuple(counted), False, wants_eos)
-
-
-def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *,
-            generation: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False,
-                                                 add_generation_prompt=generation))
-    except TemplateError as error:
-        raise _Unusable(f"the chat template refuses the conversation ({error})") from None
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[_Pieces]) -> list[tuple[list[int], Spans]]:
+def _encode(tokenizer: PreTrainedTokenizerBase,
+            items: Sequence[Pieces | Marked]) -> list[tuple[list[int], Spans]]:
     """Ids and supervised spans; one batched tokenizer call for all texts of a kind.
 
     Besides the whole text of an item the texts up to each inner boundary are tokenised, to learn
@@ -291,6 +234,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[_Pieces]) -> lis
     prefixes: dict[bool, list[str]] = {True: [], False: []}
     places: list[list[int]] = []
     for item in items:
+        if isinstance(item, Marked):
+            places.append([])
+            continue
         # boundaries matter only where a span must be found
         inner = range(1, len(item.texts)) if any(item.supervised) else range(0)
         store = prefixes[item.special]
@@ -301,6 +247,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[_Pieces]) -> lis
 
     found: list[tuple[list[int], Spans]] = []
     for item, where in zip(items, places, strict=True):
+        if isinstance(item, Marked):
+            found.append((list(item.ids), item.spans))
+            continue
         *heads, whole = (encoded[item.special][i] for i in where)
         if heads and item.special:  # a tokenizer that ends texts with EOS must not do so in the middle
             heads = [_without_eos(h, eos) for h in heads]

@@ -106,4 +106,4 @@ def token_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, wanted: DataCo
     """Training rows; the loss counts answers where the data have them and ``loss`` asks for them, else every token."""
     supervised = wanted.loss == "answers" and all(e.messages is not None or e.completion is not None for e in data)
     return tokenize(data, tokenizer, max_length=wanted.max_length, supervised=supervised, chat=wanted.chat,
-                    add_eos=True if wanted.loss == "all" else None)
+                    add_eos=True if wanted.loss == "all" else None, every_turn=True)

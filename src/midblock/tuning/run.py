@@ -184,7 +184,8 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
                         save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to,
                         **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
-        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes))
+        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=[
+            *rows.notes, *([f"left out: {rows.summary()}"] if rows.skipped or rows.too_short else []), *trained.notes])
         if held_rows is not None and base_losses is not None:
             result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
         _fill(result)
@@ -294,18 +295,26 @@ def _token_rows(data: str | Dataset | TokenRows, loaded: LoadedModel, wanted: Tu
     if isinstance(data, TokenRows):
         return data, f"{len(data)} token rows"
     dataset = load_data(data, split=split) if isinstance(data, str) else data
-    rows = token_rows(dataset, loaded.tokenizer, wanted)
+    # a held-out row has one loss, so only training rows may become several
+    rows = token_rows(dataset, loaded.tokenizer, wanted, every_turn=split == "train")
     return rows, f"{dataset.name} ({dataset.split}), {rows.summary()}"
 
 
-def token_rows(dataset: Dataset, tokenizer: Any, wanted: TuneSettings) -> TokenRows:
+def token_rows(dataset: Dataset, tokenizer: Any, wanted: TuneSettings, *, every_turn: bool = True) -> TokenRows:
     """The rows of a data set that are learned.
+
+    Args:
+        dataset: The data set.
+        tokenizer: The model's.
+        wanted: How many rows, how long, what is learned.
+        every_turn: See `midblock.data.tokenize`.
 
     Raises:
         DataError: a row has no completion (file and line are named).
     """
     return tokenize(dataset.sample(wanted.samples, wanted.seed), tokenizer, max_length=wanted.max_length,
-                    supervised=not wanted.all_tokens, chat=wanted.chat, add_eos=True if wanted.all_tokens else None)
+                    supervised=not wanted.all_tokens, chat=wanted.chat, add_eos=True if wanted.all_tokens else None,
+                    every_turn=every_turn)
 
 
 def _held_out(base: list[float], tuned: list[float]) -> dict[str, Estimate]:

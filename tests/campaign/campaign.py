@@ -1,0 +1,227 @@
+"""Run damaged inputs through all commands and judge how each ends.
+
+    PYTHONPATH=src:tests:tests/campaign python tests/campaign/campaign.py --count 1000 --seed 7
+    PYTHONPATH=src:tests:tests/campaign python tests/campaign/campaign.py --seed 7 --case 123  # one, shown whole
+
+The rule: exit code 0 or 2; with 2 exactly one line ``Error: ...`` on stderr, else none; no traceback; nothing
+half-written; no other file touched; at most 60 seconds and 4 GB. Cases run in a worker process (one start of the
+libraries for all of them); a case that hangs ends its worker, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from campaign_world import Case, apply, build, case_of
+
+SECONDS = 60.0
+BYTES = 4 << 30
+
+
+def snapshot(place: Path) -> dict[str, tuple[int, int, int]]:
+    """Kind, size and time of every file below a folder."""
+    found = {}
+    for folder, _, files in os.walk(place):
+        for name in files:
+            path = Path(folder) / name
+            with contextlib.suppress(OSError):
+                state = path.lstat()
+                found[str(path.relative_to(place))] = (state.st_mode, state.st_size, state.st_mtime_ns)
+    return found
+
+
+def judge(
+    case: Case, code: int | None, out: str, err: str, before: dict[str, Any], place: Path, seconds: float
+) -> str:
+    """``ok`` (exit 0), ``refused`` (exit 2) or what is wrong."""
+    from midblock.provenance import TEMPORARY
+
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    if "Traceback (most recent call last)" in err or code is None:
+        return "traceback"
+    if code not in (0, 2):
+        return f"exit {code}"
+    if len(errors) != (1 if code == 2 else 0):
+        return f"{len(errors)} error lines"
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in out + err):
+        return "control characters"
+    after = snapshot(place)
+    if any(TEMPORARY in name for name in after):
+        return "half-written"
+    writes = ("out", "stopped", "saved", "runs/evaluate", "runs/sweep")
+    touched = [n for n in before if after.get(n) != before[n] and not n.startswith(writes) and n != case.target]
+    if touched:
+        return f"touched {touched[0]}"
+    run = place / "out" / "run.json"
+    if run.exists() and json.loads(run.read_text())["status"] != ("finished" if code == 0 else "failed"):
+        return "status " + json.loads(run.read_text())["status"]
+    if seconds > SECONDS:
+        return "slow"
+    return "ok" if code == 0 else "refused"
+
+
+def run_case(seed: int, number: int, world: Path, show: bool = False) -> dict[str, Any]:
+    """One case in a copy of the world."""
+    from midblock.cli.app import run
+
+    case = case_of(seed, number, world)
+    with tempfile.TemporaryDirectory(prefix="campaign-", dir=world.parent) as folder:
+        place = Path(folder) / "w"
+        shutil.copytree(world, place)
+        what = apply(case, seed, number, place)
+        before = snapshot(place)
+        out, err = io.StringIO(), io.StringIO()
+        kept, environment = Path.cwd(), dict(os.environ)
+        began = time.perf_counter()
+        code: int | None = None
+        os.chdir(place)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = run(case.words)
+        except BaseException:
+            err.write(traceback.format_exc())
+        finally:
+            os.chdir(kept)
+            os.environ.clear()
+            os.environ.update(environment)
+        seconds = time.perf_counter() - began
+        verdict = judge(case, code, out.getvalue(), err.getvalue(), before, place, seconds)
+        if show:
+            sys.stdout.write(f"{out.getvalue()}\n---\n{err.getvalue()}")
+    told = [line for line in err.getvalue().splitlines() if line.strip()]
+    return {
+        "case": number,
+        "verdict": verdict,
+        "command": " ".join(w[:40] for w in case.words),
+        "target": case.target,
+        "what": what,
+        "seconds": round(seconds, 2),
+        "told": (told or [""])[-1][:200],
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def serve(seed: int, numbers: range, world: Path) -> None:
+    """Run cases one after another, one line of JSON each."""
+    answers = os.fdopen(os.dup(1), "w")
+    for number in numbers:
+        answers.write(json.dumps(run_case(seed, number, world)) + "\n")
+        answers.flush()
+
+
+def campaign(
+    seed: int, count: int, world: Path, first: int = 0, until: float = float("inf")
+) -> Iterator[dict[str, Any]]:
+    """Results of ``count`` cases, in order; a case that hangs is one of them."""
+    number = first
+    while number < first + count and time.time() < until:
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                "--seed",
+                str(seed),
+                "--serve",
+                str(number),
+                str(first + count),
+                "--world",
+                str(world),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+        )
+        assert worker.stdout is not None
+        try:
+            limit = SECONDS + 60  # the first case pays for the start of the libraries
+            while number < first + count and time.time() < until:
+                ready, _, _ = select.select([worker.stdout], [], [], limit)
+                line = worker.stdout.readline() if ready else ""
+                limit = SECONDS + 30
+                result = (
+                    json.loads(line)
+                    if line
+                    else {
+                        "case": number,
+                        "verdict": "hang" if not ready else "died",
+                        "what": "",
+                        "seconds": limit,
+                        "peak": 0,
+                        "command": " ".join(w[:40] for w in case_of(seed, number, world).words),
+                        "told": "",
+                        "target": case_of(seed, number, world).target,
+                    }
+                )
+                number += 1
+                yield result
+                if not line or result["peak"] > BYTES:
+                    break
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def is_good(result: dict[str, Any]) -> bool:
+    """Whether a case ended as it should."""
+    return result["verdict"] in ("ok", "refused") and result["peak"] <= BYTES
+
+
+def main() -> None:
+    """The command line of this file."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--case", type=int)
+    parser.add_argument("--serve", type=int, nargs=2)
+    parser.add_argument("--world", type=Path)
+    parser.add_argument("--out", type=Path, help="file for one line of JSON per case")
+    chosen = parser.parse_args()
+    if chosen.serve:
+        serve(chosen.seed, range(*chosen.serve), chosen.world)
+        return
+    with contextlib.ExitStack() as stack:
+        world = chosen.world
+        if world is None:
+            world = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="campaign-"))) / "world"
+        if not world.exists():
+            world.mkdir(parents=True)
+            os.environ["MIDBLOCK_CACHE"] = str(world.parent / "cache")
+            build(world)
+        os.environ["MIDBLOCK_CACHE"] = str(world.parent / "cache")
+        if chosen.case is not None:
+            sys.stdout.write(json.dumps(run_case(chosen.seed, chosen.case, world, show=True), indent=1) + "\n")
+            return
+        counts: Counter[str] = Counter()
+        for result in campaign(chosen.seed, chosen.count, world, chosen.first):
+            counts["good" if is_good(result) else "bad"] += 1
+            counts[result["verdict"]] += 1
+            if chosen.out:
+                with chosen.out.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+            if not is_good(result):
+                sys.stdout.write(json.dumps(result) + "\n")
+                sys.stdout.flush()
+        sys.stdout.write(f"{dict(counts)}\n")
+
+
+if __name__ == "__main__":
+    main()
