@@ -14,9 +14,10 @@ while the model's own forward runs, which computes its masks and position embedd
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -85,7 +86,7 @@ class FrozenPrefix:
         self.rows_cached = self.rows_computed = self.rows_extended = self.rows_bypassed = self.rows_damaged = 0
         self._notes: list[str] = []
         self._give_up = on_refusal == "uncached"
-        self._active = False
+        self._active = self._looking = False
         self._checked: int | None = None
         self._probed = False
         self._namespace: tuple[tuple[Any, ...], str] | None = None
@@ -117,7 +118,8 @@ class FrozenPrefix:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return handler(original, args, kwargs) if self._active else original(*args, **kwargs)
+            aside = self._looking or not self._active
+            return original(*args, **kwargs) if aside else handler(original, args, kwargs)
 
         self._restore.append(replace_forward(module, forward))
 
@@ -148,11 +150,21 @@ class FrozenPrefix:
         start = first_trainable_block(self.anatomy)
         if start and self.cache is not None and self._checked != start:
             try:
-                self._check_cacheable(start)
+                with self._aside():
+                    self._check_cacheable(start)
             except CacheRefusedError as error:
                 self._refused(error)
             self._checked = start
         return start
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Forwards within are our own trials, and none of a trainer's."""
+        self._looking = True
+        try:
+            yield
+        finally:
+            self._looking = False
 
     def _refused(self, error: CacheRefusedError) -> None:
         if not self._give_up:
@@ -309,7 +321,8 @@ class FrozenPrefix:
             if not self._probed and self.anatomy.body.training:
                 self._probe(original, inputs.part(call, missing[:1]), start)
             part = call if len(missing) == len(states) else inputs.part(call, missing)
-            origin, before = self._nearest(inputs, missing, start)
+            with self._aside():
+                origin, before = self._nearest(inputs, missing, start)
             computed = self._compute(original, part, start, origin, before)
             self.rows_extended += len(missing) if origin else 0
             self.rows_damaged += self.cache.damaged - damaged
