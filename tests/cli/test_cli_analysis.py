@@ -79,7 +79,8 @@ def models_of(command: str) -> list[str]:
 
 def words(command: str, *more: str, models: list[str] | None = None, data: str = "data.jsonl",
           out: str = "out") -> list[str]:
-    return [command, *(models or models_of(command)), "--data", data, "--out", out, *SMALL[command], *more]
+    own = SMALL.get(command, ["--samples", "4", "--max-length", "48", "--alphas", "0,1"])  # merge
+    return [command, *(models or models_of(command)), "--data", data, "--out", out, *own, *more]
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str, out: str = "out") -> str:
@@ -126,7 +127,7 @@ def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytes
     assert (bounded["low"] <= bounded["high"]).all()
     figures = {p.name for p in Path("out/figures").iterdir()}
     assert figures
-    assert {p.rsplit(".", 1)[1] for p in figures} == {"svg", "png"}
+    assert {p.rsplit(".", 1)[1] for p in figures} == {"svg", "pdf"}
     assert set(done["files"]) >= {"table.csv", "summary.txt", *(f"figures/{f}" for f in figures)}
     assert Path("out/summary.txt").read_text(encoding="utf-8").strip() in caught.out
     assert not Path("out/state").exists()

@@ -59,7 +59,7 @@ def test_table_figures_summary_and_json(home, tmp_path, capsys):
     assert run_json["undefined"]
     assert "largest in block 1" in printed["summary"] == (out / "summary.txt").read_text().strip()
     assert {p.name for p in (out / "figures").iterdir()} == {
-        f"weights{kind}.{end}" for kind in ("", "-matrices") for end in ("svg", "png")}
+        f"weights{kind}.{end}" for kind in ("", "-matrices") for end in ("svg", "pdf")}
     assert len(printed["table"]) == len(table)
 
 
