@@ -29,9 +29,9 @@ from torch.utils.data import SequentialSampler
 from midblock.data import pad_token_id
 from midblock.evaluation import evaluate
 from midblock.models import LoadedModel, load_model
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps import LocalEngine, RunRecord, expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps.arms import Arm
-from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.tuning.adapter import _seed_adapters
 from midblock.tuning.batching import BatchOrder, collator, labels_of

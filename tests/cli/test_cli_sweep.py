@@ -69,7 +69,7 @@ def test_mistakes_are_told_at_once(run, config, capsys, tmp_path):
     error = capsys.readouterr().err
     assert "2 faults" in error
     assert "training.batch_size" in error
-    assert "dtyp: unknown key" in error
+    assert "unknown key dtyp; did you mean dtype" in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
     assert run(["sweep", str(tmp_path / "nowhere.yaml"), "--dry-run"]) == 2

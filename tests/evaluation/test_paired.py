@@ -215,6 +215,16 @@ def test_epochs_are_seeds(tmp_path):
     assert compare_logs(a, one).frame["epochs"].item() == 1
 
 
+def test_samples_that_failed_are_left_out(tmp_path):
+    a = inspect_log(tmp_path / "a.json", ["C"] * 12)
+    stored = json.loads(a.read_text())
+    stored["samples"][3] |= {"scores": None, "error": {"message": "no answer"}}
+    b = tmp_path / "b.json"
+    b.write_text(json.dumps(stored))
+    row = compare_logs(a, b).frame.iloc[0]
+    assert (row["n"], row["left_out"]) == (11, 1)
+
+
 def test_dictionaries_of_scores_and_groups_from_metadata(tmp_path):
     a = inspect_log(tmp_path / "a.json", [{"f1": 0.1 * (n % 7), "em": "C" if n % 2 else "I"} for n in range(20)],
                     metadata=lambda n: {"book": n // 4})

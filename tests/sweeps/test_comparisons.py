@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from midblock.settings.sweep import StatisticsConfig
 from midblock.stats import compare_arms
 from midblock.sweeps import ArmInfo, analyse
 from midblock.sweeps.comparisons import COLUMNS, all_comparisons, conclude, default_pairs, detectable_after
-from midblock.sweeps.config import StatisticsConfig
 from midblock.sweeps.scores import TaskMatrix
 from sweep_helpers import ARMS, PLANTED, infos, planted, planted_config
 

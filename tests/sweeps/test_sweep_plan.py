@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import norm
 
 from midblock.evaluation import find_task
+from midblock.settings.sweep import StatisticsConfig
 from midblock.sweeps import expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps import planning as planning_module
-from midblock.sweeps.config import StatisticsConfig
 from midblock.sweeps.planning import _scoring, _seconds, clock, equivalence_margin, model_outline, plan_sweep
 from sweep_helpers import tiny_values
 
@@ -26,7 +26,7 @@ def planned(tmp_path, monkeypatch):
     values["evaluation"].append({"task": "exact_match", "data": values["evaluation"][0]["data"], "name": "written",
                                  "max_new_tokens": 7})
     config = parse_config(values)
-    monkeypatch.setattr(planning_module, "matmul_rate", lambda device, dtype: RATE)
+    monkeypatch.setattr(planning_module, "training_rate", lambda anatomy, device, dtype: RATE)
     outline, data = model_outline(config), load_sweep_data(config)
     return config, outline, data, plan_sweep(config, outline, data)
 
@@ -59,15 +59,15 @@ def test_seconds_are_operations_over_the_rate_that_is_reached(planned):
     _, outline, data, plan = planned
     scoring = _scoring(outline, data)
     whole = sum(head + 5 * block for head, block, _, _ in scoring)
-    assert plan.seconds["base"] == pytest.approx(whole / (0.65 * RATE))
+    assert plan.seconds["base"] == pytest.approx(whole / RATE)
     arms = {a.name: a for a in plan.arms}
     # the first arm with a prefix computes it, the second seed finds it cached, and scoring goes on behind it
     first, again = (plan.seconds[f"00100__lr0.01__seed{s}"] for s in (0, 1))
     start = arms["00100"].plan.first_block
     resumed = sum(head + block * (5 - (start if resumes else 0)) for head, block, resumes, _ in scoring)
-    assert first == pytest.approx((plan.work["00100"] + whole) / (0.65 * RATE))
+    assert first == pytest.approx((plan.work["00100"] + whole) / RATE)
     assert again < first
-    assert again - resumed / (0.65 * RATE) > 0
+    assert again - resumed / RATE > 0
     assert plan.total_seconds == pytest.approx(sum(plan.seconds.values()))
     row = plan.frame.set_index("arm").loc["00100"]
     assert row["seconds"] == pytest.approx((first + again) / 2)

@@ -149,7 +149,8 @@ def test_the_whole_text(config):
     assert lines(stats_of(rows, curves=curves), config, records=[failed, RunRecord("base", None, None, "done")]) == [
         "Use 00100: better than all layers (11111) on arithmetic by 5.0 points (at least 3.5 points with 95% "
         "confidence), in about 60% of its training time (counted in operations).",
-        f"Next: midblock tune {config.model} --data {config.train.data} --mask 00100 --out NEW",
+        f"Next: midblock tune {config.model} --data {config.train.data} --mask 00100 --budget match:11111@2 "
+        "--learning-rate 0.01 --out NEW",
         f"4 arms on {config.model}, 3 seeds, items: arithmetic 50, texts 20; a difference counts where Holm's p is "
         "below 0.05.",
         "1 of 2 runs failed and have no score: 00001__lr0.01__seed2.",
@@ -207,16 +208,17 @@ def test_the_next_command_mends_what_is_missing(config):
 
 def test_the_next_command_trains_the_arm(config):
     arms = infos(NAMES)
-    arms["mine"] = replace(arms["00001"], name="mine")
+    arms["mine"] = replace(arms["00001"], name="mine", mask=None, blocks=(3, 4, 7), method="full-equal")
     rows = LEARNED + gains("mine") + against(mmine=("better", 0.2))
     stats = stats_of(rows, names=[*NAMES, "mine"])
-    assert "--out NEW" in lines(stats, config, arms)[1]
-    assert "with the plan in plan.csv" in lines(stats, config, arms)[1]
-    from midblock.sweeps.config import ExplicitArm
-
-    explicit = config.model_copy(update={"arms": config.arms.model_copy(
-        update={"explicit": [ExplicitArm(name="mine", mask="00011")]})})
-    assert "--mask 00011 --out NEW" in lines(stats, explicit, arms)[1]
+    start = f"Next: midblock tune {config.model} --data {config.train.data} "
+    assert lines(stats, config, arms)[1] == start + "--blocks 3:5,7 --method full --learning-rate 0.01 --out NEW"
+    lora = arms | {"mine": replace(arms["mine"], method="lora")}
+    assert lines(stats, config, lora)[1] == start + (
+        "--blocks 3:5,7 --budget match:11111@2 --learning-rate 0.01 --out NEW")
+    without = config.model_copy(update={"budget": None})
+    del stats.rates["mine"]
+    assert lines(stats, without, lora)[1] == start + "--blocks 3:5,7 --out NEW"
 
 
 def test_unequal_arms_are_called_unequal(config):

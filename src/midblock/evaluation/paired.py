@@ -181,6 +181,8 @@ def _inspect(parts: Iterable[tuple[str, Any]], path: Path) -> Log:
             task = str(about.get("task", task)) if isinstance(about, dict) else task
             continue
         scored = part.get("scores")
+        if part.get("error") and not scored:  # a sample that failed has no score: it is left out and counted
+            continue
         if "id" not in part or not isinstance(scored, dict):
             raise DataError(f"{path}: {printable(name)} has no id or no scores; score the log first (inspect score).")
         epoch = part.get("epoch", 1)

@@ -6,18 +6,23 @@ from typing import Literal
 
 from midblock.settings.base import Settings, setting
 
-__all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings"]
+__all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class LoadSettings(Settings):
-    """dtype, device and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
+class PlaceSettings(Settings):
+    """Where a model computes, and in which dtype."""
 
     dtype: DtypeName = setting("auto", help=(
         "dtype of the weights. auto: the fastest on this device that holds every checkpoint "
         "(on a CPU bfloat16 only where it is faster than float32)."))
     device: str = setting("auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")
+
+
+class LoadSettings(PlaceSettings):
+    """dtype, device and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
+
     trust_remote_code: bool = setting(
         False, help="Run Python code that comes with the model. Only if you trust its author.")
     allow_pickle: bool = setting(

@@ -10,8 +10,23 @@ from pydantic import field_validator, model_validator
 from midblock.settings import sampling
 from midblock.settings.base import Settings, name_of, setting
 
-__all__ = ["DEFAULT_TARGETS", "LEARNING_RATES", "PAPER_ALPHA", "REFERENCE_BUDGET", "REFERENCE_RANK", "Method", "Order",
-           "PlanSettings", "RowSettings", "Scale", "Schedule", "TrainSettings", "TuneSettings", "WhereSettings"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "LEARNING_RATES",
+    "PAPER_ALPHA",
+    "REFERENCE_BUDGET",
+    "REFERENCE_RANK",
+    "LoopSettings",
+    "Method",
+    "Order",
+    "PlanSettings",
+    "RowSettings",
+    "Scale",
+    "Schedule",
+    "TrainSettings",
+    "TuneSettings",
+    "WhereSettings",
+]
 
 Method = Literal["lora", "dora", "full"]
 Scale = Literal["fixed-ratio", "rslora", "fixed-alpha"]
@@ -112,13 +127,11 @@ class RowSettings(Settings):
         "Learn every token of a row instead of completions only (for plain text)."))
 
 
-class TrainSettings(Settings):
-    """How to train. What to train is the plan's; on which tokens, the rows'."""
+class LoopSettings(Settings):
+    """How training steps are made, for one run or for all runs of a sweep."""
 
     epochs: float = setting(2.0, gt=0, metavar="E", help="Passes over the rows; fractions allowed.")
     steps: int | None = setting(None, ge=1, metavar="N", help="Optimizer steps, in place of epochs.")
-    learning_rate: float | None = setting(None, gt=0, metavar="LR", help=(
-        f"Peak learning rate ({LEARNING_RATES['lora']:g}; {LEARNING_RATES['full']:g} with method full)."))
     schedule: Schedule = setting("linear", help="Of the learning rate after its rise.")
     warmup: float = setting(0.05, ge=0, lt=1, help="Share of the steps over which the learning rate rises.")
     weight_decay: float = setting(0.0, ge=0, help="AdamW's.")
@@ -128,9 +141,6 @@ class TrainSettings(Settings):
     order: Order = setting("length", help=(
         "Rows of a batch: of like length (least padding), or drawn at random as trainers usually do."))
     gradient_checkpointing: bool = setting(False, help="Less memory, a second forward of the blocks that run.")
-    seed: int = sampling.seed("Of the draw, the order, the adapter's start, dropout and random blocks.")
-    lean: bool = setting(True, cli=False, help=(
-        "The kernels of `midblock.tuning.kernels`; off: PEFT's and PyTorch's own (for comparison)."))
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps of one pass over a number of rows."""
@@ -143,6 +153,16 @@ class TrainSettings(Settings):
     def num_epochs(self, rows: int) -> float:
         """Passes over the rows."""
         return self.epochs if self.steps is None else self.steps / self.steps_per_epoch(rows)
+
+
+class TrainSettings(LoopSettings):
+    """How to train. What to train is the plan's; on which tokens, the rows'."""
+
+    learning_rate: float | None = setting(None, gt=0, metavar="LR", help=(
+        f"Peak learning rate ({LEARNING_RATES['lora']:g}; {LEARNING_RATES['full']:g} with method full)."))
+    seed: int = sampling.seed("Of the draw, the order, the adapter's start, dropout and random blocks.")
+    lean: bool = setting(True, cli=False, help=(
+        "The kernels of `midblock.tuning.kernels`; off: PEFT's and PyTorch's own (for comparison)."))
 
     def peak_rate(self, method: Method) -> float:
         """The peak learning rate."""

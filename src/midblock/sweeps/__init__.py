@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
-from midblock.sweeps.config import SweepConfig, dump_config, load_config, parse_config
+from midblock.sweeps.config import dump_config, load_config, parse_config
 from midblock.sweeps.data import SweepData, load_sweep_data
 from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.outcome import SweepResult

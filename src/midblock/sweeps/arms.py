@@ -12,7 +12,7 @@ from typing import Any
 from midblock.errors import BudgetError, MidblockError, SettingsError
 from midblock.reading import shortened
 from midblock.segments import all_masks_single
-from midblock.sweeps.config import NAME, RandomArms, SweepConfig
+from midblock.settings.sweep import NAME, SweepConfig
 from midblock.tuning import Plan, budget_of, load_plan, make_plan, require_plan_fits
 
 __all__ = ["BASE", "Arm", "Job", "expand_arms", "jobs_of"]
@@ -101,14 +101,6 @@ def expand_arms(config: SweepConfig, model: Any) -> list[Arm]:
     return list(arms.values())
 
 
-def _numbers(value: list[int] | int | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else value
-
-
-def _draws(value: list[RandomArms] | RandomArms) -> list[RandomArms]:
-    return value if isinstance(value, list) else [value]
-
-
 def _neighbours(num_segments: int, width: int) -> list[str]:
     return ["0" * i + "1" * width + "0" * (num_segments - i - width)
             for i in range(num_segments - width + 1)]
@@ -120,34 +112,33 @@ def _wanted(config: SweepConfig) -> Iterable[tuple[str, str, dict[str, Any], tup
     full = tuple(config.training.full_learning_rates)
     yield arms.baseline, "arms.baseline", {"mask": arms.baseline}, lora
     for key, masks in (
-            ("arms.singles", [m for k in _numbers(arms.singles) for m in all_masks_single(k)]),
-            ("arms.pairs", [m for k in _numbers(arms.pairs) for m in _neighbours(k, 2)]),
-            ("arms.triples", [m for k in _numbers(arms.triples) for m in _neighbours(k, 3)]),
+            ("arms.singles", [m for k in arms.singles for m in all_masks_single(k)]),
+            ("arms.pairs", [m for k in arms.pairs for m in _neighbours(k, 2)]),
+            ("arms.triples", [m for k in arms.triples for m in _neighbours(k, 3)]),
             ("arms.masks", arms.masks)):
         for mask in masks:
             yield mask, key, {"mask": mask}, lora
-    for draw in _draws(arms.random):
+    for draw in arms.random:
         for seed in range(draw.draws):
             yield (f"random{draw.blocks}-{seed}", "arms.random", {"random_blocks": (draw.blocks, seed)}, lora)
     for mask in arms.full:
         yield f"full-{mask}", "arms.full", {"mask": mask, "method": "full"}, full
-    for draw in _draws(arms.full_random):
+    for draw in arms.full_random:
         for seed in range(draw.draws):
             yield (f"full-random{draw.blocks}-{seed}", "arms.full_random",
                    {"random_blocks": (draw.blocks, seed), "method": "full"}, full)
     for mask in arms.full_equal:
         yield f"full-equal-{mask}", "arms.full_equal", {"mask": mask, "method": "full", "equal": True}, full
-    for draw in _draws(arms.full_equal_random):
+    for draw in arms.full_equal_random:
         for seed in range(draw.draws):
             yield (f"full-equal-random{draw.blocks}-{seed}", "arms.full_equal_random",
                    {"random_blocks": (draw.blocks, seed), "method": "full", "equal": True}, full)
     for path in arms.plans:
         yield Path(path).stem, f"arms.plans {path}", {"file": path}, lora
     for arm in arms.explicit:
-        options = {"mask": arm.mask, "blocks": arm.blocks, "method": arm.method, "rank": arm.rank,
-                   "budget": arm.budget, "scale": arm.scale, "target_modules": arm.target_modules}
+        own = {k: v for k, v in arm.given().items() if v is not None and k not in ("name", "learning_rate")}
         rates = full if arm.method == "full" else lora
-        yield (arm.name, f"arms.explicit {arm.name}", {k: v for k, v in options.items() if v is not None},
+        yield (arm.name, f"arms.explicit {arm.name}", own,
                (arm.learning_rate,) if arm.learning_rate is not None else rates)
 
 

@@ -29,9 +29,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+from midblock.settings.sweep import StatisticsConfig
 from midblock.stats import compare_arms, holm
 from midblock.sweeps.arms import BASE
-from midblock.sweeps.config import StatisticsConfig
 from midblock.sweeps.scores import ArmInfo, FloatArray, TaskMatrix
 
 __all__ = ["COLUMNS", "Conclusion", "all_comparisons", "conclude", "default_pairs", "detectable_after"]
@@ -155,7 +155,8 @@ def _compare(matrix: TaskMatrix, pairs: Sequence[tuple[str, str]], wanted: Stati
     frame, together = compared(wanted.confidence), compared(1 - 2 * wanted.alpha / tests)
     bounds = (together[["low", "high"]] * matrix.sign).to_numpy(dtype=np.float64)
     return frame.assign(better=np.sign(frame["difference"].to_numpy(dtype=np.float64) * matrix.sign),
-                        margin=wanted.margins.of(matrix.metric), worst=-bounds.min(axis=1), best=bounds.max(axis=1))
+                        margin=wanted.margins.for_metric(matrix.metric), worst=-bounds.min(axis=1),
+                        best=bounds.max(axis=1))
 
 
 def detectable_after(comparisons: pd.DataFrame, *, family: str, task: str, confidence: float, alpha: float,

@@ -10,7 +10,7 @@ from midblock.data import Dataset, Example, TokenRows, load_data, tokenize
 from midblock.errors import DataError
 from midblock.evaluation import task_data
 from midblock.provenance import sha256_of
-from midblock.sweeps.config import DataConfig, SweepConfig, TaskConfig
+from midblock.settings.sweep import DataConfig, SweepConfig, TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def _refuse_overlap(train: Dataset, items: Dataset, label: str) -> None:
 
 
 def token_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, wanted: DataConfig) -> TokenRows:
-    """Training rows; the loss counts answers where the data have them and ``loss`` asks for them, else every token."""
-    supervised = wanted.loss == "answers" and all(e.messages is not None or e.completion is not None for e in data)
+    """Training rows; the loss counts completions where the data have them, unless every token is to be learned."""
+    supervised = not wanted.all_tokens and all(e.messages is not None or e.completion is not None for e in data)
     return tokenize(data, tokenizer, max_length=wanted.max_length, supervised=supervised, chat=wanted.chat,
-                    add_eos=True if wanted.loss == "all" else None, every_turn=True)
+                    add_eos=True if wanted.all_tokens else None, every_turn=True)

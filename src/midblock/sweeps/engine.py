@@ -19,8 +19,8 @@ from torch import nn
 from midblock.errors import CacheRefusedError, OutputError, TrainingError
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import Job
-from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.data import VALIDATION, SweepData, token_rows
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scoring import Scorer

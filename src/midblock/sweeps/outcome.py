@@ -17,9 +17,9 @@ from midblock.figures import scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
 from midblock.quantities import label_of
 from midblock.results import Estimate, Table
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
-from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.planning import SweepPlan
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scores import ArmInfo, infos_of

@@ -19,10 +19,10 @@ from scipy import stats as scipy_stats
 
 from midblock.evaluation import find_task
 from midblock.models import Anatomy, find_anatomy
+from midblock.settings.sweep import StatisticsConfig, SweepConfig
 from midblock.stats import minimum_detectable_difference
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
 from midblock.sweeps.comparisons import default_pairs
-from midblock.sweeps.config import StatisticsConfig, SweepConfig
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.sweeps.scores import infos_of
 from midblock.tuning.estimate import EFFICIENCY, Cost, estimate, process_bytes, training_rate
@@ -129,10 +129,8 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
     arms = expand_arms(config, outline.anatomy)
     jobs = jobs_of(arms, config.seeds)
     rows = token_rows(data.train, outline.tokenizer, config.train)
-    steps = config.training.settings(1e-4, 0).num_steps(len(rows))
-    epochs = steps * config.training.batch_size * config.training.accumulate / len(rows)
-    training = config.training.settings(1e-4, 0)
-    costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, training, dtype=outline.dtype,
+    steps, epochs = config.training.num_steps(len(rows)), config.training.num_epochs(len(rows))
+    costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, config.training, dtype=outline.dtype,
                                 cached=config.cache != "none") for arm in arms}
     rate = training_rate(outline.anatomy, outline.device, outline.dtype)
     besides = process_bytes(outline.device)

@@ -10,8 +10,9 @@ from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
 from midblock.results import json_ready
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import Job
-from midblock.sweeps.config import SweepConfig, dump_config, load_config
+from midblock.sweeps.config import dump_config, load_config
 from midblock.sweeps.data import SweepData, load_sweep_data
 from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.outcome import SweepResult

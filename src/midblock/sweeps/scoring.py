@@ -19,7 +19,7 @@ from midblock.evaluation import EvalResult, evaluate, find_task, model_limit
 from midblock.evaluation.likelihood import score_tokens
 from midblock.models.attention import dense_attention
 from midblock.progress import Progress, silent
-from midblock.sweeps.config import TaskConfig
+from midblock.settings.sweep import TaskConfig
 from midblock.sweeps.records import TaskScores
 from midblock.tuning.kernels import lean_lora
 
@@ -70,10 +70,8 @@ class Scorer:
                     max_length=length, chat=task.chat, progress=progress,
                     hidden_of=lambda batch: self._hidden(label, batch, first_block))
         else:
-            result = evaluate(self.loaded, task.task, data=data, seed=task.seed, batch_size=task.batch_size,
-                              max_new_tokens=task.max_new_tokens, shots=task.shots, chat=task.chat,
-                              allow_code_execution=task.allow_code_execution,
-                              allow_unsandboxed_code=task.allow_unsandboxed_code, progress=progress)
+            result = evaluate(self.loaded, task.task, data=data, settings=task.scoring.replace(samples=None),
+                              progress=progress)  # the items are drawn already
         return scores_of(label, result)
 
     def _hidden(self, label: str, batch: Batch, first_block: int | None) -> Tensor:

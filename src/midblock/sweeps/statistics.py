@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from midblock.errors import SettingsError, UndefinedMetricError
+from midblock.settings.sweep import SweepConfig
 from midblock.stats import hierarchical_arms_bootstrap, holm, inverted_u_test, rank_arms
 from midblock.sweeps.comparisons import all_comparisons, baseline_of
-from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.pareto import pareto
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scores import ArmInfo, FloatArray, TaskMatrix, choose_rates, score_rows, task_matrices

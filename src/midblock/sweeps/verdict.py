@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from midblock.segments import format_blocks
+from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
 from midblock.sweeps.comparisons import baseline_of, detectable_after
-from midblock.sweeps.config import SweepConfig
 from midblock.sweeps.pareto import COSTS
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scores import ArmInfo, TaskMatrix
@@ -46,7 +47,7 @@ def verdict(stats: SweepStatistics, infos: Mapping[str, ArmInfo], records: Seque
             config: SweepConfig) -> str:
     """The answer and at most `MAX_LINES` lines; every one rests on a row of `SweepStatistics`."""
     chosen = answer(stats, infos, config)
-    lines = [_next(stats, chosen, config), _setting(stats, infos, config), _caution(infos)]
+    lines = [_next(stats, chosen, infos, config), _setting(stats, infos, config), _caution(infos)]
     if failed := [r for r in records if r.status == "failed"]:
         names = _list([r.key for r in failed])
         lines.append(f"{len(failed)} of {len(records)} runs failed and have no score: {names}.")
@@ -94,7 +95,7 @@ def answer(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepCo
                       f"{_work(str(row['a']), baseline, infos)}.")
     if not learned:
         return Answer(None, f"No answer: no arm is shown to be better on {task} than the untuned model.")
-    margin = amount(matrix.metric, config.statistics.margins.of(matrix.metric))
+    margin = amount(matrix.metric, config.statistics.margins.for_metric(matrix.metric))
     return Answer(baseline, f"Use {baseline} (the baseline): no other arm is shown to be better on {task}, or cheaper "
                   f"and at most {margin} worse.")
 
@@ -110,7 +111,7 @@ def _work(arm: str, baseline: str, infos: Mapping[str, ArmInfo]) -> str:
     return "" if math.isnan(share) else f", in about {share:.0%} of its training time (counted in operations)"
 
 
-def _next(stats: SweepStatistics, chosen: Answer, config: SweepConfig) -> str:
+def _next(stats: SweepStatistics, chosen: Answer, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
     """The command that helps further."""
     task = config.evaluation[0]
     changes = []
@@ -127,12 +128,17 @@ def _next(stats: SweepStatistics, chosen: Answer, config: SweepConfig) -> str:
         if "training steps" in lacking or "still falls" in lacking:
             steps = config.training.steps
             changes.append(f"--set training.steps={max(10 * MIN_STEPS, 2 * steps)}" if steps is not None else
-                           f"--set training.epochs={2 * (config.training.epochs or 1):g}")
+                           f"--set training.epochs={2 * config.training.epochs:g}")
         return f"Next: midblock sweep config.yaml {' '.join(changes)} --out NEW" if changes else ""
-    plan = next((e for e in config.arms.explicit if e.name == chosen.arm), None)
-    where = f"--mask {chosen.arm}" if set(chosen.arm) <= {"0", "1"} else (
-        f"--mask {plan.mask}" if plan is not None and plan.mask else "with the plan in plan.csv")
-    return f"Next: midblock tune {config.model} --data {config.train.data} {where} --out NEW"
+    info = infos[chosen.arm]
+    options = [f"--mask {info.mask}" if info.mask else f"--blocks {format_blocks(info.blocks)}"]
+    if info.method.startswith("full"):
+        options.append("--method full")
+    elif config.budget is not None:
+        options.append(f"--budget {config.budget}")
+    if chosen.arm in stats.rates:
+        options.append(f"--learning-rate {stats.rates[chosen.arm]:g}")
+    return f"Next: midblock tune {config.model} --data {config.train.data} {' '.join(options)} --out NEW"
 
 
 # ---------------------------------------------------------------- the lines

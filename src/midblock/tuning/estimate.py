@@ -36,8 +36,8 @@ from midblock.models import (
 )
 from midblock.models.summary import model_skeleton
 from midblock.provenance import peak_memory_bytes
-from midblock.settings import LoadSettings, TrainSettings, TuneSettings
-from midblock.settings.tune import REFERENCE_RANK
+from midblock.settings import LoadSettings, TuneSettings
+from midblock.settings.tune import REFERENCE_RANK, LoopSettings
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan
 
@@ -88,7 +88,7 @@ def _met_by_a_token(anatomy: Anatomy, block: int) -> float:
     return total - stacked * (1 - chosen / experts)
 
 
-def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: TrainSettings, *, dtype: torch.dtype,
+def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: LoopSettings, *, dtype: torch.dtype,
              cached: bool) -> Cost:
     """Cost of a plan on these rows.
 
