@@ -16,9 +16,7 @@ __all__ = ["EXTRA_OF", "missing", "require"]
 EXTRA_OF = {
     "bitsandbytes": "quantized",
     "datasets": "tune",
-    "jinja2": "report",
     "lm_eval": "evaluate",
-    "markupsafe": "report",
     "numba": "fast",
     "peft": "tune",
     "plotly": "report",
