@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from midblock.errors import AdapterError, SettingsError
+from midblock.extras import require
 from midblock.models import Anatomy, LoadedModel
 from midblock.settings.tune import PlanSettings
 from midblock.tuning.plan import Plan
@@ -59,6 +60,7 @@ def config_of(plan: Plan, model: nn.Module | None, dropout: float, task_type: st
     """
     if plan.method == "full" or plan.rank is None or plan.alpha is None:
         raise SettingsError("a full-rank plan has no LoraConfig.")
+    require("peft", "midblock.lora_config")
     from peft import LoraConfig
 
     alpha = int(plan.alpha) if float(plan.alpha).is_integer() else plan.alpha

@@ -18,6 +18,7 @@ from midblock import stats
 from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
+from midblock.extras import require
 from midblock.models import LoadedModel, find_anatomy, load_model, quiet, save_checkpoint
 from midblock.models.summary import model_skeleton
 from midblock.progress import Progress, silent
@@ -158,7 +159,9 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         DataError: a row without a completion (file and line named), no rows.
         TrainingError: non-finite loss; the last good checkpoint is kept.
         AdapterError: the plan belongs to another model, a matrix gets no gradient, or the engagement check failed.
+        MissingExtraError: trl is not installed.
     """
+    require("trl", "midblock tune")
     wanted = TuneSettings(**{**({} if settings is None else settings.given()), **overrides})
     store = prefix_cache(wanted.cache if cache is None else cache, wanted.cache_limit)
     if isinstance(model, LoadedModel):
