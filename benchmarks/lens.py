@@ -1,4 +1,4 @@
-"""Lens against reading out all hidden states of a sample at once.
+"""Lens against the logits of all hidden states of a sample at once.
 
 Yardstick: a batch's states of all depths are collected for each model; then, sample by sample, they are
 stacked, put through final norm and head together, and loss, entropy, probability, rank, accuracy, KL and top-k lists
@@ -58,7 +58,7 @@ def yardstick(models: list[Any], batches: list[Any], top_k: int) -> tuple[dict[t
                 logp, first, tops = {}, {}, {}
                 for side, model in zip(states, models, strict=True):
                     hidden = torch.stack([z[row, :length - 1] for z in states[side]])
-                    logits = model.anatomy.read_out(hidden).float()
+                    logits = model.anatomy.unembed(hidden).float()
                     first[side] = logits.argmax(dim=-1)
                     logp[side] = logits.log_softmax(dim=-1)
                     tops[side] = logits.topk(top_k, dim=-1).indices

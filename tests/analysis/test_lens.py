@@ -53,7 +53,7 @@ def test_every_hidden_and_metric_equals_the_slow_way(per_sample_mean):
                            listener=lambda h, z, kept=states[side]: kept.append(z.clone()))
             target = batch.input_ids[0, 1:]
             for h in range(5):
-                logp = {s: m.anatomy.read_out(states[s][h])[0, :-1].double().log_softmax(-1)
+                logp = {s: m.anatomy.unembed(states[s][h])[0, :-1].double().log_softmax(-1)
                         for s, m in (("base", base), ("sft", sft))}
                 for side, lp in logp.items():
                     gold = lp.gather(1, target[:, None])
@@ -92,15 +92,15 @@ def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, pap
     settings = {"data": tiny_data(4), "samples": 4, "max_length": 64, "batch_size": 4, "paper_code": paper_code}
     sides = []
 
-    def counted(read_outs, rows, vocab):
+    def counted(unembeddings, rows, vocab):
         sides.append(sorted(rows))
-        return chunks_of_all_logits(read_outs, rows, vocab)
+        return chunks_of_all_logits(unembeddings, rows, vocab)
 
     monkeypatch.setattr("midblock.analysis.lens.chunks_of_all_logits", counted)
     shared = lens(base, sft, **settings).frame
     twice = [f"base{TWICE}", f"sft{TWICE}"] if paper_code else []
     assert sides == [["base"]] * 3 + [["base", "sft"], sorted(["base", "sft", *twice])]
-    monkeypatch.setattr("midblock.analysis.lens.shared_read_outs", lambda models: (0, 1))
+    monkeypatch.setattr("midblock.analysis.lens.shared_unembeddings", lambda models: (0, 1))
     alone = lens(base, sft, **settings).frame
     assert shared[["layer", "metric", "side"]].equals(alone[["layer", "metric", "side"]])
     assert shared["value"].tolist() == pytest.approx(alone["value"].tolist(), rel=1e-6, abs=1e-6, nan_ok=True)

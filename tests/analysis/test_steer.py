@@ -232,7 +232,7 @@ def test_patching_everything_at_the_last_block_leaves_only_the_head(pair):
     with torch.inference_mode():
         for r in tokenize(tiny_data(5).sample(5, 0), base.tokenizer, max_length=48).rows:
             batch = make_batches([r], batch_size=1, pad_id=0)[0]
-            logits = base.anatomy.read_out(states_of(sft, batch)[-1])[0, :-1]
+            logits = base.anatomy.unembed(states_of(sft, batch)[-1])[0, :-1]
             losses += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="none").tolist()
     assert row["value"].item() == pytest.approx(np.mean(losses), rel=1e-5)
     assert row["n"].item() == 5

@@ -90,7 +90,7 @@ def test_swap_blocks_restores_also_after_an_error(pair):
 
         with pytest.raises(RuntimeError, match="on purpose"):
             fail()
-        assert not torch.allclose(base.anatomy.read_out(want), swapped)
+        assert not torch.allclose(base.anatomy.unembed(want), swapped)
         torch.testing.assert_close(run_blocks(base.model, base.anatomy, batch), want, rtol=0, atol=0)
     assert all("forward" not in b.__dict__ for b in (*base.anatomy.blocks, *sft.anatomy.blocks))
 

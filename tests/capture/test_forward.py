@@ -39,7 +39,7 @@ def test_hidden_states_are_those_of_transformers_and_the_last_is_not_normed(name
     with torch.inference_mode():
         last = run_blocks(model, anatomy, batch, listener=lambda h, z: states.__setitem__(h, z.clone()))
         output = model(**model_inputs(model, batch), output_hidden_states=True)
-        logits = anatomy.read_out(last)
+        logits = anatomy.unembed(last)
     assert sorted(states) == list(range(anatomy.num_blocks + 1))
     for h in range(anatomy.num_blocks):  # transformers' last one is normed: see docs/words.md
         torch.testing.assert_close(states[h], output.hidden_states[h], rtol=0, atol=0)
@@ -53,7 +53,7 @@ def test_decoder_of_an_encoder_decoder(name):
     with torch.inference_mode():
         last = run_blocks(model, anatomy, batch)
         output = model(**model_inputs(model, batch))
-        torch.testing.assert_close(anatomy.read_out(last), output.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(anatomy.unembed(last), output.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DECODER_ONLY)

@@ -71,7 +71,7 @@ def test_the_first_of_equal_maxima_is_the_prediction():
     ids = torch.tensor([[0, 1, 1, 3, 2]])  # next tokens: 1 (first of two), 1 (second of two), 3, 2 (third of four)
     batch = Batch(indices=(0,), input_ids=ids, attention_mask=torch.ones_like(ids))
     hidden = torch.cat([logits, logits[:1]]).unsqueeze(0)
-    head = SimpleNamespace(read_out=lambda z: z, vocab_size=4)
+    head = SimpleNamespace(unembed=lambda z: z, vocab_size=4)
     right = [True, False, True, False]
     assert right == (logits.argmax(dim=1) == ids[0, 1:]).tolist()
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")

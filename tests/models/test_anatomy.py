@@ -13,7 +13,7 @@ from torch import nn
 from families import BLOCKS, FAMILIES, HIDDEN, VOCAB, token_ids
 from midblock.errors import ArchitectureError
 from midblock.models import (
-    check_read_out,
+    check_unembed,
     find_anatomy,
     projections,
 )
@@ -53,19 +53,19 @@ def test_parts_are_found(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
-def test_read_out_of_the_last_hidden_gives_the_models_logits(family: str, training: bool) -> None:
+def test_unembedding_of_the_last_hidden_gives_the_models_logits(family: str, training: bool) -> None:
     model = FAMILIES[family]().train(training)
-    assert check_read_out(model, token_ids()) == 0.0
+    assert check_unembed(model, token_ids()) == 0.0
     assert all(m.training is training for m in model.modules())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "t5"])
-def test_read_out_is_more_than_norm_and_head_where_the_family_scales(family: str) -> None:
+def test_unembedding_is_more_than_norm_and_head_where_the_family_scales(family: str) -> None:
     anatomy = find_anatomy(FAMILIES[family]())
     hidden = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         plain = anatomy.head(anatomy.normed(hidden))
-        full = anatomy.read_out(hidden)
+        full = anatomy.unembed(hidden)
     assert (plain - full).abs().max() > 0.05
     if family == "gemma2":
         torch.testing.assert_close(full, 5.0 * torch.tanh(plain / 5.0))
@@ -78,12 +78,12 @@ def test_read_out_is_more_than_norm_and_head_where_the_family_scales(family: str
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bart"])
-def test_read_out_keeps_leading_shape_and_gradients(family: str) -> None:
+def test_unembedding_keeps_leading_shape_and_gradients(family: str) -> None:
     anatomy = find_anatomy(FAMILIES[family]())
     hidden = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    logits = anatomy.read_out(hidden)
+    logits = anatomy.unembed(hidden)
     assert logits.shape == (7, VOCAB)
-    torch.testing.assert_close(logits, anatomy.read_out(hidden.view(1, 7, HIDDEN))[0])
+    torch.testing.assert_close(logits, anatomy.unembed(hidden.view(1, 7, HIDDEN))[0])
     logits.pow(2).sum().backward()
     assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
@@ -91,13 +91,13 @@ def test_read_out_keeps_leading_shape_and_gradients(family: str) -> None:
     assert "forward" not in anatomy.body.__dict__  # the body is its own again
 
 
-def test_bart_logit_bias_is_part_of_the_read_out() -> None:
+def test_bart_logit_bias_is_part_of_the_unembedding() -> None:
     model = FAMILIES["bart"]()
     model.final_logits_bias.fill_(1.5)
     anatomy = find_anatomy(model)
     hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(anatomy.read_out(hidden), anatomy.head(hidden) + 1.5)
+        torch.testing.assert_close(anatomy.unembed(hidden), anatomy.head(hidden) + 1.5)
 
 
 def test_final_norm_is_found_even_under_another_name() -> None:
@@ -108,7 +108,7 @@ def test_final_norm_is_found_even_under_another_name() -> None:
     nn.init.uniform_(model.model.embedding_norm.weight, 0.5, 2.0)
     anatomy = find_anatomy(model)
     assert anatomy.final_norm_path == "model.embedding_norm"
-    assert check_read_out(model, token_ids()) == 0.0
+    assert check_unembed(model, token_ids()) == 0.0
 
 
 def test_peft_wrapped_model() -> None:
@@ -117,7 +117,7 @@ def test_peft_wrapped_model() -> None:
     anatomy = find_anatomy(wrapped)
     assert wrapped.get_submodule(anatomy.blocks_path) is model.model.layers
     assert anatomy.block_of("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight") == 3
-    assert check_read_out(wrapped, token_ids()) == 0.0
+    assert check_unembed(wrapped, token_ids()) == 0.0
     found = projections(anatomy.blocks[0])
     assert found["self_attn.q_proj.base_layer.weight"].module == "self_attn.q_proj"
     assert found["self_attn.q_proj.base_layer.weight"].kind == "q"
@@ -191,5 +191,5 @@ def test_scaling_hidden_in_the_body_is_refused() -> None:
 
 
 def test_not_a_transformers_model() -> None:
-    with pytest.raises(ArchitectureError, match="no transformers model"):
+    with pytest.raises(ArchitectureError, match="not a transformers model"):
         find_anatomy(nn.Sequential(nn.Linear(2, 2)))

@@ -135,7 +135,7 @@ def test_gguf_with_other_content_is_converted_anew(tmp_path: Path, cache: Path) 
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"not a model", "no GGUF file"), (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 1), "cannot be converted")])
+    (b"not a model", "not a GGUF file"), (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 1), "cannot be converted")])
 def test_damaged_gguf(tmp_path: Path, cache: Path, content: bytes, says: str) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=says):

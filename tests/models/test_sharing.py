@@ -18,7 +18,7 @@ def test_a_copy_shares_everything_and_another_seed_nothing(name):
     same, other = copy.deepcopy(model), FAMILIES[name](seed=1)
     found = shared_parts([find_anatomy(m) for m in (model, same, other)])
     assert found.inputs == (0, 0, 2)
-    assert found.read_outs == (0, 0, 2)
+    assert found.unembeddings == (0, 0, 2)
     assert all(own == (0, 0, 2) for own in zip(*found.blocks, strict=True))
 
 
@@ -29,14 +29,14 @@ def changed(model, path: str):
     return made
 
 
-@pytest.mark.parametrize(("path", "inputs", "second_block", "read_outs"), [
+@pytest.mark.parametrize(("path", "inputs", "second_block", "unembeddings"), [
     ("model.layers.1.mlp.up_proj.weight", 0, 1, 0), ("model.norm.weight", 0, 0, 1),
     ("lm_head.weight", 0, 0, 1), ("model.embed_tokens.weight", 1, 0, 0)])
-def test_one_changed_number_is_seen_where_it_is(path, inputs, second_block, read_outs):
+def test_one_changed_number_is_seen_where_it_is(path, inputs, second_block, unembeddings):
     model = FAMILIES["llama"](seed=0)
     assert not find_anatomy(model).tied
     found = shared_parts([find_anatomy(model), find_anatomy(changed(model, path))])
-    assert (found.inputs[1], found.blocks[1][1], found.read_outs[1]) == (inputs, second_block, read_outs)
+    assert (found.inputs[1], found.blocks[1][1], found.unembeddings[1]) == (inputs, second_block, unembeddings)
     assert found.blocks[1][0] == 0
 
 
@@ -45,7 +45,7 @@ def test_equal_weights_under_another_config_are_not_the_same():
     other = copy.deepcopy(model)
     other.config.rms_norm_eps = 0.1
     found = shared_parts([find_anatomy(model), find_anatomy(other)])
-    assert (found.inputs[1], found.blocks[1], found.read_outs[1]) == (1, (1,) * 4, 1)
+    assert (found.inputs[1], found.blocks[1], found.unembeddings[1]) == (1, (1,) * 4, 1)
 
 
 def test_an_adapters_scale_is_not_in_its_weights_so_its_blocks_are_its_own():
@@ -55,4 +55,4 @@ def test_an_adapters_scale_is_not_in_its_weights_so_its_blocks_are_its_own():
         return peft.get_peft_model(FAMILIES["llama"](seed=0), config)
     found = shared_parts([find_anatomy(m) for m in (adapted(2), adapted(64))])
     assert found.blocks[1] == (0, 1, 0, 0)
-    assert (found.inputs[1], found.read_outs[1]) == (0, 0)
+    assert (found.inputs[1], found.unembeddings[1]) == (0, 0)

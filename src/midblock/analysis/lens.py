@@ -22,7 +22,7 @@ from midblock.analysis.passes import PassState, feed_batches, prepare
 from midblock.analysis.scores import TokenMean, exponential
 from midblock.capture.scoring import chunks_of_all_logits, counted_positions, sums_by_row
 from midblock.data import Batch, Dataset
-from midblock.models import LoadedModel, shared_read_outs
+from midblock.models import LoadedModel, shared_unembeddings
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.results import Estimate, Table
@@ -52,7 +52,7 @@ class _LensSums:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
         self.last = next(iter(stages.values())).anatomy.num_blocks
-        self._read_outs = dict(zip(stages, shared_read_outs([m.anatomy for m in stages.values()]), strict=True))
+        self._unembeddings = dict(zip(stages, shared_unembeddings([m.anatomy for m in stages.values()]), strict=True))
         sides = list(stages) + ([s + TWICE for s in stages] if settings.paper_code else [])
 
         def empty() -> Tensor:
@@ -75,15 +75,15 @@ class _LensSums:
         got: dict[str, list[Tensor]] = {}
         tops: dict[str, list[Tensor]] = {s: [] for s in states}
         vocab = max(m.anatomy.vocab_size for m in self._stages.values())
-        read_outs: dict[str, Callable[[Tensor], Tensor]] = {
-            s: m.anatomy.read_out for s, m in self._stages.items()}
+        unembeddings: dict[str, Callable[[Tensor], Tensor]] = {
+            s: m.anatomy.unembed for s, m in self._stages.items()}
         if h == self.last and self._settings.paper_code:
             for stage, model in self._stages.items():
                 rows[stage + TWICE] = rows[stage]
-                read_outs[stage + TWICE] = lambda z, own=model.anatomy: own.read_out(own.normed(z))  # type: ignore[misc]
+                unembeddings[stage + TWICE] = lambda z, own=model.anatomy: own.unembed(own.normed(z))  # type: ignore[misc]
         twins = self._twins(rows)
         alone = {side: rows[side] for side in dict.fromkeys(twins.values())}
-        for part, logits in chunks_of_all_logits({side: read_outs[side] for side in alone}, alone, vocab):
+        for part, logits in chunks_of_all_logits({side: unembeddings[side] for side in alone}, alone, vocab):
             self._chunk(logits, twins, target[part], got, tops)
             del logits  # before the next ones are made
         place = torch.tensor([self.place[i] for i in batch.indices])
@@ -98,7 +98,7 @@ class _LensSums:
     def _twins(self, rows: Mapping[str, Tensor]) -> dict[str, str]:
         """Side -> the first side with equal states, final norm and head: before the first tuned block, say."""
         def same(a: str, b: str) -> bool:
-            owners = {self._read_outs[side.removesuffix(TWICE)] for side in (a, b)}
+            owners = {self._unembeddings[side.removesuffix(TWICE)] for side in (a, b)}
             return (a.endswith(TWICE) == b.endswith(TWICE) and len(owners) == 1
                     and rows[a].device == rows[b].device and torch.equal(rows[a], rows[b]))
         found: dict[str, str] = {}

@@ -23,7 +23,7 @@ from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_b
 from midblock.errors import DataError, OutputError
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, stage_names
-from midblock.models.inference import many_read_outs
+from midblock.models.inference import many_unembeddings
 from midblock.progress import Progress, silent
 from midblock.provenance import atomic_path
 from midblock.results import Table
@@ -238,7 +238,7 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
     total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
     tokens = 0
     try:
-        with torch.inference_mode(), (many_read_outs(m.anatomy for m in stages.values()) if heads
+        with torch.inference_mode(), (many_unembeddings(m.anatomy for m in stages.values()) if heads
                                      else contextlib.nullcontext()):
             for batch in batches:
                 if not done.issuperset(batch.indices):

@@ -24,7 +24,7 @@ from midblock.data import Batch, Dataset
 from midblock.errors import SettingsError
 from midblock.models import LoadedModel, SharedParts, shared_parts
 from midblock.models.chain import comparisons, side_of
-from midblock.models.inference import many_read_outs
+from midblock.models.inference import many_unembeddings
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Table
@@ -127,7 +127,7 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     batches = inputs.batches()
     total = sum(num_blocks - run.start for run in runs) * len(batches)
     done = 0
-    with torch.inference_mode(), many_read_outs(m.anatomy for m in models):
+    with torch.inference_mode(), many_unembeddings(m.anatomy for m in models):
         for batch in batches:
             states: list[dict[int, Tensor]] = []  # per run, what later ones resume from
             for number, run in enumerate(runs):
@@ -218,7 +218,7 @@ def _scored(run: _Run, batch: Batch, last: Tensor, stages: Mapping[str, LoadedMo
     Returns:
         (recipient, donor, mask, head) -> scores of the batch's rows.
     """
-    owner_of = dict(zip(stages, parts.read_outs, strict=True))
+    owner_of = dict(zip(stages, parts.unembeddings, strict=True))
     by_owner: dict[int, RowScores] = {}
     scored = {}
     for recipient, donor, mask in run.serves:

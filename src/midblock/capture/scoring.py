@@ -46,19 +46,19 @@ def head_rows(vocab_size: int, device: torch.device) -> int:
     return max(_HEAD_ROWS, _HEAD_NUMBERS // vocab_size)
 
 
-def chunks_of_logits(read_out: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
+def chunks_of_logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, vocab_size: int
                      ) -> Iterator[tuple[slice, Tensor]]:
     """Logits (n, V) of hidden rows (N, d) in the model's own dtype, some rows at a time, with their slice."""
-    for part, logits in chunks_of_all_logits({"": read_out}, {"": rows}, vocab_size):
+    for part, logits in chunks_of_all_logits({"": unembed}, {"": rows}, vocab_size):
         yield part, logits.pop("")
 
 
-def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
+def chunks_of_all_logits(unembeddings: Mapping[str, Callable[[Tensor], Tensor]], rows: Mapping[str, Tensor],
                          vocab_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """Logits (n, V) of hidden rows in the models' own dtype, for several models at once.
 
     Args:
-        read_outs: Model -> final norm and head, (n, d) -> (n, V).
+        unembeddings: Model -> final norm and head, (n, d) -> (n, V).
         rows: Model -> hidden rows (N, d), equally many.
         vocab_size: V, to bound the chunks.
 
@@ -69,7 +69,7 @@ def chunks_of_all_logits(read_outs: Mapping[str, Callable[[Tensor], Tensor]], ro
     wide = head_rows(vocab_size, first.device)
     for lo in range(0, first.shape[0], wide):
         whole = slice(lo, min(lo + wide, first.shape[0]))
-        yield whole, {name: read_outs[name](part[whole]) for name, part in rows.items()}
+        yield whole, {name: unembeddings[name](part[whole]) for name, part in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def score_hidden(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> RowScores:
     target = batch.input_ids.roll(-1, dims=1)[mask]
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty_like(loss)
-    for part, logits in chunks_of_logits(anatomy.read_out, rows, anatomy.vocab_size):
+    for part, logits in chunks_of_logits(anatomy.unembed, rows, anatomy.vocab_size):
         sums = metrics.row_sums(logits, target[part])
         correct[part] = (metrics.top_k(logits, sums.maxima, 1)[:, 0] == target[part]).float()
         loss[part] = sums.loss

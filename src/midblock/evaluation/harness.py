@@ -227,7 +227,7 @@ class MemoryLM(HFLM):
             target = torch.tensor(targets, device=self.device)
             score = torch.empty(len(targets), dtype=torch.float32, device=self.device)
             greedy = torch.empty(len(targets), dtype=torch.bool, device=self.device)
-            for part, logits in chunks_of_logits(anatomy.read_out, hidden[unique[0], unique[1]],
+            for part, logits in chunks_of_logits(anatomy.unembed, hidden[unique[0], unique[1]],
                                                  anatomy.vocab_size):
                 here = ((of >= part.start) & (of < part.stop)).nonzero()[:, 0]
                 lines = of[here] - part.start

@@ -206,7 +206,7 @@ def local_logprobs(loaded: LoadedModel, rows: Sequence[ServedRow]) -> list[Float
             hidden = run_blocks(loaded.model, loaded.anatomy, batch)[0, row.start - 1:-1]
             target = batch.input_ids[0, row.start:]
             loss = torch.empty(len(target), dtype=torch.float32, device=loaded.device)
-            for part, logits in chunks_of_logits(loaded.anatomy.read_out, hidden, loaded.anatomy.vocab_size):
+            for part, logits in chunks_of_logits(loaded.anatomy.unembed, hidden, loaded.anatomy.vocab_size):
                 loss[part] = metrics.row_sums(logits, target[part]).loss
             found.append(-loss.double().cpu().numpy())
     return found

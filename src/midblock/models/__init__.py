@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from midblock.models.adapters import AdapterFile, base_weight, layer_factors, merged_weight
-from midblock.models.anatomy import Anatomy, check_read_out, find_anatomy, text_config
+from midblock.models.anatomy import Anatomy, check_unembed, find_anatomy, text_config
 from midblock.models.chain import (
     check_fit,
     comparisons,
@@ -21,7 +21,7 @@ from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_o
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.saving import save_checkpoint
-from midblock.models.sharing import SharedParts, shared_parts, shared_read_outs
+from midblock.models.sharing import SharedParts, shared_parts, shared_unembeddings
 
 __all__ = [
     "AdapterFile",
@@ -36,7 +36,7 @@ __all__ = [
     "base_weight",
     "check_finite_weights",
     "check_fit",
-    "check_read_out",
+    "check_unembed",
     "choose_dtype",
     "comparisons",
     "find_anatomy",
@@ -58,7 +58,7 @@ __all__ = [
     "resolve_stages",
     "save_checkpoint",
     "shared_parts",
-    "shared_read_outs",
+    "shared_unembeddings",
     "side_of",
     "split_fused",
     "stage_names",

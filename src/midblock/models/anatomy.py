@@ -30,7 +30,7 @@ from midblock.models.matrices import NORM, attentions
 
 __all__ = [
     "Anatomy",
-    "check_read_out",
+    "check_unembed",
     "find_anatomy",
     "text_config",
 ]
@@ -97,10 +97,10 @@ class Anatomy:
         """The final norm of a hidden state (the state itself where the family has no such norm)."""
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def read_out(self, hidden: Tensor) -> Tensor:
+    def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of a hidden state: final norm, head and the family's own scaling or soft cap.
 
-        ``read_out`` of hidden L (un-normed) is the model's logits. Gradients flow. Where the
+        ``unembed`` of hidden L (un-normed) is the model's logits. Gradients flow. Where the
         family does more than apply the head (Gemma's soft cap, Granite's and Cohere's scaling,
         T5's scaled tied head, BART's logit bias) the model's own forward does it, with its body
         replaced by the given state: one model, one thread at a time.
@@ -175,7 +175,7 @@ def find_anatomy(model: nn.Module, *, verify: bool = True) -> Anatomy:
         final_norm=norms[0], final_norm_path=_path_of(paths, norms[0]),
         head=head, head_path=paths[id(head)], tied=head_weight is embedding_weight,
         num_blocks=num_blocks, hidden_size=hidden_size,
-        # quantised weights are packed; PEFT can leave a tied head whose out_features are wrong
+        # quantised weights are packed; PEFT can leave a tied head with wrong out_features
         vocab_size=int(head_weight.shape[0] if head_weight.is_floating_point()
                        else getattr(head, "out_features", head_weight.shape[0])),
         body=body, body_path=body_path, causal_lm=lm)
@@ -197,7 +197,7 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise ArchitectureError(
-        f"{type(model).__name__} is no transformers model and holds none; "
+        f"{type(model).__name__} is not a transformers model and holds none; "
         "load it with transformers' AutoModelForCausalLM.")
 
 
@@ -328,7 +328,7 @@ def _parameters_outside_blocks(anatomy: Anatomy) -> Iterator[nn.Parameter]:
 
 
 # ---------------------------------------------------------------------------------------------
-# reading out through the model's own forward
+# logits through the model's own forward
 
 
 class _Normed(BaseModelOutputWithPastAndCrossAttentions):
@@ -408,7 +408,7 @@ def _verified(anatomy: Anatomy, norms: list[tuple[str | None, nn.Module | None]]
         probe = _probe(anatomy)
         result = _body_with_blocks_passed_over(anatomy, probe)
         if result is None:  # how this family calls its blocks is unknown: run it in full
-            check_read_out(anatomy.causal_lm, anatomy=anatomy)
+            check_unembed(anatomy.causal_lm, anatomy=anatomy)
             return anatomy
         for path, norm in norms:
             expected = probe if norm is None else norm(probe)
@@ -452,9 +452,9 @@ def _body_with_blocks_passed_over(anatomy: Anatomy, probe: Tensor) -> Tensor | N
     return None
 
 
-def check_read_out(model: nn.Module, input_ids: Tensor | None = None, *,
+def check_unembed(model: nn.Module, input_ids: Tensor | None = None, *,
                    anatomy: Anatomy | None = None) -> float:
-    """Run the whole model on a few tokens and compare its logits with `Anatomy.read_out`.
+    """Run the whole model on a few tokens and compare its logits with `Anatomy.unembed`.
 
     Args:
         model: As for `find_anatomy`.
@@ -486,7 +486,7 @@ def check_read_out(model: nn.Module, input_ids: Tensor | None = None, *,
     try:
         with _evaluating(lm):
             logits = lm(**inputs).logits
-            read = anatomy.read_out(seen[-1]) if seen else None
+            read = anatomy.unembed(seen[-1]) if seen else None
     finally:
         handle.remove()
     if read is None:

@@ -278,7 +278,7 @@ def dense_attention(model: nn.Module) -> Iterator[bool]:
     bfloat16 by matrix products of its own.
 
     Scores are float32 as in PyTorch's flash kernel; that kernel takes about twice the time forward
-    and backward at 100 to 500 tokens. Other number formats, single queries, and whatever has a soft cap,
+    and backward at 100 to 500 tokens. Other dtypes, single queries, and whatever has a soft cap,
     sinks, dropout or long sequences, keep PyTorch's kernel.
 
     Yields:

@@ -48,7 +48,7 @@ def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
         inside = sorted(folder.glob("*.gguf"))
         hint = f" It holds {inside[0].name}: name that file itself." if inside else ""
         raise CheckpointError(f"model {spec!r}: the folder has no config.json and no "
-                              f"adapter_config.json, so it is no checkpoint.{hint}")
+                              f"adapter_config.json, so it is not a checkpoint.{hint}")
     if weight_files(folder, required=False):
         return folder
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
@@ -142,7 +142,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Tensor table of a safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: the file is truncated or is no safetensors.
+        CheckpointError: the file is truncated or is not safetensors.
     """
     try:
         size = path.stat().st_size
@@ -159,7 +159,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged: its header is no safetensors header; fetch or write it "
+        raise CheckpointError(f"{path} is damaged: its header is not one of safetensors; fetch or write it "
                               "again.") from error
     if size != 8 + length + end:
         what = "truncated" if size < 8 + length + end else "damaged"

@@ -49,7 +49,7 @@ def convert_gguf(path: Path, spec: str) -> Path:
     except OSError as error:
         raise ModelNotFoundError(f"model {spec!r}: {path.name} cannot be read ({error.strerror}).") from error
     if magic != b"GGUF":
-        raise CheckpointError(f"model {spec!r}: {path.name} is no GGUF file (it starts with {magic!r}).")
+        raise CheckpointError(f"model {spec!r}: {path.name} is not a GGUF file (it starts with {magic!r}).")
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) and not path.stem.endswith("-00001-of-00001"):
         raise CheckpointError(f"model {spec!r}: {path.name} is one part of a split GGUF file; join the "
                               "parts first (llama.cpp's gguf-split --merge).")

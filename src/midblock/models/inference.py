@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from midblock.models.anatomy import Anatomy
 from midblock.models.forwards import replace_forward
 
-__all__ = ["freed_memory_kept", "laid_out", "many_read_outs"]
+__all__ = ["freed_memory_kept", "laid_out", "many_unembeddings"]
 
 # rows of a product that the layout is chosen for
 _ROWS = 256
@@ -31,7 +31,7 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 
 
 @contextlib.contextmanager
-def many_read_outs(anatomies: Iterable[Anatomy]) -> Iterator[None]:
+def many_unembeddings(anatomies: Iterable[Anatomy]) -> Iterator[None]:
     """Both of `laid_out` and `freed_memory_kept`, for the time of a pass."""
     with freed_memory_kept(), laid_out(anatomies):
         yield

@@ -210,7 +210,7 @@ def read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
                 f"model {spec!r} needs Python code of its own (model_type {raw.get('model_type')!r}), and "
                 "loading would run it. Read that code, then allow it with --trust-remote-code.") from error
         if "model_type" not in raw:
-            raise CheckpointError(f"{folder / 'config.json'} names no model_type, so it is no "
+            raise CheckpointError(f"{folder / 'config.json'} names no model_type, so it is not a "
                                   "transformers config.") from error
         import transformers
 
@@ -237,7 +237,7 @@ def model_class(config: Any, spec: str, trust_remote_code: bool) -> Any:
     if getattr(config, "auto_map", None) and not trust_remote_code:
         raise UnsafeCheckpointError(f"model {spec!r} needs Python code of its own; read it, then allow it "
                                     "with --trust-remote-code.")
-    raise ArchitectureError(f"model {spec!r} (model_type {config.model_type!r}) is no language model with a "
+    raise ArchitectureError(f"model {spec!r} (model_type {config.model_type!r}) is not a language model with a "
                             "head that transformers can load.")
 
 

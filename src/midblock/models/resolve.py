@@ -50,11 +50,11 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
         return checked_folder(path, text, allow_pickle)
     if path.exists():
         raise ModelNotFoundError(
-            f"model {text!r} is a file that is no .gguf; name the folder that holds it, a .gguf "
+            f"model {text!r} is a file but not a .gguf file; name the folder that holds it, a .gguf "
             "file, a hub id, or smollm2.")
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", text) or text.startswith((".", "-")):
         raise ModelNotFoundError(
-            f"model {text!r}: there is no such folder, and it is no hub id; name a folder, a .gguf "
+            f"model {text!r}: there is no such folder, and it is not a hub id; name a folder, a .gguf "
             "file, a hub id such as allenai/OLMo-2-0425-1B, or smollm2.")
     return checked_folder(_download(text, revision, allow_pickle, trust_remote_code), text, allow_pickle)
 

@@ -45,7 +45,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
 
     folder = Path(folder).expanduser()
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise AdapterError(f"{type(model).__name__} is no plain transformers model; merge the adapter first "
+        raise AdapterError(f"{type(model).__name__} is not a plain transformers model; merge the adapter first "
                            "(merge_and_unload), or save the adapter itself.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; name another.")

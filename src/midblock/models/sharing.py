@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy, text_config
 
-__all__ = ["SharedParts", "shared_parts", "shared_read_outs"]
+__all__ = ["SharedParts", "shared_parts", "shared_unembeddings"]
 
 # entries of a config that do not change what its model computes
 _NAMES_ONLY = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype",
@@ -30,12 +30,12 @@ class SharedParts:
     Attributes:
         inputs: Everything before block 0.
         blocks: Per model, per block.
-        read_outs: Final norm, head and what the family does to logits.
+        unembeddings: Final norm, head and what the family does to logits.
     """
 
     inputs: tuple[int, ...]
     blocks: tuple[tuple[int, ...], ...]
-    read_outs: tuple[int, ...]
+    unembeddings: tuple[int, ...]
 
 
 def shared_parts(models: Sequence[Anatomy]) -> SharedParts:
@@ -58,12 +58,12 @@ def shared_parts(models: Sequence[Anatomy]) -> SharedParts:
     by_block = [_first(models, configs, lambda m, b=b: _state([("", m.blocks[b])]))  # type: ignore[misc]
                 for b in range(depth)]
     return SharedParts(_first(models, configs, _before_blocks), tuple(zip(*by_block, strict=True)),
-                       shared_read_outs(models))
+                       shared_unembeddings(models))
 
 
-def shared_read_outs(models: Sequence[Anatomy]) -> tuple[int, ...]:
-    """`SharedParts.read_outs` alone."""
-    return _first(models, [_config(m) for m in models], _read_out)
+def shared_unembeddings(models: Sequence[Anatomy]) -> tuple[int, ...]:
+    """`SharedParts.unembeddings` alone."""
+    return _first(models, [_config(m) for m in models], _unembedding)
 
 
 def _first(models: Sequence[Anatomy], configs: Sequence[dict[str, Any]],
@@ -105,7 +105,7 @@ def _before_blocks(model: Anatomy) -> dict[str, Tensor] | None:
     return {k: v for k, v in (*body.named_parameters(), *body.named_buffers()) if id(v) not in later}
 
 
-def _read_out(model: Anatomy) -> dict[str, Tensor] | None:
+def _unembedding(model: Anatomy) -> dict[str, Tensor] | None:
     parts = [("head", model.head)] + ([("norm", model.final_norm)] if model.final_norm is not None else [])
     state = _state(parts)
     if state is None:

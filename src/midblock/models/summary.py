@@ -125,7 +125,7 @@ def summarize_model(spec: str | Path, *, trust_remote_code: bool = False, allow_
     Args:
         spec: As for `load_model`; of an adapter's folder its base model is shown.
         trust_remote_code: Run the Python code that a checkpoint brings along.
-        allow_pickle: Accept ``.bin`` weights (their number format is then the config's word).
+        allow_pickle: Accept ``.bin`` weights (their dtype is then the config's word).
         revision: Branch, tag or commit of a hub id.
 
     Raises:

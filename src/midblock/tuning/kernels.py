@@ -86,7 +86,7 @@ def has_plain_head(anatomy: Anatomy) -> bool:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 3, anatomy.hidden_size, generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
-        return torch.equal(anatomy.read_out(probe), head(anatomy.normed(probe)))
+        return torch.equal(anatomy.unembed(probe), head(anatomy.normed(probe)))
 
 
 def supervised_loss(anatomy: Anatomy, inputs: dict[str, Tensor], *, plain: bool,
