@@ -328,7 +328,8 @@ def test_tune_never_empties_a_folder_of_models(tmp_path: Path, tiny_tokenizer: A
     cache = tmp_path / "cache"
     assert run([*words, "--cache", f"disk:{cache}", "--out", str(tmp_path / "two")]) == 0
     want = (tmp_path / "two" / "adapter" / "adapter_model.safetensors").read_bytes()
-    for path in rows_of(cache)[:3]:
+    # all of them: rows that are computed in other company than before may differ in their last bits
+    for path in rows_of(cache):
         content = bytearray(path.read_bytes())
         content[-1] ^= 64
         path.write_bytes(content)
@@ -336,9 +337,9 @@ def test_tune_never_empties_a_folder_of_models(tmp_path: Path, tiny_tokenizer: A
     assert run([*words, "--cache", f"disk:{cache}", "--out", str(tmp_path / "three")]) == 0
     assert (tmp_path / "three" / "adapter" / "adapter_model.safetensors").read_bytes() == want
     found = json.loads((tmp_path / "three" / "run.json").read_text())["results"]
-    assert found["training"]["prefix"]["rows_damaged"] == 3
-    assert any("3 rows of the prefix cache" in note for note in found["notes"])
-    assert "were damaged and computed anew" in capsys.readouterr().out
+    assert found["training"]["prefix"]["rows_damaged"] == 8
+    assert any("8 rows of the prefix cache" in note for note in found["notes"])
+    assert "were damaged and computed anew" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_sweep_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:

@@ -75,12 +75,14 @@ def tune(
 def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSettings, store: Any, *, out: Path,
          resume: bool, quantised: bool) -> None:
     from midblock.data import load_data
+    from midblock.extras import require
     from midblock.models import load_model
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.tuning import tune as run_tuning
     from midblock.tuning.run import load_4bit, require_tracker
 
+    require("trl", "midblock tune")
     require_tracker(settings.report_to)
     dataset = load_data(data, split="train")
     if not resume:

@@ -162,6 +162,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         MissingExtraError: trl is not installed.
     """
     require("trl", "midblock tune")
+    require("trl", "midblock tune")
     wanted = TuneSettings(**{**({} if settings is None else settings.given()), **overrides})
     store = prefix_cache(wanted.cache if cache is None else cache, wanted.cache_limit)
     if isinstance(model, LoadedModel):
