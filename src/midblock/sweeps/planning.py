@@ -218,7 +218,7 @@ def equivalence_margin(items: int, seeds: int, wanted: StatisticsConfig, *, bina
 
     Example:
         >>> round(equivalence_margin(200, 1, StatisticsConfig(), binary=True, tests=1), 3)
-        0.134
+        0.095
     """
     p = wanted.expected_accuracy
     error = minimum_detectable_difference(items, seeds, binary=False, sd=math.sqrt(p * (1 - p)) if binary else 1.0,

@@ -66,6 +66,7 @@ class PrefixCache:
         OutputError: the folder holds other files than a cache's own.
 
     Example:
+        >>> import torch
         >>> cache = PrefixCache()
         >>> cache.put("model-a", "row-1", torch.ones(3, 4)); cache.get("model-a", "row-1").shape
         torch.Size([3, 4])
