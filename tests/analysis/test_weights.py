@@ -256,7 +256,7 @@ def adapter_folder(model, folder: Path, **config) -> tuple[Path, torch.nn.Module
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=6, **config))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     wrapped.save_pretrained(folder)
     return folder, wrapped.merge_and_unload()
@@ -270,15 +270,35 @@ ADAPTERS = {
     "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
     "embeddings and saved modules": ("llama", {"target_modules": ["k_proj", "embed_tokens"],
                                                "modules_to_save": ["lm_head"]}),
+    "single tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}),
+    "stacked experts": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": [
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "fused": ("phi3", {"target_modules": ["qkv_proj"]}),
 }
 
 
+def gpt_oss() -> tf.GptOssForCausalLM:
+    """A family whose files store experts as one stack, (in, out)."""
+    torch.manual_seed(0)
+    return tf.GptOssForCausalLM(tf.GptOssConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0))
+
+
+def test_experts_that_the_base_stores_one_by_one_are_not_another_model(tmp_path):
+    model = FAMILIES["mixtral"]()
+    base = saved(model, tmp_path / "base")
+    adapter, _ = adapter_folder(model, tmp_path / "adapter", target_modules=["q_proj"],
+                                target_parameters=["experts.down_proj"])
+    with pytest.raises(AdapterError, match=r"experts as one stack.*one by one.*Merge"):
+        weights(base, adapter)
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_an_adapter_equals_its_merged_model(case, tmp_path):
     family, config = ADAPTERS[case]
-    model = FAMILIES[family]()
+    model = {**FAMILIES, "gpt_oss": gpt_oss}[family]()
     base = saved(model, tmp_path / "base")
     adapter, merged = adapter_folder(model, tmp_path / "adapter", **config)
     full = saved(merged, tmp_path / "merged")

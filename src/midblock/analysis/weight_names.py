@@ -449,6 +449,9 @@ def _map_adapter(stage: Stage, reference: Sequence[str]) -> None:
     adapted = stage.adapter.adapted()
     names = _align(adapted, reference)
     lost = [n for n in adapted if n not in names]
+    if lost and all(n in stage.adapter.stacked_experts for n in lost):
+        raise AdapterError(f"{stage.adapter.folder} changes experts as one stack ({lost[0]}, ...), which the files of "
+                           "the base store one by one. Merge the adapter and save the model, then compare that.")
     if lost:
         raise AdapterError(f"{stage.adapter.folder} changes {len(lost)} weights that the base lacks "
                            f"({', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}); it is an adapter of "

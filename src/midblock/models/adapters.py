@@ -62,6 +62,11 @@ class AdapterFile(Checkpoint):
         """Names of the base model's weights that this adapter changes."""
         return list(self._parts)
 
+    @property
+    def stacked_experts(self) -> set[str]:
+        """Adapted weights that are stacks of experts (PEFT's ``target_parameters``)."""
+        return {name for name, parts in self._parts.items() if "experts_A" in parts}
+
     def replacement(self, name: str) -> str | None:
         """Name of the tensor that stands in place of a base weight as a whole; None where there is none."""
         parts = self._parts.get(name, {})
