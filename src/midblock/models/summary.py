@@ -143,13 +143,15 @@ def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_p
                    revision: str | None = None) -> tuple[nn.Module, torch.dtype, Path]:
     """A model without weights (on the meta device), the dtype it is stored in, and its folder.
 
+    Of a hub id no weight is fetched; its dtype is then the config's word.
+
     Arguments and errors as for `summarize_model`.
     """
     name = str(spec)
     folder = resolve_checkpoint(name, revision=revision, allow_pickle=allow_pickle,
-                                trust_remote_code=trust_remote_code)
+                                trust_remote_code=trust_remote_code, weights=False)
     if is_adapter_folder(folder):
-        folder = base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        folder = base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, weights=False)
     config = read_config(folder, name, trust_remote_code)
     stored = stored_dtype(folder, config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
