@@ -121,7 +121,7 @@ Tokenizer = Annotated[TokenizerOf, typer.Option(
 Device = Annotated[str, typer.Option(
     "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
 
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of every random choice.")]
 
 TrustRemoteCode = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Run Python code that comes with the model. Only if you trust its author.")]

@@ -23,10 +23,10 @@ from midblock.models.checkpoints import (
     Checkpoint,
     fingerprint,
     is_adapter_folder,
-    read_object,
 )
 from midblock.models.quiet import first_line, quiet
 from midblock.models.resolve import resolve_checkpoint
+from midblock.models.validation import read_adapter_config
 
 __all__ = ["AdapterFile", "base_of_adapter", "base_weight", "layer_factors", "merged_weight", "other_base",
            "with_adapter"]
@@ -265,7 +265,7 @@ def base_of_adapter(folder: Path, *, allow_pickle: bool, trust_remote_code: bool
 
 
 def _recorded_base(folder: Path) -> str | None:
-    return read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or None
+    return read_adapter_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or None
 
 
 def other_base(adapter: Path, spec: str, base: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 import time
@@ -18,12 +17,19 @@ from torch import Tensor
 
 from midblock.errors import CheckpointError, OutputError, UnsafeCheckpointError
 from midblock.models.quiet import first_line
+from midblock.models.validation import (
+    check_adapter_halves,
+    check_weight_dtypes,
+    read_adapter_config,
+    read_config,
+    read_header,
+    read_index,
+)
 from midblock.provenance import atomic_path, cache_dir, sha256_of
-from midblock.reading import read_json
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX", "WEIGHTS", "Checkpoint", "checked_folder", "file_digest",
            "fingerprint",
-           "is_adapter_folder", "is_pickled", "read_object", "weight_files",
+           "is_adapter_folder", "is_pickled", "weight_files",
            "weights_are_there"]
 
 WEIGHTS = "model.safetensors"
@@ -113,16 +119,6 @@ def file_digest(path: Path) -> str:
     return digest
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds no object.
-    """
-    found: dict[str, Any] = read_json(path, error=CheckpointError)
-    return found
-
-
 def weight_files(folder: Path, *, required: bool = True) -> list[Path]:
     """Safetensors files of a checkpoint or adapter, in order."""
     for name in (WEIGHTS, ADAPTER_WEIGHTS):
@@ -130,9 +126,7 @@ def weight_files(folder: Path, *, required: bool = True) -> list[Path]:
         if (folder / name).is_file() and (name == WEIGHTS or is_adapter_folder(folder)):
             return [folder / name]
     if (folder / INDEX).is_file():
-        shards = read_object(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise CheckpointError(f"{folder / INDEX} names no weights.")
+        shards = read_index(folder / INDEX)
         missing = sorted({s for s in shards.values() if not (folder / s).is_file()})
         if missing:
             raise CheckpointError(f"{folder}: {len(missing)} of the shards that {INDEX} names are missing "
@@ -142,36 +136,6 @@ def weight_files(folder: Path, *, required: bool = True) -> list[Path]:
         raise CheckpointError(f"{folder} has no safetensors weights (looked for {WEIGHTS}, {INDEX} "
                               f"and {ADAPTER_WEIGHTS}).")
     return []
-
-
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor table of a safetensors file, checked against the file's size.
-
-    Raises:
-        CheckpointError: the file is truncated or is not safetensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise CheckpointError(f"{path} is damaged: its header cannot be {length} bytes in a file of "
-                                      f"{size}; fetch or write it again.")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        for entry in header.values():
-            entry["dtype"], entry["shape"]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged: its header is not one of safetensors; fetch or write it "
-                              "again.") from error
-    if size != 8 + length + end:
-        what = "truncated" if size < 8 + length + end else "damaged"
-        raise CheckpointError(f"{path} is {what}: its header describes {8 + length + end} bytes, the file "
-                              f"has {size}; fetch or write it again.")
-    return header  # type: ignore[no-any-return]
 
 
 class Checkpoint:
@@ -189,24 +153,34 @@ class Checkpoint:
         self.folder = Path(folder)
         self.is_adapter = is_adapter_folder(self.folder)
         checked_folder(self.folder, str(folder), allow_pickle=False)
-        self.config: dict[str, Any] = read_object(
-            self.folder / (ADAPTER_CONFIG if self.is_adapter else "config.json"))
+        self.config: dict[str, Any] = (read_adapter_config(self.folder / ADAPTER_CONFIG) if self.is_adapter
+                                       else read_config(self.folder / "config.json"))
         self.files = weight_files(self.folder)
         self._where: dict[str, Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         for path in self.files:
-            for name, entry in _read_header(path).items():
+            for name, entry in read_header(path).items():
                 self._where[name] = path
                 self._entries[name] = entry
+        if self.is_adapter:
+            check_adapter_halves(self._entries, str(self.folder))
         index = self.folder / INDEX
         if index.is_file() and len(self.files) > 1:
-            lost = sorted(set(read_object(index)["weight_map"]) - set(self._entries))
+            lost = sorted(set(read_index(index)) - set(self._entries))
             if lost:
                 raise CheckpointError(f"{index} names weights that no shard holds: {', '.join(lost[:3])}"
                                       f"{' ...' if len(lost) > 3 else ''}.")
         self._open: dict[Path, Any] = {}
         self._data_start: dict[Path, int] = {}
         self._blocks_prefix: str | None = None
+
+    def check_weight_dtypes(self) -> None:
+        """Refuse whole numbers where weights are expected (`midblock.models.validation`).
+
+        Raises:
+            CheckpointError: a weight of whole numbers, and no quantisation that explains it.
+        """
+        check_weight_dtypes(self._entries, self.config, str(self.folder))
 
     def names(self) -> list[str]:
         """Names of all tensors, in file order."""

@@ -15,11 +15,12 @@ import torch
 from filelock import FileLock
 
 from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
-from midblock.models.checkpoints import Checkpoint, file_digest, read_object
+from midblock.models.checkpoints import Checkpoint, file_digest
 from midblock.models.dtypes import DTYPES
 from midblock.models.quiet import first_line, quiet
 from midblock.models.saving import save_checkpoint
 from midblock.provenance import cache_dir, sha256_of
+from midblock.reading import read_json
 
 __all__ = ["convert_gguf", "precision_of"]
 
@@ -100,7 +101,7 @@ def precision_of(folder: Path) -> torch.dtype:
     bfloat16 where they are quantised.
     """
     if (folder / _ORIGIN).is_file():
-        return DTYPES.get(read_object(folder / _ORIGIN).get("precision", ""), torch.float32)
+        return DTYPES.get(str(read_json(folder / _ORIGIN, error=CheckpointError).get("precision")), torch.float32)
     return Checkpoint(folder).main_dtype()
 
 

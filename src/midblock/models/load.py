@@ -37,13 +37,14 @@ from midblock.models.checkpoints import (
     fingerprint,
     is_adapter_folder,
     is_pickled,
-    read_object,
     weights_are_there,
 )
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
 from midblock.models.gguf import precision_of
 from midblock.models.quiet import first_line, quiet
 from midblock.models.resolve import resolve_checkpoint
+from midblock.models.validation import read_adapter_config
+from midblock.models.validation import read_config as read_config_file
 from midblock.provenance import sha256_of
 from midblock.segments import format_blocks
 
@@ -155,6 +156,12 @@ def load_model(
         adapter_folder = resolve_checkpoint(adapter, allow_pickle=allow_pickle)
         if not (adapter_folder / "adapter_config.json").is_file():
             raise AdapterError(f"adapter {str(adapter)!r} holds no adapter_config.json.")
+    if adapter_folder is not None:
+        read_adapter_config(adapter_folder / "adapter_config.json")
+        if not allow_pickle and not (adapter_folder / "adapter_model.safetensors").is_file():
+            raise UnsafeCheckpointError(
+                f"adapter {str(adapter_folder)!r} has no adapter_model.safetensors, and reading a pickle can run any "
+                "code. Convert it to safetensors, or allow it with --allow-pickle if you trust its source.")
     config = read_config(folder, text, trust_remote_code)
     choice = dtype if isinstance(dtype, DtypeChoice) else choose_dtype(
         dtype, stored=stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),
@@ -195,6 +202,7 @@ def load_model(
 def stored_dtype(folder: Path, config: Any) -> torch.dtype:
     """See `precision_of`; every header is checked on the way."""
     if not is_pickled(folder) and weights_are_there(folder):
+        Checkpoint(folder).check_weight_dtypes()
         return precision_of(folder)
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -206,7 +214,7 @@ def parameters_in(folder: Path) -> int:
 
 
 def read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
-    raw = read_object(folder / "config.json")
+    raw = read_config_file(folder / "config.json")
     try:
         with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code,

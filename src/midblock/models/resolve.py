@@ -14,11 +14,11 @@ from midblock.models.checkpoints import (
     INDEX,
     WEIGHTS,
     checked_folder,
-    read_object,
     weight_files,
 )
 from midblock.models.gguf import convert_gguf
 from midblock.models.quiet import quiet
+from midblock.models.validation import read_index
 
 __all__ = ["embedded_gguf", "resolve_checkpoint"]
 
@@ -89,7 +89,7 @@ def _download(spec: str, revision: str | None, allow_pickle: bool, trust_remote_
                 return folder
             index = folder / INDEX
             if index.is_file():
-                fetch(*sorted(set(read_object(index).get("weight_map", {}).values())))
+                fetch(*sorted(set(read_index(index).values())))
             else:
                 fetch(WEIGHTS, ADAPTER_WEIGHTS)
             if not weight_files(folder, required=False):

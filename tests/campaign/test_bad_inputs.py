@@ -1,0 +1,91 @@
+"""Damaged inputs end in one clear line or in a result: a few in every run of the tests, a thousand in the slow one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from campaign_mutations import KINDS, damage
+from campaign_world import COMMANDS, Case, build, case_of
+
+from campaign import campaign, is_good, judge, run_case, snapshot
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAST = 24
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("campaign")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIDBLOCK_CACHE", str(folder / "cache"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        (folder / "world").mkdir()
+        build(folder / "world")
+        yield folder / "world"
+
+
+@pytest.mark.e2e
+def test_some_damaged_inputs(world: Path) -> None:
+    bad = [result for number in range(FAST) if not is_good(result := run_case(11, number, world))]
+    assert bad == []
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_thousand_damaged_inputs(world: Path) -> None:
+    results = list(campaign(int(os.environ.get("CAMPAIGN_SEED", "7")), 1000, world))
+    assert len(results) == 1000
+    counts = Counter(r["verdict"] for r in results)
+    assert [r for r in results if not is_good(r)] == [], counts
+    assert counts["refused"] > 300  # the damage is real
+    assert counts["ok"] > 100  # and not everything is refused
+
+
+def test_every_case_is_made_again_from_its_number(world: Path) -> None:
+    for number in range(3 * len(COMMANDS)):
+        assert case_of(5, number, world) == case_of(5, number, world)
+    assert {case_of(5, n, world).words[0] for n in range(len(COMMANDS))} == {words[0] for words, _ in COMMANDS}
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_damage_changes_the_file(world: Path, tmp_path: Path, suffix: str) -> None:
+    source = next(p for p in sorted(world.rglob(f"*{suffix}")) if p.stat().st_size > 100)
+    changed = 0
+    for seed in range(40):
+        path = tmp_path / f"{seed}{suffix}"
+        path.write_bytes(source.read_bytes())
+        damage(path, random.Random(seed))
+        changed += not path.is_file() or path.is_symlink() or path.read_bytes() != source.read_bytes()
+    assert changed >= 36
+
+
+@pytest.mark.parametrize(("code", "err", "verdict"), [
+    (0, "", "ok"), (2, "Error: x\n", "refused"), (2, "", "0 error lines"), (2, "Error: x\nError: y\n", "2 error lines"),
+    (0, "Error: x\n", "1 error lines"), (1, "", "exit 1"), (None, "", "traceback"),
+    (2, "Error: \x1b[31m\n", "control characters"),
+    (2, "Traceback (most recent call last)\nError: x\n", "traceback")])
+def test_the_judge(tmp_path: Path, code: int | None, err: str, verdict: str) -> None:
+    assert judge(Case(["x"], None), code, "", err, snapshot(tmp_path), tmp_path, 1.0) == verdict
+
+
+def test_the_judge_sees_what_was_left_or_touched(tmp_path: Path) -> None:
+    case = Case(["x"], None)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    before = snapshot(tmp_path)
+    assert judge(case, 0, "", "", before, tmp_path, 61.0) == "slow"
+    (tmp_path / "m" / "config.json").write_text("[]")
+    assert judge(case, 0, "", "", before, tmp_path, 1.0) == "touched m/config.json"
+    (tmp_path / ".midblock-tmp-x").write_text("")
+    assert judge(case, 0, "", "", before, tmp_path, 1.0) == "half-written"
+    (tmp_path / ".midblock-tmp-x").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"status": "running"}))
+    assert judge(case, 2, "", "Error: x", snapshot(tmp_path), tmp_path, 1.0) == "status running"
