@@ -6,7 +6,6 @@ A pass can be interrupted and resumed.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from midblock.capture import Lockstep
 from midblock.capture.accumulators import Accumulator
@@ -24,8 +21,8 @@ from midblock.errors import DataError, OutputError
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, stage_names
 from midblock.models.inference import many_unembeddings
+from midblock.models.state import load_state, save_state
 from midblock.progress import Progress, silent
-from midblock.provenance import atomic_path
 from midblock.results import Table
 
 __all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare"]
@@ -170,24 +167,24 @@ class PassState:
         self._every = every
         self._last = time.monotonic()
         self._pending: list[int] = []
+        self.damaged: list[str] = []
 
     def restore(self, accumulators: Mapping[str, Accumulator]) -> set[int]:
         """Put saved values back; returns the sample numbers that are done.
 
-        Raises:
-            OutputError: a saved part cannot be read (remove the folder and start anew).
+        A part that is damaged, or of another version, is removed: its samples are run again. `damaged` names it.
         """
         done: set[int] = set()
         for path in sorted(self.folder.glob("part-*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as stored:
-                    if (stored.metadata() or {}).get("layout") != _LAYOUT:
-                        raise OutputError(f"{path} was written by another version of midblock; name a new --out "
-                                          "folder.")
-                    samples = json.loads(stored.metadata()["samples"])
-                    arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                raise OutputError(f"cannot resume from {path}: {error}; name a new --out folder.") from error
+                arrays, state = load_state(path)
+                if state.get("layout") != _LAYOUT:
+                    raise OutputError(f"{path} was written by another version of midblock.")
+            except OutputError as error:
+                self.damaged.append(str(error))
+                path.unlink(missing_ok=True)
+                continue
+            samples = state["samples"]
             for name, accumulator in accumulators.items():
                 own = {k.split("||", 1)[1]: v for k, v in arrays.items() if k.startswith(f"{name}||")}
                 accumulator.put(samples, own)
@@ -203,11 +200,11 @@ class PassState:
     def flush(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Write what is not written yet."""
         if self._pending:
-            number = len(list(self.folder.glob("part-*.safetensors")))
+            number = 1 + max((int(p.stem[5:]) for p in self.folder.glob("part-*.safetensors")), default=-1)
             arrays = {f"{name}||{key}": value for name, accumulator in accumulators.items()
                       for key, value in accumulator.part(self._pending).items() if value.numel()}
-            with atomic_path(self.folder / f"part-{number:05d}.safetensors") as temporary:
-                save_file(arrays, temporary, metadata={"samples": json.dumps(self._pending), "layout": _LAYOUT})
+            save_state(self.folder / f"part-{number:05d}.safetensors", arrays,
+                       {"samples": self._pending, "layout": _LAYOUT})
         self._pending = []
         self._last = time.monotonic()
 
@@ -235,6 +232,8 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         heads: Whether the accumulators read heads out.
     """
     done = state.restore(accumulators) if state else set()
+    for told in state.damaged if state else ():
+        progress("damaged state", 1, 1, f"{told} Its samples are run again.")
     total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
     tokens = 0
     try:
