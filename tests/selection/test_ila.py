@@ -200,6 +200,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, stop_at
     assert not seen
     with pytest.raises(OutputError, match="other settings"):
         importance(planted(1), data=alphabet(), state_folder=tmp_path, **{**short, "rank": 3})
+    written = bytearray((tmp_path / "importance.safetensors").read_bytes())
+    written[-3] ^= 1
+    (tmp_path / "importance.safetensors").write_bytes(bytes(written))
+    with pytest.raises(OutputError, match="its digest does not fit"):
+        importance(planted(1), data=alphabet(), state_folder=tmp_path, **short)
     (tmp_path / "importance.safetensors").write_bytes(b"cut short")
     with pytest.raises(OutputError, match="cannot resume"):
         importance(planted(1), data=alphabet(), state_folder=tmp_path, **short)

@@ -16,7 +16,6 @@ from torch import Tensor
 from midblock.errors import OutputError
 from midblock.provenance import atomic_path
 from midblock.reading import parse_json, shortened
-from midblock.results import json_ready
 
 __all__ = ["load_state", "save_state"]
 
@@ -33,7 +32,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, An
         OutputError: the file cannot be written.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(json_ready(dict(state)), allow_nan=False)
+    text = json.dumps(dict(state))
     with atomic_path(path) as temporary:
         try:
             save_file(kept, temporary, metadata={"state": text, "sha256": _digest(kept, text)})

@@ -14,16 +14,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from midblock import stats
 from midblock.data import Batch
 from midblock.errors import OutputError
 from midblock.models.attention import dense_attention
+from midblock.models.state import load_state, save_state
 from midblock.progress import Progress
-from midblock.provenance import atomic_path, sha256_of
+from midblock.provenance import sha256_of
 from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
 from midblock.settings.importance import ImportanceSettings
 from midblock.training import training_steps
@@ -222,8 +221,7 @@ class Stages:
         state = {"identity": self.identity, "step": self.step, "phase": self.phase, "curve": self.curve,
                  "stopped": self.stopped, "sets": [asdict(s) for s in self.sets],
                  "score_steps": self.scores.steps, "score_losses": self.score_losses}
-        with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        save_state(self.path, tensors, state)
         self.saved = time.monotonic()
 
     def restore(self) -> None:
@@ -235,11 +233,9 @@ class Stages:
         if self.path is None or not self.path.is_file():
             return
         try:
-            with safe_open(self.path, framework="pt") as stored:
-                state = json.loads(stored.metadata()["state"])
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise OutputError(f"cannot resume from {self.path}: {error}; name a new --out folder.") from error
+            tensors, state = load_state(self.path)
+        except OutputError as error:
+            raise OutputError(f"cannot resume: {error} Remove it to begin anew.") from None
         if state["identity"] != self.identity:
             raise OutputError(f"{self.path} belongs to a run with other settings or data; name a new --out folder.")
         self.attachment.load_state({k.split("|", 1)[1]: t for k, t in tensors.items() if k.startswith("adapter|")})

@@ -188,8 +188,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
                         save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to,
                         **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
-        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=[
-            *rows.notes, *([f"left out: {rows.summary()}"] if rows.skipped or rows.too_short else []), *trained.notes])
+        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes))
         if held_rows is not None and base_losses is not None:
             result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
         _fill(result)
