@@ -38,7 +38,7 @@ WORKS: dict[str, list[str]] = {
     "profile": ["profile", "m", "m-sft", "--data", "d.jsonl", "--samples", "8", "--token-samples", "6", "--replicates",
                 "20", "--batch-size", "2", "--quiet"],
     "importance": ["importance", "m", "--data", "d.jsonl", "--max-steps", "6", "--score-steps", "6", "--rank", "2",
-                   "--check-every", "2", "--window", "1", "--batch-size", "4", "--max-length", "32", "--quiet"],
+                   "--check-every", "2", "--window", "2", "--batch-size", "4", "--max-length", "32", "--quiet"],
     "evaluate": ["evaluate", "m", "--task", "perplexity", "--task", "answer_loss", "--data", "d.jsonl", "--max-length",
                  "32", "--batch-size", "2", "--quiet"],
 }  # fmt: skip

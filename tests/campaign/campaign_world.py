@@ -102,7 +102,7 @@ def build(folder: Path) -> None:
                 "arms": {"baseline": "11111", "singles": 5},
                 "budget": "match:11111@2",
                 "evaluation": [{"task": "perplexity", "data": "chat.jsonl", "name": "answers", "max_length": 32}],
-                "statistics": {"replicates": 50},
+                "statistics": {"replicates": 100},
             },
             indent=1,
         )
@@ -161,7 +161,7 @@ def build(folder: Path) -> None:
                 "--check-every",
                 "2",
                 "--window",
-                "1",
+                "2",
                 "--batch-size",
                 "4",
                 "--max-length",
