@@ -313,6 +313,10 @@ def test_adapter_with_damage(tmp_path: Path) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     lost = sorted(weights)[0]
     save_file({n: t for n, t in weights.items() if n != lost}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="without its other half"):
+        load_model(folder, device="cpu")
+    module = lost.split(".lora_")[0]
+    save_file({n: t for n, t in weights.items() if not n.startswith(module)}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="missing adapter keys"):
         load_model(folder, device="cpu")
 
