@@ -1,4 +1,4 @@
-"""Damaged inputs end in one clear line or in a result: a few in every run of the tests, a thousand in the slow one."""
+"""Damaged inputs end in one clear line or in a result. All that builds the small world is slow; the judge is not."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "world"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_some_damaged_inputs(world: Path) -> None:
     bad = [result for number in range(FAST) if not is_good(result := run_case(11, number, world))]
@@ -48,12 +49,14 @@ def test_a_thousand_damaged_inputs(world: Path) -> None:
     assert counts["ok"] > 100  # and not everything is refused
 
 
+@pytest.mark.slow
 def test_every_case_is_made_again_from_its_number(world: Path) -> None:
     for number in range(3 * len(COMMANDS)):
         assert case_of(5, number, world) == case_of(5, number, world)
     assert {case_of(5, n, world).words[0] for n in range(len(COMMANDS))} == {words[0] for words, _ in COMMANDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", KINDS)
 def test_damage_changes_the_file(world: Path, tmp_path: Path, suffix: str) -> None:
     source = next(p for p in sorted(world.rglob(f"*{suffix}")) if p.stat().st_size > 100)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from campaign_cycles import WORKS, Cycles, can_mount, differences, finish, start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,6 @@ def test_some_interruptions(two: Cycles, work: str, way: str) -> None:
     assert two.cycle(work, way, random.Random(f"{work} {way}"))["wrong"] == []
 
 
-@pytest.mark.slow
 def test_sixty_interruptions(folder: Path) -> None:
     """In a process of its own: forks need one that has loaded everything and started no threads."""
     script = Path(__file__).with_name("campaign_cycles.py")
