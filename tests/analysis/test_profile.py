@@ -11,7 +11,7 @@ from midblock import metrics
 from midblock.analysis.profile import profile
 from midblock.capture import run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
-from midblock.errors import DataError, OutputError, PairMismatchError, SettingsError
+from midblock.errors import DataError, PairMismatchError, SettingsError
 from midblock.quantities import quantities
 
 SIZES = {"samples": 8, "token_samples": 5, "max_length": 64, "replicates": 50}
@@ -178,10 +178,15 @@ def test_interrupted_pass_resumes_to_the_same_numbers(pair, frame, tmp_path):
     assert not list(tmp_path.glob("part-*")), "a finished run leaves no intermediate file"
 
 
-def test_a_corrupt_part_is_named(pair, tmp_path):
+def test_a_damaged_part_is_named_and_run_again(pair, tmp_path):
     (tmp_path / "part-00000.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(OutputError, match="part-00000"):
-        profile(*pair, data=tiny_data(4), state_folder=tmp_path, **SIZES)
+    told = []
+    again = profile(*pair, data=tiny_data(4), state_folder=tmp_path,
+                    progress=lambda what, done, total, note="": told.append(f"{what}: {note}"), **SIZES).frame
+    whole = profile(*pair, data=tiny_data(4), **SIZES).frame
+    assert again["value"].equals(whole["value"])
+    assert any(t.startswith("damaged state: ") and "part-00000" in t for t in told)
+    assert not list(tmp_path.glob("part-*"))
 
 
 def test_short_run_writes_no_intermediate_file(pair, tmp_path):
