@@ -122,6 +122,5 @@ def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: Lo
     console.print_table(plan.table())
     steps = settings.num_steps(len(rows))
     console.say(f"Data: {rows.summary()}; {steps} steps")
-    console.print_table(costs, "Estimates, from the rate of this machine's products (time within 1.5, memory within "
-                               "1.25 times)")
+    console.print_table(costs, "Estimates, from the rate of this machine's products")
     console.emit_json({"plan": plan.to_dict(), "data": rows.describe(), "steps": steps, "estimates": costs})

@@ -210,7 +210,8 @@ def prefix_cache(cache: str | PrefixCache | None, limit: int | str | None) -> st
     """
     if cache is None or isinstance(cache, PrefixCache) or (cache == "auto" and limit is None):
         return cache
-    return PrefixCache.from_spec("memory" if cache == "auto" else cache, limit_bytes=limit) or "none"
+    made = PrefixCache.from_spec("memory" if cache == "auto" else cache, limit_bytes=limit)
+    return "none" if made is None else made  # an empty cache has length 0
 
 
 def require_tracker(name: str) -> None:
