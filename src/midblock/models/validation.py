@@ -55,7 +55,8 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(name)
         # some families give a list with one value per block
         several = isinstance(value, list) and value and name not in ("vocab_size", "hidden_size")
-        for one in value if several else [value]:
+        values: list[Any] = value if isinstance(value, list) and several else [value]
+        for one in values:
             if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 0 < one <= largest):
                 # MPT and others write 0 or -1 for "none" in counts that are no sizes of the model
                 if isinstance(one, int) and one in (0, -1) and name in ("num_experts", "num_local_experts",
