@@ -1,9 +1,9 @@
 """The one door to the compiled kernels: rows of logits on a CPU, where numba is installed.
 
 The price of the kernels is a dependency of 208 MB (numba and LLVM) and a second way of making the same sums, which
-tests hold to loops and to the first. Without them, PyTorch passing over chunks of rows that stay in the cache takes
-1.7 times the core-seconds in `lens` and 1.2 times in the head's loss of a training step (float32, 2 cores;
-docs/decisions.md), so they stay, as the extra ``midblock[fast]``.
+tests hold to loops and to the first. A prototype without them, PyTorch passing over chunks of rows that stay in the
+cache, took 1.6 to 2.1 times the core-seconds in `lens` and 1.2 times in the head's loss of a training step (float32,
+2 cores; docs/decisions.md), so they stay, as the extra ``midblock[fast]``.
 """
 
 from __future__ import annotations
