@@ -7,16 +7,20 @@ which model or comparison (``side``), its ``value`` with interval ``low``..``hig
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-__all__ = ["BASE_COLUMNS", "Estimate", "Interval", "Kind", "Table", "json_ready"]
+from midblock.reading import printable
+
+__all__ = ["BASE_COLUMNS", "Estimate", "Kind", "Table", "TableResult", "json_ready"]
 
 Kind = Literal["hidden", "block", "segment", "model"]
+_SHOWN_ROWS = 10  # of a table in a notebook
 BASE_COLUMNS = ("kind", "layer", "metric", "side", "value", "low", "high", "n")
 
 
@@ -28,9 +32,6 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
     n: int = 0
-
-
-Interval = Estimate  # the older name, until every branch has taken the new one
 
 
 @dataclass
@@ -66,6 +67,30 @@ class Table:
         frame = pd.DataFrame(self.rows)
         extra = [c for c in frame.columns if c not in BASE_COLUMNS]
         return frame.reindex(columns=[*BASE_COLUMNS, *extra])
+
+
+class TableResult:
+    """What the results of all commands share: a tidy table, a reading in words, and how a notebook shows them."""
+
+    if TYPE_CHECKING:  # a field of most results, a property of some
+        @property
+        def table(self) -> Table:
+            """The rows, and the reasons of empty cells."""
+
+        def summary(self) -> str:
+            """The result in words."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table as a data frame: `BASE_COLUMNS` first, then the command's own."""
+        return self.table.frame()
+
+    def _repr_html_(self) -> str:
+        """The reading and the first rows, for notebooks; text from outside is escaped."""
+        frame = self.frame
+        return (f"<pre style='white-space: pre-wrap'>{html.escape(printable(self.summary(), lines=True))}</pre>"
+                f"{frame.head(_SHOWN_ROWS).to_html(index=False, na_rep='')}"
+                f"<p>{len(frame):,} rows in <code>.frame</code></p>")
 
 
 def json_ready(value: Any) -> Any:

@@ -23,7 +23,7 @@ from midblock.errors import DataError, SettingsError
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
 from midblock.quantities import label_of
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.segments import segment_bounds
 from midblock.settings import CorrelateSettings
 from midblock.stats.correlation import Method
@@ -57,10 +57,11 @@ class _Series:
 
 
 @dataclass
-class CorrelationResult:
+class CorrelationResult(TableResult):
     """Correlations of all pairs of per-layer quantities."""
 
     table: Table
+    """The tidy table: metric ``pearson`` or ``spearman``, columns ``a``, ``b``, ``p`` and ``p_holm``."""
     pairs: pd.DataFrame
     """Columns of `midblock.stats.CORRELATION_COLUMNS` and ``points`` (``blocks`` or ``K segments``)."""
     layers: pd.DataFrame
@@ -68,11 +69,6 @@ class CorrelationResult:
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
     """Folders read, quantities, notes."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table: metric ``pearson`` or ``spearman``, columns ``a``, ``b``, ``p`` and ``p_holm``."""
-        return self.table.frame()
 
     def matrix(self, method: Method = "pearson") -> pd.DataFrame:
         """Symmetric matrix of correlations, 1 on the diagonal, NaN where undefined."""

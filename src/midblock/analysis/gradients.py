@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from midblock.errors import DataError
 from midblock.models import LoadedModel, kind_of, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import zone_means
 from midblock.settings import GradientSettings
 from midblock.training import MasterAdamW, Update, training_steps
@@ -128,20 +127,16 @@ def _weights_restored(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @dataclass
-class GradientsResult:
+class GradientsResult(TableResult):
     """Gradient quantities per block and matrix, over batches."""
 
     table: Table
+    """The tidy table; ``matrix`` is ``all`` for a whole block."""
     stages: list[str]
     num_blocks: int
     settings: GradientSettings
     counts: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table; ``matrix`` is ``all`` for a whole block."""
-        return self.table.frame()
 
     def summary(self) -> str:
         """In words: where gradients are largest, and where a fine-tune moved the weights."""

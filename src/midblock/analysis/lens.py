@@ -25,7 +25,7 @@ from midblock.data import Batch, Dataset
 from midblock.models import LoadedModel, shared_unembeddings
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.settings.lens import LensSettings
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class _LensSums:
 
 
 @dataclass
-class LensResult:
+class LensResult(TableResult):
     """Read-out of every hidden state, per stage and between stages."""
 
     table: Table
@@ -167,11 +167,6 @@ class LensResult:
     counts: dict[str, Any] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
     """One row per traced sample, position, hidden and stage: position, token, next, predicted."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table."""
-        return self.table.frame()
 
     def emergence(self, stage: str, share: float = 0.5) -> int | None:
         """First hidden state whose accuracy reaches ``share`` of the last one's."""

@@ -31,7 +31,7 @@ from midblock.models import LoadedModel, save_checkpoint
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
 
@@ -281,19 +281,15 @@ def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], fo
 
 
 @dataclass
-class MergeResult:
+class MergeResult(TableResult):
     """Scores of every merged model, paired with the base and the tuned model."""
 
     table: Table
+    """The tidy table, with the columns ``stage`` (the pair merged), ``against`` and ``alpha_rest``."""
     stages: list[str]
     settings: MergeSettings
     counts: dict[str, Any] = field(default_factory=dict)
     """Samples, tokens and rows cut; folders written."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table, with the columns ``stage`` (the pair merged), ``against`` and ``alpha_rest``."""
-        return self.table.frame()
 
     def scores(self) -> pd.DataFrame:
         """One row a model (base, tuned, merged ones): loss, accuracy, perplexity and change of the loss."""

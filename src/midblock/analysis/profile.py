@@ -20,7 +20,7 @@ from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import FAMILIES, moved, quantities
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import zone_means
 from midblock.settings import ProfileSettings
 
@@ -31,10 +31,11 @@ __all__ = ["ProfileResult", "ProfileSettings", "profile"]
 
 
 @dataclass
-class ProfileResult:
+class ProfileResult(TableResult):
     """Every measurement at every hidden state, with intervals."""
 
     table: Table
+    """The tidy table (`midblock.results`), with the columns ``stage`` and ``data``."""
     stages: list[str]
     num_hidden: int
     settings: ProfileSettings
@@ -43,11 +44,6 @@ class ProfileResult:
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Debiased CKA of every hidden state of one stage with every one of another: columns ``stage``, ``layer`` (of the
     earlier stage), ``other`` (of the later) and ``cka_debiased``."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table (`midblock.results`), with the columns ``stage`` and ``data``."""
-        return self.table.frame()
 
     @property
     def sums(self) -> dict[str, int]:

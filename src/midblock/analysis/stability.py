@@ -26,7 +26,7 @@ from midblock.models.chain import comparisons, resolve_stages, side_of, stage_na
 from midblock.progress import Progress, silent
 from midblock.provenance import read_written, write_sealed
 from midblock.quantities import moved, unchanged
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ __all__ = ["StabilityResult", "profile_seeds"]
 
 
 @dataclass
-class StabilityResult:
+class StabilityResult(TableResult):
     """Means over seeds of every measurement of a profile, and tests against no change."""
 
     table: Table
+    """The tidy table; columns ``t``, ``p``, ``p_holm`` and ``seed_N`` (each seed's own value)."""
     stages: list[str]
     num_hidden: int
     settings: ProfileSettings
@@ -48,11 +49,6 @@ class StabilityResult:
     """As of a profile (the least over the seeds), and those of each seed."""
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     """As of a profile, the mean over the seeds."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table; columns ``t``, ``p``, ``p_holm`` and ``seed_N`` (each seed's own value)."""
-        return self.table.frame()
 
     def _as_profile(self) -> ProfileResult:
         return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts, self.layers)

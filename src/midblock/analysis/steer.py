@@ -34,7 +34,7 @@ from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Kind, Table
+from midblock.results import Kind, Table, TableResult
 from midblock.segments import format_blocks
 from midblock.settings.steer import Positions, SteerSettings
 
@@ -125,10 +125,11 @@ def generations(stages: Sequence[LoadedModel], result: SteerResult, prompts: Seq
 
 
 @dataclass
-class SteerResult:
+class SteerResult(TableResult):
     """Scores of the changed model, paired with the unchanged one on the same samples."""
 
     table: Table
+    """The tidy table; columns ``alpha``, ``direction``, ``stage``, ``data``."""
     stages: list[str]
     settings: SteerSettings
     what: str
@@ -136,11 +137,6 @@ class SteerResult:
     vectors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """(comparison, block) -> steering vector (d,); empty after patching."""
     counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table; columns ``alpha``, ``direction``, ``stage``, ``data``."""
-        return self.table.frame()
 
     def summary(self) -> str:
         """In words: where, and how strongly, the change moves the base towards the tuned model."""

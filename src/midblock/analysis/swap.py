@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from midblock.models.chain import comparisons, side_of
 from midblock.models.inference import many_unembeddings
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import segment_blocks
 from midblock.settings.swap import SwapSettings
 
@@ -38,18 +37,13 @@ __all__ = ["SwapResult", "swap"]
 
 
 @dataclass
-class SwapResult:
+class SwapResult(TableResult):
     """Scores of every swap with both heads, paired with the unswapped model."""
 
     table: Table
     stages: list[str]
     settings: SwapSettings
     counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table."""
-        return self.table.frame()
 
     def summary(self) -> str:
         """In words: which swap helps or harms most, per recipient and head."""

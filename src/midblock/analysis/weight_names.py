@@ -185,6 +185,11 @@ def _no_fit(adapter: Checkpoint, name: str, shape: Sequence[int], weight: Weight
 
 
 def stage_of(key: str, spec: LoadedModel | str | Path, base: Stage | None) -> Stage:
+    """The files of one stage: of a MODEL spec, or of what a loaded model was loaded from.
+
+    Raises:
+        SettingsError: the model was not loaded from a folder.
+    """
     if isinstance(spec, str | Path):
         return Stage(key, resolve_checkpoint(spec), base)
     folder = spec.adapter or spec.folder
@@ -244,6 +249,12 @@ class Plan:
 
 
 def correspondence(stages: Sequence[Stage]) -> Plan:
+    """Which tensors of all stages are one weight, and in which block and matrix each belongs.
+
+    Raises:
+        PairMismatchError: the stages' weights do not correspond.
+        CheckpointError: weights are stored quantised and cannot be compared.
+    """
     base = stages[0].checkpoint
     anatomy, parameters, config = _described(base.folder)
     layout = _Layout(base, anatomy, parameters)

@@ -33,7 +33,7 @@ from midblock.errors import SettingsError
 from midblock.models import LoadedModel, split_fused
 from midblock.models.chain import comparisons, side_of, stage_names
 from midblock.progress import Progress, silent
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import depth, zone_means
 from midblock.settings.weights import WeightsSettings
 
@@ -54,19 +54,15 @@ _AUTO_SPECTRA = 2e12  # operations: under a minute or two on two cores
 
 
 @dataclass
-class WeightsResult:
+class WeightsResult(TableResult):
     """Weight change of every matrix, group and block."""
 
     table: Table
+    """The tidy table, with the columns ``stage``, ``matrix`` and ``tensor``."""
     stages: list[str]
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
     """Bytes and weights compared, tying, what was left out, notes, whether spectra were taken."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table, with the columns ``stage``, ``matrix`` and ``tensor``."""
-        return self.table.frame()
 
     def by_block(self, stage: str | None = None, metric: str = "weight_change") -> pd.DataFrame:
         """One row a block, one column a group or kind of matrix, of one comparison.

@@ -76,6 +76,8 @@ def _trial(model: nn.Module, anatomy: Anatomy, starts: Iterable[int]) -> dict[in
         with torch.inference_mode():
             try:
                 want = run_blocks(model, anatomy, batch, listener=remember)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise  # says nothing about the model
             except Exception as error:
                 return dict.fromkeys(wanted, f"it does not run on a trial batch ({_told(error)})")
             finally:

@@ -33,7 +33,7 @@ from midblock.errors import DataError, ServingError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.reading import parse_json, shortened
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import ServingSettings
 from midblock.settings.load import LoadSettings
@@ -66,7 +66,7 @@ class ServedRow:
 
 
 @dataclass
-class ServingCheck:
+class ServingCheck(TableResult):
     """Served log-probabilities beside local ones, token by token."""
 
     tokens: pd.DataFrame
@@ -100,11 +100,6 @@ class ServingCheck:
         for a, b in (("served", "tuned"), ("served", "base"), ("tuned", "base")):
             table.add("model", "all", f"{a}_{b}_rms_nats", "pair", self.distance(a, b), n=n)
         return table
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """`table` as a data frame."""
-        return self.table.frame()
 
     def summary(self) -> str:
         """The verdict and what it rests on."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from midblock.data import Dataset
 from midblock.errors import SettingsError
 from midblock.evaluation.outcome import (
@@ -26,7 +24,7 @@ from midblock.evaluation.tasks import TASKS, find_task, task_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder, sha256_of
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.load import LoadSettings
@@ -38,7 +36,7 @@ __all__ = ["TasksResult", "evaluate_tasks"]
 
 
 @dataclass
-class TasksResult:
+class TasksResult(TableResult):
     """Scores on several tasks, beside the base's where there is one."""
 
     results: dict[str, dict[str, EvalResult]]
@@ -46,13 +44,9 @@ class TasksResult:
     differences: dict[str, Comparison]
     """Task -> the model minus its base, paired by item."""
     table: Table
+    """The tidy table: one row per task, metric and side."""
     run: dict[str, Any] | None
     """``run.json``; None where nothing was written."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table: one row per task, metric and side."""
-        return self.table.frame()
 
     @property
     def notes(self) -> list[str]:

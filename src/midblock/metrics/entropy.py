@@ -35,6 +35,11 @@ _FLOAT32_PURITY_LIMIT = 0.8
 
 
 def check_alpha(alpha: float) -> None:
+    """Refuse an order of an entropy that is not above 0.
+
+    Raises:
+        ValueError: it is 0, negative or NaN.
+    """
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}; the order of an entropy must be above 0 (inf is allowed).")
 

@@ -50,6 +50,12 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
+    """The folder, if it holds a checkpoint or an adapter that may be read.
+
+    Raises:
+        CheckpointError: no config, or no weights.
+        UnsafeCheckpointError: the weights are pickled and ``allow_pickle`` was not given.
+    """
     adapter = is_adapter_folder(folder)
     if not adapter and not (folder / "config.json").is_file():
         inside = sorted(folder.glob("*.gguf"))
@@ -72,6 +78,7 @@ def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
 
 
 def is_pickled(folder: Path) -> bool:
+    """Whether a model's folder has no safetensors, whole or sharded."""
     return not any((folder / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
 
 
@@ -95,6 +102,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, remembered in the cache folder by path, size and times."""
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name  # the hub cache names large files by their SHA-256

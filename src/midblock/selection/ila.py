@@ -27,7 +27,7 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.data import Dataset, load_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.segments import zone_means
 from midblock.selection.gates import Gates
 from midblock.selection.ila_stages import ScoreSet, Stages
@@ -53,10 +53,11 @@ SCORES = {
 
 
 @dataclass
-class ImportanceResult:
+class ImportanceResult(TableResult):
     """Scores of all units, how they were learned, and the plan they are scores of."""
 
     table: Table
+    """The tidy table: one row per unit, metric and step."""
     plan: Plan
     unit_of: dict[str, str]
     """Adapted module -> unit."""
@@ -68,11 +69,6 @@ class ImportanceResult:
     settings: ImportanceSettings
     data: str
     counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table: one row per unit, metric and step."""
-        return self.table.frame()
 
     @property
     def units(self) -> list[str]:

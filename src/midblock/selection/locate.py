@@ -17,7 +17,7 @@ from midblock.data import Dataset, load_data
 from midblock.errors import BlockRangeError, BudgetError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.results import Table
+from midblock.results import Table, TableResult
 from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bounds
 from midblock.selection.scores import block_scores
 from midblock.settings.base import name_of
@@ -195,7 +195,7 @@ def reliability(frame: pd.DataFrame, split_half: Mapping[str, float]) -> dict[st
 
 
 @dataclass
-class LocateResult:
+class LocateResult(TableResult):
     """Scores per block and what each rule proposes."""
 
     table: Table
@@ -210,11 +210,6 @@ class LocateResult:
     data: str
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table."""
-        return self.table.frame()
 
     @property
     def reliability(self) -> dict[str, float]:

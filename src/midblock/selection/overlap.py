@@ -21,7 +21,7 @@ import pandas as pd
 from midblock import stats
 from midblock.errors import OutputError, SettingsError
 from midblock.provenance import read_run, read_table
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.selection.ila import SCORES
 from midblock.selection.units import top_units
 from midblock.settings.base import name_of
@@ -128,7 +128,7 @@ def _difference(a: Selection, b: Selection, last: set[tuple[Any, ...]]) -> str:
 
 
 @dataclass
-class OverlapResult:
+class OverlapResult(TableResult):
     """Overlap of all pairs of selections."""
 
     table: Table
@@ -137,11 +137,6 @@ class OverlapResult:
     labels: list[str]
     share: float
     units: int
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table."""
-        return self.table.frame()
 
     def matrix(self, column: str = "jaccard") -> npt.NDArray[np.float64]:
         """Symmetric matrix of a column of ``pairs`` over all selections; 1 on the diagonal."""

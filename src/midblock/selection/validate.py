@@ -25,7 +25,7 @@ from midblock.errors import OutputError, SettingsError, UndefinedMetricError
 from midblock.models import load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.selection.evidence import LEAST_SWEEPS, Evidence, fixed_middle, judge, segment_means
 from midblock.selection.locate import scores_of
 from midblock.selection.scores import block_scores
@@ -218,10 +218,11 @@ def _over_sweeps(part: pd.DataFrame, independent: Mapping[str, tuple[str, str]])
 
 
 @dataclass
-class ValidateResult:
+class ValidateResult(TableResult):
     """How well every score predicts measured gains."""
 
     table: Table
+    """The tidy table: over all cases."""
     cases: pd.DataFrame
     """See `validate_cases`."""
     sweeps: list[SweepGains]
@@ -230,11 +231,6 @@ class ValidateResult:
     """The rule that the evidence supports; the fixed middle unless another beats it."""
     evidence: Evidence
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The tidy table: over all cases."""
-        return self.table.frame()
 
     def overview(self) -> pd.DataFrame:
         """One row per score: rank correlation, regret, and its difference from the fixed middle's."""

@@ -16,7 +16,7 @@ from midblock.figures import lines as line_figure
 from midblock.figures import scatter_pareto, segment_bars
 from midblock.provenance import RunFolder, atomic_path
 from midblock.quantities import label_of
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
@@ -33,7 +33,7 @@ __all__ = ["SweepResult"]
 
 
 @dataclass
-class SweepResult:
+class SweepResult(TableResult):
     """A finished sweep (or what there is of one).
 
     Attributes:
@@ -101,11 +101,6 @@ class SweepResult:
                       effect=row["effect"],
                       test=row["test"], n_seeds=row["n_seeds"])
         return table
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """`table` as a data frame."""
-        return self.table.frame()
 
     @cached_property
     def claims(self) -> pd.DataFrame:

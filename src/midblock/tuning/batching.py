@@ -58,6 +58,7 @@ class BatchOrder(Sampler[int]):
 
 
 def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """A function from rows to a batch: ids, mask and labels (B, T), padded on the right."""
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(r["input_ids"]) for r in rows)
         ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -74,6 +75,7 @@ def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 def labels_of(row: TokenRow) -> list[int]:
+    """The row's tokens where they are learned, -100 elsewhere."""
     if not row.supervised:
         return list(row.ids)
     labels = [-100] * len(row.ids)

@@ -23,7 +23,7 @@ from midblock.models import LoadedModel, find_anatomy, load_model, quiet, save_c
 from midblock.models.summary import model_skeleton
 from midblock.progress import Progress, silent
 from midblock.provenance import cache_dir
-from midblock.results import Estimate, Table
+from midblock.results import Estimate, Table, TableResult
 from midblock.settings import PlanSettings, Settings, TuneSettings, name_of
 from midblock.tuning.adapter import Attachment, attach
 from midblock.tuning.cache import PrefixCache
@@ -63,7 +63,7 @@ _TRIAL_TOKENS = 16
 
 
 @dataclass
-class TuneResult:
+class TuneResult(TableResult):
     """What `tune` made and measured."""
 
     plan: Plan
@@ -71,6 +71,7 @@ class TuneResult:
     check: EngagementReport
     rows: TokenRows
     table: Table
+    """Tidy table: trainable parameters and updates per matrix, losses, speed."""
     state: dict[str, Tensor] = field(repr=False)
     """The adapter's tensors (or the trained weights), on the CPU."""
     adapter: Path | None = None
@@ -86,11 +87,6 @@ class TuneResult:
     """Merged weights by name until they are written."""
     tuned_logits: Tensor | None = field(default=None, repr=False)
     """Logits of the check's tokens until the merged weights are compared with them."""
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """Tidy table: trainable parameters and updates per matrix, losses, speed."""
-        return self.table.frame()
 
     def summary(self) -> str:
         """A few lines for people."""

@@ -1,0 +1,60 @@
+"""What the results of all commands share."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+import midblock
+from midblock.results import BASE_COLUMNS, Table, TableResult
+
+
+@dataclass
+class Result(TableResult):
+    table: Table
+    words: str = "Block 3 <b>moved</b> most.\x1b[31m"
+
+    def summary(self) -> str:
+        return self.words
+
+
+def planted(rows: int = 12) -> Result:
+    table = Table()
+    for b in range(rows):
+        table.add("block", b, "loss", "base", b / 10, n=4, data="<script>alert(1)</script>")
+    table.add_undefined("block", rows, "loss", "base", "no tokens")
+    return Result(table)
+
+
+def test_the_frame_is_the_table() -> None:
+    result = planted()
+    pd.testing.assert_frame_equal(result.frame, result.table.frame())
+    assert tuple(result.frame.columns[:len(BASE_COLUMNS)]) == BASE_COLUMNS
+
+
+def test_a_notebook_shows_the_reading_and_the_first_rows_as_text() -> None:
+    shown = planted()._repr_html_()
+    assert "Block 3 &lt;b&gt;moved&lt;/b&gt; most." in shown
+    assert "<script>" not in shown
+    assert "\x1b" not in shown
+    assert shown.count("<tr") == 1 + 10
+    assert "13 rows" in shown
+    assert "NaN" not in planted(0)._repr_html_()
+
+
+def results() -> Iterator[type]:
+    for found in pkgutil.walk_packages(midblock.__path__, "midblock."):
+        if found.name.split(".")[1] in ("analysis", "selection", "evaluation", "tuning", "sweeps"):
+            module = importlib.import_module(found.name)
+            yield from (c for name, c in vars(module).items()
+                        if isinstance(c, type) and c.__module__ == found.name and name.endswith("Result"))
+
+
+def test_every_result_with_a_table_shares_them() -> None:
+    with_tables = [c for c in results() if "table" in getattr(c, "__annotations__", {}) or hasattr(c, "table")]
+    assert len(with_tables) >= 14
+    assert [c.__name__ for c in with_tables if not issubclass(c, TableResult)] == []
