@@ -33,7 +33,7 @@ import platformdirs
 from pydantic import BaseModel, Field
 
 from midblock.errors import MidblockError, OutputError, SettingsError
-from midblock.reading import read_csv, read_sealed, sealed, user_path, validated
+from midblock.reading import file_digest, read_csv, read_sealed, sealed, user_path, validated
 from midblock.results import Table, json_ready
 
 __all__ = ["FORMAT_VERSION", "RunFolder", "atomic_path", "cache_dir", "peak_memory_bytes", "read_run",
@@ -293,19 +293,11 @@ def read_table(folder: Path | str, *, columns: Collection[str] = (), text: Colle
     if not path.exists():
         raise OutputError(f"{folder} has no {name}; a {run['command']} run writes it when it ends.")
     digest = run.get("digests", {}).get(name)
-    if digest is not None and run["status"] == "finished" and digest != _file_digest(path):
+    if digest is not None and run["status"] == "finished" and digest != file_digest(path, error=OutputError):
         raise OutputError(f"{path} was changed after midblock wrote it (its digest does not fit); repeat the run "
                           "in a new folder.")
     return read_csv(path, columns=tuple(columns), numbers=tuple(numbers), text=("layer", "mask", *text),
                     error=OutputError)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _lock(path: Path) -> Any:
@@ -503,7 +495,7 @@ class RunFolder:
             table = table.frame()
         with atomic_path(self.path / name) as temporary:
             table.to_csv(temporary, index=False, float_format="%.10g")
-            self.run["digests"][name] = _file_digest(temporary)
+            self.run["digests"][name] = file_digest(temporary, error=OutputError)
         return self.path / name
 
     def __enter__(self) -> RunFolder:

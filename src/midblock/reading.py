@@ -18,6 +18,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from pydantic import BaseModel
 
-__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "lines_of", "open_file", "parse_json",
+__all__ = ["FILE_LIMIT", "MAX_DEPTH", "MAX_DIGITS", "check_value", "file_digest", "lines_of", "open_file", "parse_json",
            "parse_yaml", "printable", "read_csv", "read_json", "read_jsonl", "read_sealed", "read_text", "read_yaml",
            "sealed", "shortened", "user_path", "validated"]
 
@@ -111,7 +112,7 @@ def user_path(path: str | os.PathLike[str], *, error: Fault = MidblockError) -> 
             from None
 
 
-def open_file(path: Path, *, error: Fault = MidblockError) -> IO[bytes]:
+def open_file(path: Path, *, error: Fault = MidblockError) -> BufferedReader:
     """A regular file, opened for reading.
 
     Raises:
@@ -128,6 +129,19 @@ def open_file(path: Path, *, error: Fault = MidblockError) -> IO[bytes]:
         raise error(f"{path}: there is no such file.") from None
     except (OSError, ValueError) as fault:
         raise error(f"{shortened(str(path))} cannot be read: {getattr(fault, 'strerror', None) or fault}.") from None
+
+
+def file_digest(path: Path, *, error: Fault = MidblockError) -> str:
+    """SHA-256 of a regular file's content, as hex.
+
+    Raises:
+        MidblockError: it is missing, not a regular file, or cannot be read.
+    """
+    with open_file(path, error=error) as stream:
+        try:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as fault:
+            raise error(f"{path} cannot be read: {fault.strerror or fault}.") from None
 
 
 def read_text(path: Path, *, limit: int = FILE_LIMIT, error: Fault = MidblockError) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from midblock.errors import AdapterError, MidblockError, ModelNotFoundError
+from midblock.errors import AdapterError, ModelNotFoundError
 from midblock.models.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,7 +23,7 @@ from midblock.models.checkpoints import (
     fingerprint,
     is_adapter_folder,
 )
-from midblock.models.quiet import first_line, quiet
+from midblock.models.quiet import first_line, foreign, quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 
@@ -300,22 +299,14 @@ def with_adapter(model: Any, folder: Path, merge: bool) -> Any:
         adapter = AdapterFile(folder)
         _resize(model, adapter)
         _check_adapter_fits(model, adapter)
-    try:
-        with quiet(), warnings.catch_warnings(record=True) as caught:
+    with foreign(lambda error: AdapterError(
+            f"adapter {folder} does not go onto this model ({type(error).__name__}): {first_line(error)}")):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             wrapped = PeftModel.from_pretrained(model, str(folder))
-        lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-        if lost:
+        if lost := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
             raise AdapterError(f"adapter {folder}: {first_line(ValueError(lost[0]))}")
-        if not merge:
-            return wrapped
-        with quiet():
-            return wrapped.merge_and_unload()
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        if isinstance(error, MidblockError | torch.OutOfMemoryError):
-            raise
-        raise AdapterError(f"adapter {folder} does not go onto this model ({type(error).__name__}): "
-                           f"{first_line(error)}") from error
+        return wrapped.merge_and_unload() if merge else wrapped
 
 
 def _resize(model: Any, adapter: AdapterFile) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import re
 import time
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from midblock import reading
 from midblock.errors import CheckpointError, OutputError, UnsafeCheckpointError
 from midblock.models.quiet import first_line
 from midblock.models.validation import (
@@ -113,11 +113,7 @@ def file_digest(path: Path) -> str:
         known = store.read_text(encoding="ascii").strip()
         if re.fullmatch(r"[0-9a-f]{64}", known):
             return known
-    try:
-        with real.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    digest = reading.file_digest(real, error=CheckpointError)
     after = real.stat()
     settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000
     # A file written a moment ago can change again within one tick of its clock: do not keep it.
@@ -237,7 +233,7 @@ class Checkpoint:
         start = int(self._entry(name)["data_offsets"][0])
         path = self._where[name]
         if path not in self._data_start:
-            with path.open("rb") as stream:
+            with reading.open_file(path, error=CheckpointError) as stream:
                 self._data_start[path] = 8 + int.from_bytes(stream.read(8), "little")
         return path, self._data_start[path] + start
 

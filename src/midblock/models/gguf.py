@@ -17,10 +17,10 @@ from filelock import FileLock
 from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
 from midblock.models.checkpoints import Checkpoint, file_digest
 from midblock.models.dtypes import DTYPES
-from midblock.models.quiet import first_line, quiet
+from midblock.models.quiet import first_line, foreign
 from midblock.models.saving import save_checkpoint
 from midblock.provenance import cache_dir, sha256_of
-from midblock.reading import read_json
+from midblock.reading import open_file, read_json
 
 __all__ = ["convert_gguf", "precision_of"]
 
@@ -44,11 +44,8 @@ def convert_gguf(path: Path, spec: str) -> Path:
     """
     stem = re.sub(r"[^\w.\-]+", "_", path.stem)
     root = cache_dir() / "converted"
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise ModelNotFoundError(f"model {spec!r}: {path.name} cannot be read ({error.strerror}).") from error
+    with open_file(path, error=ModelNotFoundError) as stream:
+        magic = stream.read(4)
     if magic != b"GGUF":
         raise CheckpointError(f"model {spec!r}: {path.name} is not a GGUF file (it starts with {magic!r}).")
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) and not path.stem.endswith("-00001-of-00001"):
@@ -72,20 +69,13 @@ def _write_converted(path: Path, folder: Path, spec: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _LOG.info("converting %s to safetensors (once)", path.name)
-    try:
-        # transformers draws this progress bar with plain tqdm, which no setting of its turns off
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # gguf, numpy and the Rust tokenizers raise anything on odd bytes
-        raise CheckpointError(
-            f"model {spec!r}: {path.name} cannot be converted ({type(error).__name__}: "
-            f"{first_line(error)}); the file is damaged, or transformers knows no GGUF of its "
-            "architecture.") from error
+    # transformers draws this progress bar with plain tqdm, which no setting of its turns off
+    with contextlib.redirect_stderr(io.StringIO()), foreign(lambda error: CheckpointError(
+            f"model {spec!r}: {path.name} cannot be converted ({type(error).__name__}: {first_line(error)}); the file "
+            "is damaged, or transformers knows no GGUF of its architecture.")):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = limit

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,6 +26,7 @@ from midblock.errors import (
     AdapterError,
     ArchitectureError,
     CheckpointError,
+    MidblockError,
     SettingsError,
     UnsafeCheckpointError,
 )
@@ -41,7 +41,7 @@ from midblock.models.checkpoints import (
 )
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
 from midblock.models.gguf import precision_of
-from midblock.models.quiet import first_line, quiet
+from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 from midblock.models.validation import read_config as read_config_file
@@ -222,23 +222,23 @@ def read_config(folder: Path, spec: str, trust_remote_code: bool) -> Any:
         UnsafeCheckpointError: the model needs code of its own and ``trust_remote_code`` was not given.
     """
     raw = read_config_file(folder / "config.json")
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code,
-                                              local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+
+    def refusal(error: Exception) -> MidblockError:
         if raw.get("auto_map") and not trust_remote_code:
-            raise UnsafeCheckpointError(
+            return UnsafeCheckpointError(
                 f"model {spec!r} needs Python code of its own (model_type {raw.get('model_type')!r}), and "
-                "loading would run it. Read that code, then allow it with --trust-remote-code.") from error
+                "loading would run it. Read that code, then allow it with --trust-remote-code.")
         if "model_type" not in raw:
-            raise CheckpointError(f"{folder / 'config.json'} names no model_type, so it is not a "
-                                  "transformers config.") from error
+            return CheckpointError(f"{folder / 'config.json'} names no model_type, so it is not a "
+                                   "transformers config.")
         import transformers
 
-        raise ArchitectureError(
+        return ArchitectureError(
             f"model {spec!r}: transformers {transformers.__version__} cannot read its config (model_type "
-            f"{raw['model_type']!r}): {first_line(error)}") from error
+            f"{raw['model_type']!r}): {first_line(error)}")
+
+    with foreign(refusal):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def model_class(config: Any, spec: str, trust_remote_code: bool) -> Any:
@@ -273,21 +273,17 @@ def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remot
            pickled: bool, attn_implementation: str | None) -> tuple[Any, tuple[str, ...]]:
     auto = model_class(config, spec, trust_remote_code)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        with quiet():
-            model, info = auto.from_pretrained(
-                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code,
-                use_safetensors=not pickled, local_files_only=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError,
-            SafetensorError) as error:
+
+    def refusal(error: Exception) -> MidblockError:
         if not pickled and (gaps := _gaps(Checkpoint(folder).names())):
-            raise CheckpointError(f"model {spec!r} lacks weights: {', '.join(gaps[:4])}"
-                                  f"{' ...' if len(gaps) > 4 else ''}.") from error
-        raise CheckpointError(f"model {spec!r} cannot be loaded ({type(error).__name__}): "
-                              f"{first_line(error)}") from error
+            return CheckpointError(f"model {spec!r} lacks weights: {', '.join(gaps[:4])}"
+                                   f"{' ...' if len(gaps) > 4 else ''}.")
+        return CheckpointError(f"model {spec!r} cannot be loaded ({type(error).__name__}): {first_line(error)}")
+
+    with foreign(refusal):
+        model, info = auto.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=not pickled,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     return model, _check_loading(model, info, spec)
 
 
@@ -392,18 +388,9 @@ def load_tokenizer(folder: Path, *, spec: str | None = None,
     if not _has_tokenizer(folder):
         raise CheckpointError(f"model {spec!r} has no tokenizer in its folder (looked for {_TOKENIZER_FILES[0]}, "
                               f"{_TOKENIZER_FILES[2]} and others); copy the tokenizer files of its base model there.")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code,
-                                                      local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"model {spec!r}: its tokenizer cannot be loaded ({type(error).__name__}): "
-                              f"{first_line(error)}") from error
-    except Exception as error:  # the Rust tokenizers library raises bare Exception for a bad file
-        if type(error) is not Exception:
-            raise
-        raise CheckpointError(
-            f"model {spec!r}: its tokenizer file is damaged: {first_line(error)}") from error
+    with foreign(lambda error: CheckpointError(
+            f"model {spec!r}: its tokenizer cannot be loaded ({type(error).__name__}): {first_line(error)}")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

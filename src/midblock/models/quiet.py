@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-__all__ = ["first_line", "quiet"]
+import torch
+
+from midblock.errors import MidblockError
+
+__all__ = ["first_line", "foreign", "quiet"]
 
 
 @contextlib.contextmanager
@@ -36,7 +40,31 @@ def quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
+@contextlib.contextmanager
+def foreign(refusal: Callable[[Exception], MidblockError]) -> Iterator[None]:
+    """Run another package's reader over a user's file, quietly: what it raises becomes the error that is told.
+
+    Such readers raise anything on odd content. midblock's own errors pass, and so does want of memory, which says
+    nothing about the file.
+
+    Args:
+        refusal: Makes the error from the package's own; `first_line` gives the latter's reason.
+    """
+    try:
+        with quiet():
+            yield
+    except (MidblockError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refusal(error) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else "no message"
+    """The first line of an error's text that says something, for a message of one line.
+
+    Example:
+        >>> first_line(ValueError("Validation error for field 'x':\\n    TypeError: expected int\\n"))
+        "Validation error for field 'x': TypeError: expected int"
+    """
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or ["no message"]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first

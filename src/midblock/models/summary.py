@@ -11,12 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 
+from midblock.errors import CheckpointError
 from midblock.models.adapters import base_of_adapter
 from midblock.models.anatomy import Anatomy, find_anatomy, text_config
 from midblock.models.checkpoints import is_adapter_folder
 from midblock.models.load import model_class, read_config, stored_dtype
 from midblock.models.matrices import kind_of
-from midblock.models.quiet import quiet
+from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.segments import all_masks_single, depth, segment_bounds
 
@@ -155,7 +156,9 @@ def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_p
     config = read_config(folder, name, trust_remote_code)
     stored = stored_dtype(folder, config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
-    with quiet(), torch.device("meta"):
+    with foreign(lambda error: CheckpointError(
+            f"model {name!r}: transformers cannot build it from its config ({type(error).__name__}): "
+            f"{first_line(error)}")), torch.device("meta"):
         model = model_class(config, name, trust_remote_code).from_config(config, **remote)
     return model, stored, folder
 

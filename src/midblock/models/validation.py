@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from midblock.errors import AdapterError, CheckpointError
-from midblock.reading import parse_json, read_json, shortened, validated
+from midblock.reading import open_file, parse_json, read_json, shortened, validated
 
 __all__ = ["check_adapter_halves", "check_weight_dtypes", "read_adapter_config", "read_config", "read_header",
            "read_index"]
@@ -203,7 +203,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_file(path, error=CheckpointError) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise CheckpointError(f"{path} is damaged: its header cannot be {length} bytes in a file of "

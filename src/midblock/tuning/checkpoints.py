@@ -7,7 +7,6 @@ checkpoint whose files do not fit their digests is passed over, so that an older
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 import shutil
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from midblock.errors import MidblockError, OutputError
 from midblock.provenance import atomic_path, write_json
-from midblock.reading import read_json, read_sealed, sealed
+from midblock.reading import file_digest, read_json, read_sealed, sealed
 
 __all__ = ["begin", "complete", "last_checkpoint", "load_random_state", "load_tree", "random_state",
            "require_no_others", "save_tree", "stored_steps"]
@@ -43,7 +42,7 @@ def begin(folder: Path) -> None:
 
 def complete(folder: Path, step: int, steps: list[dict[str, Any]]) -> None:
     """Seal a checkpoint with its files' digests and the log of all steps so far; older ones but the last go."""
-    files = {str(p.relative_to(folder)): _digest(p) for p in _files(folder)}
+    files = {str(p.relative_to(folder)): file_digest(p) for p in _files(folder)}
     write_json(folder / COMPLETE, sealed({"step": step, "files": files, "steps": steps}))
     for _, old in sorted(_numbered(folder.parent))[:-KEPT]:
         if (old / COMPLETE).is_file() and (old / BEGUN).is_file():
@@ -64,7 +63,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             files = _sealed(path)["files"]
             damaged = [name for name, digest in files.items()
-                       if not (path / name).is_file() or _digest(path / name) != digest]
+                       if not (path / name).is_file() or file_digest(path / name) != digest]
         except (MidblockError, OSError, AttributeError, TypeError) as error:
             damaged = [f"{COMPLETE} ({error})"]
         if not damaged:
@@ -103,11 +102,6 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (BEGUN, COMPLETE))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from midblock.errors import AdapterError, OutputError
 from midblock.models import LoadedModel, merged_weight, quiet, save_checkpoint
 from midblock.provenance import atomic_path, write_json
-from midblock.reading import printable
+from midblock.reading import printable, read_json
 from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.peft_config import target_names
@@ -97,7 +97,7 @@ def pad_adapter(folder: Path | str, rank: int) -> None:
         AdapterError: the rank is below the adapter's, or the adapter is DoRA or has several ranks.
     """
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json", error=AdapterError)
     old = int(config["r"])
     if config.get("use_dora") or config.get("rank_pattern") or config.get("target_parameters") or rank < old:
         raise AdapterError(f"{folder}: an adapter of rank {old} "
