@@ -221,3 +221,18 @@ def test_reading_needs_no_heavy_package() -> None:
             "print([m for m in ('pandas', 'yaml', 'pydantic', 'torch') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_digest_is_taken_of_regular_files_only(tmp_path: Path) -> None:
+    import hashlib
+    import os
+
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"content" * 1000)
+    assert reading.file_digest(plain) == hashlib.sha256(b"content" * 1000).hexdigest()
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("endless", "pipe", "folder", "absent"):
+        with pytest.raises(DataError, match=name):
+            reading.file_digest(tmp_path / name, error=DataError)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from families import FAMILIES
-from midblock.errors import AdapterError, CheckpointError
+from midblock.errors import AdapterError, ArchitectureError, CheckpointError
 from midblock.models.checkpoints import Checkpoint
+from midblock.models.quiet import first_line, foreign
 from midblock.models.validation import (
     check_adapter_halves,
     check_weight_dtypes,
@@ -146,3 +147,31 @@ def test_both_halves_of_a_lora_are_needed(tmp_path: Path) -> None:
     save_file({names[0]: torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="without its other half"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"bos_token_id": [1]}, {"tie_word_embeddings": [[1], {"b": 2}]}, {"attention_bias": 10**18}, {"head_dim": 7},
+    {"use_cache": "two\nlines"}, {"attention_dropout": "much"}, {"mlp_bias": {}},
+    {"initializer_range": None, "use_cache": 3}])
+def test_what_transformers_refuses_in_a_config_is_one_error(written, change: dict[str, Any]) -> None:
+    """Faults that midblock does not look for itself: transformers' own types of error, whatever they are."""
+    from midblock.models.load import read_config as read_whole
+
+    with pytest.raises((CheckpointError, ArchitectureError)) as caught:
+        read_whole(written({**GOOD, **change}).parent, "m", False)
+    assert "'m'" in str(caught.value) or "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("0"), Exception("bare"), AssertionError(), RecursionError("deep"),
+                                   UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")])
+def test_any_error_of_another_packages_reader_is_told_in_words(error: Exception) -> None:
+    with pytest.raises(CheckpointError, match=type(error).__name__), \
+            foreign(lambda e: CheckpointError(f"m cannot be read ({type(e).__name__}): {first_line(e)}")):
+        raise error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("cuda"), AdapterError("own words"),
+                                   KeyboardInterrupt()])
+def test_want_of_memory_and_own_errors_pass(error: BaseException) -> None:
+    with pytest.raises(type(error)), foreign(lambda e: CheckpointError("m")):
+        raise error
