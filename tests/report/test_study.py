@@ -169,3 +169,13 @@ def test_the_dry_run_lists_the_parts(pair: tuple[str, str, str], tmp_path: Path,
     assert run(["study", base, tuned, "--data", rows, "--out", str(tmp_path / "o"), "--dry-run", "--json"]) == 0
     assert [r["part"] for r in json.loads(capsys.readouterr().out)] == list(PARTS)
     assert not (tmp_path / "o").exists()
+
+
+def test_faults_of_a_study_file_name_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("pairs: [[a, b]]\ndata: arithmetic\nsamples: 0\nsampels: 3\n")
+    assert run(["study", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "samples must be" in error
+    assert "unknown setting sampels" in error
+    assert "--samples" not in error

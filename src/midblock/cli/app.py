@@ -23,7 +23,7 @@ from midblock.errors import MidblockError
 
 __all__ = ["COMMANDS", "app", "run"]
 
-# Modules of this package with a `register(app)`; `midblock --help` lists them in this order.
+# Modules of this package, each with a command of its name; `midblock --help` lists them in this order.
 COMMANDS = (
     "inspect",
     "pairs",
@@ -71,7 +71,8 @@ def _main(
 
 
 for _name in COMMANDS:
-    importlib.import_module(f"midblock.cli.{_name}").register(app)
+    _command = getattr(importlib.import_module(f"midblock.cli.{_name}"), _name)
+    app.command(_name, epilog=_command.epilog)(_command)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,12 @@
 
 A command's function names what it needs::
 
-    def profile(models: Chain, data: Data, settings: ProfileSettings, load: ChainLoadSettings, out: Out, ...)
+    @command("midblock profile BASE SFT --data gsm8k")
+    def profile(models: Chain, data: Data, settings: ProfileSettings, load: ChainLoadSettings, out: Out) -> None: ...
 
 `expand` replaces each parameter whose annotation is a `Settings` class by one option per field, with the field's
-default, bounds and help, and builds the object before the function is called.
+default, bounds and help, and builds the object before the function is called. `command` adds what every command has:
+`--json`, `--quiet` and examples.
 """
 
 from __future__ import annotations
@@ -21,10 +23,32 @@ import typer
 from pydantic.fields import FieldInfo
 
 from midblock.cli import console
+from midblock.cli.options import Json, Quiet, examples
 from midblock.errors import SettingsError
 from midblock.settings.base import Settings, as_options, bounds_of, choices_of, extras_of, option_name, without_none
 
-__all__ = ["expand"]
+__all__ = ["command", "expand"]
+
+_ALWAYS = (inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+           inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
+
+
+def command(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of the program, with lines to copy under its help (its attribute ``epilog``)."""
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        options = expand(function)
+        own: inspect.Signature = options.__signature__  # type: ignore[attr-defined]
+
+        @functools.wraps(options)
+        def run(*, as_json: bool, quiet: bool, **values: Any) -> None:
+            options(**values)  # --json and --quiet were told to the console as they were read
+
+        run.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[*own.parameters.values(), *_ALWAYS])
+        run.__annotations__ = options.__annotations__ | {p.name: p.annotation for p in _ALWAYS}
+        run.epilog = examples(*lines)  # type: ignore[attr-defined]
+        return run
+    return made
 
 
 def expand(function: Callable[..., None]) -> Callable[..., None]:

@@ -8,26 +8,21 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Out, Quiet, examples
+from midblock.cli.command import command
+from midblock.cli.options import Out
 from midblock.settings.compare import CompareSettings
 
-__all__ = ["register"]
+__all__ = ["compare"]
 
 Log = Annotated[Path, typer.Argument(show_default=False, help=(
     "samples_*.jsonl of lm-evaluation-harness, a folder that holds some, or a .eval or .json log of inspect."))]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("compare", epilog=examples(
-        "midblock compare runs/a/samples_gsm8k.jsonl runs/b/samples_gsm8k.jsonl",
-        "midblock compare lm_eval/model-a lm_eval/model-b --metric acc --out runs/compared",
-        "midblock compare logs/a.eval logs/b.eval --cluster passage --json"))(expand(compare))
-
-
-def compare(a: Log, b: Log, settings: CompareSettings, out: Out = None, as_json: Json = False,
-            quiet: Quiet = False) -> None:
+@command(
+    "midblock compare runs/a/samples_gsm8k.jsonl runs/b/samples_gsm8k.jsonl",
+    "midblock compare lm_eval/model-a lm_eval/model-b --metric acc --out runs/compared",
+    "midblock compare logs/a.eval logs/b.eval --cluster passage --json")
+def compare(a: Log, b: Log, settings: CompareSettings, out: Out = None) -> None:
     """Compare two evaluations item by item: which is better, by how much, and could chance do that?
 
     Items are paired by their document. For every task that both logs have: the difference with its interval, exact

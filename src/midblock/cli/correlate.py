@@ -9,25 +9,21 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import show
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.settings import CorrelateSettings
 
-__all__ = ["register"]
+__all__ = ["correlate"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("correlate", epilog=examples(
-        "midblock correlate runs/profile runs/weights runs/lens --out runs/correlation",
-        "midblock correlate runs/profile-gsm8k runs/profile-mmlu runs/weights --by-data",
-        "midblock correlate runs/profile runs/swap --metrics cka,cosine,effective_rank,loss --json"))(expand(correlate))
-
-
+@command(
+    "midblock correlate runs/profile runs/weights runs/lens --out runs/correlation",
+    "midblock correlate runs/profile-gsm8k runs/profile-mmlu runs/weights --by-data",
+    "midblock correlate runs/profile runs/swap --metrics cka,cosine,effective_rank,loss --json")
 def correlate(
     folders: Annotated[list[Path], typer.Argument(
         metavar="DIR...", show_default=False, help="Run folders of profile, lens, weights, gradients, steer or swap.")],
-    settings: CorrelateSettings, out: RunOut = Path("runs/correlation"), as_json: Json = False, quiet: Quiet = False,
+    settings: CorrelateSettings, out: RunOut = Path("runs/correlation"),
 ) -> None:
     """Correlate all quantities per layer, from one or several run folders (the paper's figure 5).
 

@@ -7,32 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.settings.demo import DemoSettings
 from midblock.settings.load import ChainLoadSettings
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["register"]
+__all__ = ["demo"]
 
 MASKS = ("01100", "11111")
 _SECONDS = 240.0  # what the demo may take
 _FIXED = 60.0  # loading, converting once, drawing
 _WORK = 5.0e13  # floating-point operations at scale 1
 _SHARE = 0.5  # of the product rate that training and measuring reach together
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("demo", epilog=examples(
-        "midblock demo",
-        "midblock demo --out runs/demo --seed 1",
-        "midblock demo --scale 4      # four times the samples and steps"))(expand(demo))
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,11 @@ class _Sizes:
         return _Sizes(**{name: max(8, round(getattr(self, name) * factor)) for name in self.__dataclass_fields__})
 
 
-def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("demo"), as_json: Json = False,
-         quiet: Quiet = False) -> None:
+@command(
+    "midblock demo",
+    "midblock demo --out runs/demo --seed 1",
+    "midblock demo --scale 4      # four times the samples and steps")
+def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("demo")) -> None:
     """Run the main job on the embedded model: fine-tune, study, tune the middle, compare, report.
 
     Fine-tunes SmolLM2-135M-Instruct on generated arithmetic (all parameters of its blocks), studies where that changed

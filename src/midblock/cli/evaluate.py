@@ -8,29 +8,25 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Model, Out, Quiet, Resume, examples
+from midblock.cli.command import command
+from midblock.cli.options import Model, Out, Resume
 from midblock.settings.evaluate import EvaluateSettings, ServingSettings
 from midblock.settings.load import LoadSettings
 
-__all__ = ["register"]
+__all__ = ["evaluate"]
 
 _TASKS = ("gsm8k, arithmetic[@N], mmlu, toxigen, wikitext, pydocs, ifeval_prompts, mt_bench, ifeval, "
           "humaneval; on any --data: exact_match, multiple_choice, perplexity, answer_loss")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("evaluate", epilog=examples(
-        "midblock evaluate smollm2 --task arithmetic --samples 100",
-        "midblock evaluate smollm2 --adapter runs/tune/adapter --compare-base --task arithmetic",
-        "midblock evaluate runs/tune/adapter --task arithmetic --samples 100 --out runs/eval",
-        "midblock evaluate MODEL --task gsm8k --samples 200 --shots 5 --json",
-        "midblock evaluate MODEL --task answer_loss --data mine.jsonl",
-        "midblock evaluate MODEL --task humaneval --allow-code-execution",
-        "midblock evaluate MODEL --adapter runs/tune/adapter --check-serving http://localhost:8000"))(expand(evaluate))
-
-
+@command(
+    "midblock evaluate smollm2 --task arithmetic --samples 100",
+    "midblock evaluate smollm2 --adapter runs/tune/adapter --compare-base --task arithmetic",
+    "midblock evaluate runs/tune/adapter --task arithmetic --samples 100 --out runs/eval",
+    "midblock evaluate MODEL --task gsm8k --samples 200 --shots 5 --json",
+    "midblock evaluate MODEL --task answer_loss --data mine.jsonl",
+    "midblock evaluate MODEL --task humaneval --allow-code-execution",
+    "midblock evaluate MODEL --adapter runs/tune/adapter --check-serving http://localhost:8000")
 def evaluate(
     model: Model,
     settings: EvaluateSettings, load: LoadSettings, serving: ServingSettings,
@@ -40,8 +36,7 @@ def evaluate(
         "--check-serving", metavar="URL", show_default=False,
         help="In place of a task: is --adapter applied by the server there (OpenAI's completions API)? Compares its "
              "log-probabilities with local ones.")] = None,
-    out: Out = None, resume: Resume = False, as_json: Json = False,
-    quiet: Quiet = False,
+    out: Out = None, resume: Resume = False,
 ) -> None:
     """Score a model, with or without an adapter, through lm-evaluation-harness.
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from midblock.cli import console
 from midblock.cli.analysis import Names, OneOrMore, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, RunOut
 from midblock.settings import ChainLoadSettings, GradientSettings
 
-__all__ = ["register"]
+__all__ = ["gradients"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("gradients", epilog=examples(
-        "midblock gradients smollm2 --data gsm8k --out runs/gradients",
-        "midblock gradients smollm2 --data arithmetic --steps 20 --learning-rate 1e-4",
-        "midblock correlate runs/profile runs/gradients"))(expand(gradients))
-
-
+@command(
+    "midblock gradients smollm2 --data gsm8k --out runs/gradients",
+    "midblock gradients smollm2 --data arithmetic --steps 20 --learning-rate 1e-4",
+    "midblock correlate runs/profile runs/gradients")
 def gradients(models: OneOrMore, data: Data, settings: GradientSettings, load: ChainLoadSettings,
-              out: RunOut = Path("runs/gradients"), names: Names = None, as_json: Json = False,
-              quiet: Quiet = False) -> None:
+              out: RunOut = Path("runs/gradients"), names: Names = None) -> None:
     """Measure the gradient of the loss per block and matrix, over batches.
 
     Its norm, the norm relative to the weights, the sum of squares (Fisher) and the first-order

@@ -9,23 +9,19 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Model, Quiet, Resume, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, Model, Resume, RunOut
 from midblock.settings.importance import ImportanceSettings
 from midblock.settings.load import LoadSettings
 
-__all__ = ["register"]
+__all__ = ["importance"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("importance", epilog=examples(
-        "midblock importance smollm2 --data arithmetic --out runs/ila --apply top:0.3",
-        "midblock importance smollm2 --data gsm8k --unit block --seed 1 --out runs/ila-gsm8k",
-        "midblock importance smollm2 --data arithmetic --out runs/ila --resume --apply freeze-bottom:0.25",
-        "midblock tune smollm2 --data arithmetic --plan runs/ila/plans/ila-top30.json"))(expand(importance))
-
-
+@command(
+    "midblock importance smollm2 --data arithmetic --out runs/ila --apply top:0.3",
+    "midblock importance smollm2 --data gsm8k --unit block --seed 1 --out runs/ila-gsm8k",
+    "midblock importance smollm2 --data arithmetic --out runs/ila --resume --apply freeze-bottom:0.25",
+    "midblock tune smollm2 --data arithmetic --plan runs/ila/plans/ila-top30.json")
 def importance(
     model: Model, data: Data, settings: ImportanceSettings, load: LoadSettings,
     apply: Annotated[list[str] | None, typer.Option(
@@ -37,7 +33,7 @@ def importance(
         "--budget", metavar="PARAMS", show_default=False,
         help="Trainable parameters of the plans (900k, match:11111@16). Default: what the choice takes at --rank.")
     ] = None,
-    out: RunOut = Path("runs/importance"), resume: Resume = False, as_json: Json = False, quiet: Quiet = False,
+    out: RunOut = Path("runs/importance"), resume: Resume = False,
 ) -> None:
     """Learn which matrices or blocks a fine-tune needs (ILA), with controls.
 

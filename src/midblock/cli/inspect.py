@@ -7,27 +7,23 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.options import AllowPickle, Json, Model, TrustRemoteCode, examples
+from midblock.cli.command import command
+from midblock.cli.options import Model
+from midblock.settings.load import TrustSettings
 
-__all__ = ["register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("inspect", epilog=examples(
-        "midblock inspect smollm2",
-        "midblock inspect smollm2 --segments 3",
-        "midblock inspect ./my-model --json"))(inspect)
+__all__ = ["inspect"]
 
 
+@command(
+    "midblock inspect smollm2",
+    "midblock inspect smollm2 --segments 3",
+    "midblock inspect ./my-model --json")
 def inspect(
-    model: Model,
+    model: Model, *,
     segments: Annotated[int | None, typer.Option(
         "--segments", metavar="K", min=1, show_default="5, or fewer in a shallow model",
         help="Number of equal depth segments: the length of a mask.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    as_json: Json = False,
+    trust: TrustSettings,
 ) -> None:
     """Show a model's blocks, sizes and depth segments.
 
@@ -37,7 +33,7 @@ def inspect(
 
     from midblock.models.summary import summarize_model
 
-    found = summarize_model(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    found = summarize_model(model, **trust.model_dump())
     parts = found.segments(min(5, found.num_blocks) if segments is None else segments)
     console.emit_json({**found.to_dict(), "segments": parts})
     console.say(found.text() + "\n")

@@ -5,28 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from midblock.cli import console
 from midblock.cli.analysis import Names, OneOrMore, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Quiet, Resume, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, Resume, RunOut
 from midblock.settings import ChainLoadSettings, LensSettings
 
-__all__ = ["register"]
+__all__ = ["lens"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("lens", epilog=examples(
-        "midblock lens smollm2 runs/tuned/model --data gsm8k --out runs/lens",
-        "midblock lens smollm2 --data arithmetic --supervised --trace 2 --out runs/lens",
-        "midblock lens BASE SFT --data mmlu --paper-code --json"))(expand(lens))
-
-
+@command(
+    "midblock lens smollm2 runs/tuned/model --data gsm8k --out runs/lens",
+    "midblock lens smollm2 --data arithmetic --supervised --trace 2 --out runs/lens",
+    "midblock lens BASE SFT --data mmlu --paper-code --json")
 def lens(models: OneOrMore, data: Data, settings: LensSettings, load: ChainLoadSettings,
-         out: RunOut = Path("runs/lens"), names: Names = None, resume: Resume = False, as_json: Json = False,
-         quiet: Quiet = False) -> None:
+         out: RunOut = Path("runs/lens"), names: Names = None, resume: Resume = False) -> None:
     """Unembed every hidden state through the final norm and head (logit lens).
 
     Next-token accuracy, loss, perplexity, entropy, probability and rank of the gold token at

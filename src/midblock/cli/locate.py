@@ -9,24 +9,20 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import show
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.settings.base import name_of
 from midblock.settings.load import LoadSettings
 from midblock.settings.locate import LocateSettings, ScoreSettings
 
-__all__ = ["register"]
+__all__ = ["locate"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("locate", epilog=examples(
-        "midblock locate smollm2 --data arithmetic --out runs/locate",
-        "midblock locate smollm2 --data gsm8k --share 0.4 --rule block_influence",
-        "midblock locate smollm2 --data arithmetic --budget 900k --rank 16",
-        "midblock locate --validate runs/sweep-a runs/sweep-b --out runs/validate"))(expand(locate))
-
-
+@command(
+    "midblock locate smollm2 --data arithmetic --out runs/locate",
+    "midblock locate smollm2 --data gsm8k --share 0.4 --rule block_influence",
+    "midblock locate smollm2 --data arithmetic --budget 900k --rank 16",
+    "midblock locate --validate runs/sweep-a runs/sweep-b --out runs/validate")
 def locate(
     targets: Annotated[list[str], typer.Argument(
         metavar="MODEL | SWEEP_DIR...", show_default=False,
@@ -38,7 +34,7 @@ def locate(
              "pydocs). Without it only the weights are scored.")] = None,
     validate: Annotated[bool, typer.Option(
         "--validate", help="Compare every score with the measured gains of sweeps.")] = False,
-    out: RunOut = Path("runs/locate"), as_json: Json = False, quiet: Quiet = False,
+    out: RunOut = Path("runs/locate"),
 ) -> None:
     """Score every block without training and propose a contiguous range to tune.
 

@@ -9,22 +9,18 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.errors import SettingsError
 from midblock.settings import ChainLoadSettings, MergeSettings
 
-__all__ = ["register"]
+__all__ = ["merge"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("merge", epilog=examples(
-        "midblock merge smollm2 runs/tuned/model --alphas 0,.5,1,.5,0 --data gsm8k --out runs/merge",
-        "midblock merge BASE SFT --alphas 0,1,1,1,0 --alphas 1,0,0,0,1 --data mmlu --alpha-rest 0",
-        "midblock merge BASE SFT --alphas 0,0,1,1,0 --save merged-model"))(expand(merge))
-
-
+@command(
+    "midblock merge smollm2 runs/tuned/model --alphas 0,.5,1,.5,0 --data gsm8k --out runs/merge",
+    "midblock merge BASE SFT --alphas 0,1,1,1,0 --alphas 1,0,0,0,1 --data mmlu --alpha-rest 0",
+    "midblock merge BASE SFT --alphas 0,0,1,1,0 --save merged-model")
 def merge(models: Chain, settings: MergeSettings, load: ChainLoadSettings,
           alphas: Annotated[list[str], typer.Option(
               "--alphas", metavar="A1,..,AK", show_default=False,
@@ -37,7 +33,7 @@ def merge(models: Chain, settings: MergeSettings, load: ChainLoadSettings,
           save: Annotated[Path | None, typer.Option(
               "--save", metavar="DIR", show_default=False,
               help="Write the merged checkpoint (safetensors) here; several settings get a folder each in it.")] = None,
-          out: RunOut = Path("runs/merge"), names: Names = None, as_json: Json = False, quiet: Quiet = False) -> None:
+          out: RunOut = Path("runs/merge"), names: Names = None) -> None:
     """Interpolate between a base and its tuned checkpoint block by block; score and save the result.
 
     W = base + a (sft - base) with a share a for each depth segment. Loss, accuracy and perplexity of

@@ -2,15 +2,14 @@
 
 A command annotates its parameters with these and sets its own defaults::
 
-    def profile(base: Model, sft: Model, data: Data, out: Out = None, seed: Seed = 0,
-                as_json: Json = False, quiet: Quiet = False) -> None: ...
+    def profile(models: Chain, data: Data, settings: ProfileSettings, out: Out = None) -> None: ...
 
-`Json` and `Quiet` also tell `midblock.cli.console` what may be printed, before the command runs.
+What a command measures is declared in `midblock.settings`. `Json` and `Quiet`, which every command has, tell
+`midblock.cli.console` what may be printed, before the command runs.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,27 +17,7 @@ import typer
 
 from midblock.cli import console
 
-__all__ = [
-    "AllowPickle",
-    "BatchSize",
-    "Data",
-    "Device",
-    "Dtype",
-    "DtypeName",
-    "Json",
-    "MaxLength",
-    "Model",
-    "Out",
-    "Quiet",
-    "Resume",
-    "RunOut",
-    "Samples",
-    "Seed",
-    "Tokenizer",
-    "TokenizerOf",
-    "TrustRemoteCode",
-    "examples",
-]
+__all__ = ["Data", "Json", "Model", "Out", "Quiet", "Resume", "RunOut", "examples"]
 
 
 def examples(*lines: str) -> str:
@@ -50,22 +29,6 @@ def examples(*lines: str) -> str:
     """
     # typer's mark for a paragraph that must not be wrapped
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-class DtypeName(StrEnum):
-    """Dtypes that weights can be loaded in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class TokenizerOf(StrEnum):
-    """Whose tokenizer the stages of a chain use."""
-
-    own = "own"
-    base = "base"
 
 
 def _remember_json(value: bool) -> bool:
@@ -99,36 +62,6 @@ RunOut = Annotated[Path, typer.Option(
 
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Continue an interrupted run in --out (with the same settings).")]
-
-Samples = Annotated[int | None, typer.Option(
-    "--samples", metavar="N", min=1, help="How many samples to draw from the data (all if unset).")]
-
-MaxLength = Annotated[int, typer.Option(
-    "--max-length", metavar="TOKENS", min=2,
-    help="Cut samples after this many tokens; how many were cut is shown.")]
-
-BatchSize = Annotated[int, typer.Option(
-    "--batch-size", metavar="N", min=1, help="Samples in one batch. Results do not depend on it.")]
-
-Dtype = Annotated[DtypeName, typer.Option(
-    "--dtype", help="Dtype of the weights. auto: 16 bits for 16-bit checkpoints where this device multiplies faster in "
-                    "them (measured once and remembered) or float32 would not fit into memory, else float32. "
-                    "Checkpoints of different dtypes are compared in one that holds both.")]
-
-Tokenizer = Annotated[TokenizerOf, typer.Option(
-    "--tokenizer", help="own: checkpoints whose tokenizers differ are refused; base: the first one's is used for all.")]
-
-Device = Annotated[str, typer.Option(
-    "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
-
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of every random choice.")]
-
-TrustRemoteCode = Annotated[bool, typer.Option(
-    "--trust-remote-code", help="Run Python code that comes with the model. Only if you trust its author.")]
-
-AllowPickle = Annotated[bool, typer.Option(
-    "--allow-pickle",
-    help="Load pickle checkpoints (*.bin), which can run code. Only if you trust their author.")]
 
 Json = Annotated[bool, typer.Option(
     "--json", callback=_remember_json, is_eager=True,

@@ -9,25 +9,21 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import show
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.settings.overlap import OverlapSettings
 
-__all__ = ["register"]
+__all__ = ["overlap"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("overlap", epilog=examples(
-        "midblock overlap runs/ila-arithmetic runs/ila-gsm8k runs/ila-dolly --out runs/overlap",
-        "midblock overlap runs/ila-* --share 0.3 --methods ila_score,taylor,update_norm,random",
-        "midblock overlap runs/ila --steps all"))(expand(overlap))
-
-
+@command(
+    "midblock overlap runs/ila-arithmetic runs/ila-gsm8k runs/ila-dolly --out runs/overlap",
+    "midblock overlap runs/ila-* --share 0.3 --methods ila_score,taylor,update_norm,random",
+    "midblock overlap runs/ila --steps all")
 def overlap(
     folders: Annotated[list[Path], typer.Argument(
         metavar="DIR...", show_default=False, help="Run folders of importance (or locate) on one model.")],
-    settings: OverlapSettings, out: RunOut = Path("runs/overlap"), as_json: Json = False, quiet: Quiet = False,
+    settings: OverlapSettings, out: RunOut = Path("runs/overlap"),
 ) -> None:
     """Compare the layers that runs on other data, seeds, steps or by other methods select.
 

@@ -7,21 +7,15 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.options import Json, examples
+from midblock.cli.command import command
 
-__all__ = ["register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("pairs", epilog=examples(
-        "midblock pairs", "midblock pairs olmo", "midblock pairs --json"))(pairs)
+__all__ = ["pairs"]
 
 
+@command("midblock pairs", "midblock pairs olmo", "midblock pairs --json")
 def pairs(
     family: Annotated[str | None, typer.Argument(
         metavar="[FAMILY]", show_default=False, help="Only families whose name contains this.")] = None,
-    as_json: Json = False,
 ) -> None:
     """List known pairs and how each was aligned.
 

@@ -5,29 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Quiet, Resume, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, Resume, RunOut
 from midblock.segments import ZONES_TITLE
 from midblock.settings import ChainLoadSettings, StabilitySettings
 
-__all__ = ["register"]
+__all__ = ["profile"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("profile", epilog=examples(
-        "midblock profile allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --data gsm8k --out runs/olmo",
-        "midblock profile smollm2 runs/tuned/model --data arithmetic --samples 100 --out runs/profile",
-        "midblock profile BASE SFT DPO --names base,sft,dpo --data mmlu --paper --json"))(expand(profile))
-
-
+@command(
+    "midblock profile allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --data gsm8k --out runs/olmo",
+    "midblock profile smollm2 runs/tuned/model --data arithmetic --samples 100 --out runs/profile",
+    "midblock profile BASE SFT DPO --names base,sft,dpo --data mmlu --paper --json")
 def profile(models: Chain, data: Data, settings: StabilitySettings, load: ChainLoadSettings,
-            out: RunOut = Path("runs/profile"), names: Names = None, resume: Resume = False, as_json: Json = False,
-            quiet: Quiet = False) -> None:
+            out: RunOut = Path("runs/profile"), names: Names = None, resume: Resume = False) -> None:
     """Measure a base and its tuned checkpoint layer by layer.
 
     Entropies, effective rank, sparsity, curvature, norms, intrinsic dimension, CKA (plain and

@@ -7,26 +7,20 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Json, examples
+from midblock.cli.command import command
 from midblock.settings.report import ReportSettings
 
-__all__ = ["register"]
+__all__ = ["report"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("report", epilog=examples(
-        "midblock report demo",
-        "midblock report runs/profile runs/weights runs/sweep --out report.html",
-        "midblock report runs --title 'OLMo-2 1B: what SFT changed'"))(expand(report))
-
-
+@command(
+    "midblock report demo",
+    "midblock report runs/profile runs/weights runs/sweep --out report.html",
+    "midblock report runs --title 'OLMo-2 1B: what SFT changed'")
 def report(
     folders: Annotated[list[str], typer.Argument(
         metavar="DIR...", show_default=False, help="Run folders, or folders that hold some.")],
     settings: ReportSettings,
-    as_json: Json = False,
 ) -> None:
     """Write one interactive page from any mix of finished runs.
 

@@ -9,27 +9,23 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, RunOut
 from midblock.errors import SettingsError
 from midblock.settings import ChainLoadSettings, SteerSettings
 
-__all__ = ["register"]
+__all__ = ["steer"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("steer", epilog=examples(
-        "midblock steer smollm2 runs/tuned/model --data gsm8k --blocks 10:20 --alphas 0.5,1",
-        "midblock steer BASE SFT --data arithmetic --supervised --direction pc1 --generate 'Question: 3 + 4?'",
-        "midblock steer BASE SFT --data arithmetic --supervised --patch prompt --json"))(expand(steer))
-
-
+@command(
+    "midblock steer smollm2 runs/tuned/model --data gsm8k --blocks 10:20 --alphas 0.5,1",
+    "midblock steer BASE SFT --data arithmetic --supervised --direction pc1 --generate 'Question: 3 + 4?'",
+    "midblock steer BASE SFT --data arithmetic --supervised --patch prompt --json")
 def steer(models: Chain, data: Data, settings: SteerSettings, load: ChainLoadSettings,
           generate: Annotated[list[str] | None, typer.Option(
               "--generate", metavar="PROMPT", show_default=False,
               help="Also continue this prompt, steered and unsteered (repeat for more; generations.csv).")] = None,
-          out: RunOut = Path("runs/steer"), names: Names = None, as_json: Json = False, quiet: Quiet = False) -> None:
+          out: RunOut = Path("runs/steer"), names: Names = None) -> None:
     """Put what tuning changed into the base, block by block, and score it.
 
     Adds a direction of the paired difference sft - base (made from one half of the samples) to

@@ -8,24 +8,20 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, Resume, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Resume, RunOut
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import StudySettings
 
-__all__ = ["register"]
+__all__ = ["study"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("study", epilog=examples(
-        "midblock study smollm2 runs/tuned/model --data arithmetic --out runs/study",
-        "midblock study BASE SFT DPO --data gsm8k --data mmlu --out runs/olmo",
-        "midblock study study.yaml --out runs/paper",
-        "midblock study BASE SFT --data gsm8k --only profile,weights,lens",
-        "midblock study BASE SFT --data gsm8k --out runs/olmo --resume"))(expand(study))
-
-
+@command(
+    "midblock study smollm2 runs/tuned/model --data arithmetic --out runs/study",
+    "midblock study BASE SFT DPO --data gsm8k --data mmlu --out runs/olmo",
+    "midblock study study.yaml --out runs/paper",
+    "midblock study BASE SFT --data gsm8k --only profile,weights,lens",
+    "midblock study BASE SFT --data gsm8k --out runs/olmo --resume")
 def study(
     models: Annotated[list[str], typer.Argument(
         metavar="BASE SFT [DPO ...] | STUDY.yaml", show_default=False,
@@ -38,8 +34,6 @@ def study(
     out: RunOut = Path("runs/study"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the parts and their folders; run nothing.")] = False,
     resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Run every analysis of a pair (or of several) and write one interactive report.
 

@@ -9,26 +9,22 @@ import typer
 
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, run_analysis, show
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, RunOut
 from midblock.settings import ChainLoadSettings, SwapSettings
 
-__all__ = ["register"]
+__all__ = ["swap"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("swap", epilog=examples(
-        "midblock swap smollm2 runs/tuned/model --data gsm8k --segments 5 --out runs/swap",
-        "midblock swap BASE SFT --data mmlu --mask 01100 --mask 00110",
-        "midblock swap BASE SFT --data arithmetic --cumulative --supervised --json"))(expand(swap))
-
-
+@command(
+    "midblock swap smollm2 runs/tuned/model --data gsm8k --segments 5 --out runs/swap",
+    "midblock swap BASE SFT --data mmlu --mask 01100 --mask 00110",
+    "midblock swap BASE SFT --data arithmetic --cumulative --supervised --json")
 def swap(models: Chain, data: Data, settings: SwapSettings, load: ChainLoadSettings,
          mask: Annotated[list[str] | None, typer.Option(
              "--mask", metavar="MASK", show_default=False,
              help="Swap the segments of this mask (repeat for more) instead of each single one.")] = None,
-         out: RunOut = Path("runs/swap"), names: Names = None, as_json: Json = False, quiet: Quiet = False) -> None:
+         out: RunOut = Path("runs/swap"), names: Names = None) -> None:
     """Swap depth segments between a base and its tuned checkpoint, and score what comes out.
 
     Both directions and both heads; loss, accuracy and perplexity per mask, with the paired

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from midblock.cli import console
-from midblock.cli.options import AllowPickle, Json, Out, Quiet, Resume, TrustRemoteCode, examples
+from midblock.cli.command import command
+from midblock.cli.options import Out, Resume
 from midblock.reading import printable
+from midblock.settings.load import TrustSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,22 +22,19 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
     from midblock.sweeps import SweepPlan, SweepResult, SweepState
 
-__all__ = ["register"]
+__all__ = ["sweep"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("sweep", epilog=examples(
-        "midblock sweep recipes/smoke.yaml --dry-run",
-        "midblock sweep recipes/smoke.yaml --out runs/smoke",
-        "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic",
-        "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic --resume",
-        "midblock sweep recipes/smoke.yaml --set seeds=[0,1,2] --set training.epochs=1 --out runs/three"))(sweep)
-
-
+@command(
+    "midblock sweep recipes/smoke.yaml --dry-run",
+    "midblock sweep recipes/smoke.yaml --out runs/smoke",
+    "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic",
+    "midblock sweep recipes/smollm2-arithmetic.yaml --out runs/arithmetic --resume",
+    "midblock sweep recipes/smoke.yaml --set seeds=[0,1,2] --set training.epochs=1 --out runs/three")
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", show_default=False,
                                            help="The experiment as a YAML file; see recipes/ and docs/sweeps.md.")],
+    *,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Print every arm with its exact parameters, the estimated time and memory, and the smallest "
                           "difference that can be detected; train nothing.")] = False,
@@ -44,10 +43,7 @@ def sweep(
         help="Override one key, such as training.epochs=1 or evaluation.0.samples=20; repeat for more.")] = None,
     out: Out = None,
     resume: Resume = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    trust: TrustSettings,
 ) -> None:
     """Train and score many configurations alike, and say what the data support.
 
@@ -62,7 +58,7 @@ def sweep(
     from midblock.sweeps import sweep as run
 
     loaded = load_config(config, overrides or [], note=console.warn)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    options = trust.model_dump()
     if dry_run:
         _show_plan(plan_only(loaded, **options))
         return

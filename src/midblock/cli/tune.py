@@ -8,29 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from midblock.cli import console
-from midblock.cli.command import expand
-from midblock.cli.options import Data, Json, Model, Quiet, Resume, examples
+from midblock.cli.command import command
+from midblock.cli.options import Data, Model, Resume
 from midblock.errors import SettingsError
 from midblock.settings import LoadSettings, TuneSettings
 
 if TYPE_CHECKING:
     from midblock.tuning import Plan
 
-__all__ = ["register"]
+__all__ = ["tune"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("tune", epilog=examples(
-        "midblock tune smollm2 --data arithmetic --samples 400 --mask 01100 --out runs/tune",
-        "midblock tune smollm2 --data arithmetic --mask 01100 --dry-run",
-        "midblock tune MODEL --data gsm8k --blocks 8:16 --rank 32 --merge",
-        "midblock tune MODEL --data mine.jsonl --random-blocks 6 --budget match:11111@16",
-        "midblock tune MODEL --data gsm8k --mask 00100 --method full --learning-rate 2e-5",
-        "midblock tune MODEL --data gsm8k --plan runs/importance/plan.json",
-        "midblock tune smollm2 --data arithmetic --samples 400 --mask 01100 --out runs/tune --resume"))(expand(tune))
-
-
+@command(
+    "midblock tune smollm2 --data arithmetic --samples 400 --mask 01100 --out runs/tune",
+    "midblock tune smollm2 --data arithmetic --mask 01100 --dry-run",
+    "midblock tune MODEL --data gsm8k --blocks 8:16 --rank 32 --merge",
+    "midblock tune MODEL --data mine.jsonl --random-blocks 6 --budget match:11111@16",
+    "midblock tune MODEL --data gsm8k --mask 00100 --method full --learning-rate 2e-5",
+    "midblock tune MODEL --data gsm8k --plan runs/importance/plan.json",
+    "midblock tune smollm2 --data arithmetic --samples 400 --mask 01100 --out runs/tune --resume")
 def tune(
     model: Model,
     data: Data,
@@ -47,8 +43,6 @@ def tune(
         "--out", metavar="DIR", help="Folder for run.json, table.csv, figures, adapter/ and model/; must be empty "
                                      "unless --resume.")] = Path("runs/tune"),
     resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train an adapter on chosen blocks at an exact budget.
 

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, show, split_names
-from midblock.cli.command import expand
-from midblock.cli.options import Json, Quiet, RunOut, examples
+from midblock.cli.command import command
+from midblock.cli.options import RunOut
 from midblock.segments import ZONES_TITLE
 from midblock.settings import WeightsSettings
 
-__all__ = ["register"]
+__all__ = ["weights"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("weights", epilog=examples(
-        "midblock weights allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --out runs/weights",
-        "midblock weights smollm2 runs/tuned/adapter --json",
-        "midblock weights BASE SFT DPO --names base,sft,dpo --no-spectra"))(expand(weights))
-
-
-def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/weights"), names: Names = None,
-            as_json: Json = False, quiet: Quiet = False) -> None:
+@command(
+    "midblock weights allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --out runs/weights",
+    "midblock weights smollm2 runs/tuned/adapter --json",
+    "midblock weights BASE SFT DPO --names base,sft,dpo --no-spectra")
+def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/weights"), names: Names = None) -> None:
     """Measure how far every weight moved, straight from the safetensors files.
 
     No model is built: files of any size, sharded or not, are read side by side at the speed of the

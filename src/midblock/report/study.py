@@ -20,6 +20,7 @@ from midblock.provenance import RunFolder, read_run
 from midblock.reading import read_yaml, user_path
 from midblock.report.page import build_report
 from midblock.report.save import save_result
+from midblock.settings.base import as_keys
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import Part, StudySettings
 
@@ -64,6 +65,7 @@ class StudyResult:
         return "\n".join(lines)
 
 
+@as_keys()
 def read_study(path: Path | str) -> tuple[list[list[str]], list[str], StudySettings]:
     """A study file: ``pairs`` (each a list of MODEL specs), ``data`` (a list of D specs), and settings by their names.
 

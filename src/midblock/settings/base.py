@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from midblock.errors import SettingsError
 
-__all__ = ["Extras", "Settings", "as_options", "bounds_of", "choices_of", "extras_of", "faults_of", "name_of",
-           "option_name", "setting", "without_none"]
+__all__ = ["Extras", "Settings", "as_keys", "as_options", "bounds_of", "choices_of", "extras_of", "faults_of",
+           "name_of", "option_name", "setting", "without_none"]
 
 
 class Extras(dict[str, Any]):
@@ -66,13 +66,26 @@ def name_of(field: str) -> str:
 
 
 @contextlib.contextmanager
-def as_options() -> Iterator[None]:
-    """Faults name fields as command-line options while this lasts."""
-    token = _naming.set(option_name)
+def _named(naming: Callable[[str], str]) -> Iterator[None]:
+    token = _naming.set(naming)
     try:
         yield
     finally:
         _naming.reset(token)
+
+
+@contextlib.contextmanager
+def as_options() -> Iterator[None]:
+    """Faults name fields as command-line options while this lasts."""
+    with _named(option_name):
+        yield
+
+
+@contextlib.contextmanager
+def as_keys() -> Iterator[None]:
+    """Faults name fields as a file's keys while this lasts, or while the decorated function runs."""
+    with _named(str):
+        yield
 
 
 class Settings(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from midblock.settings.base import Settings, setting
 
-__all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings"]
+__all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings", "TrustSettings"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -20,13 +20,17 @@ class PlaceSettings(Settings):
     device: str = setting("auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")
 
 
-class LoadSettings(PlaceSettings):
-    """dtype, device and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
+class TrustSettings(Settings):
+    """What a model's files may do: run code of their own."""
 
     trust_remote_code: bool = setting(
         False, help="Run Python code that comes with the model. Only if you trust its author.")
     allow_pickle: bool = setting(
         False, help="Load pickle checkpoints (*.bin), which can run code. Only if you trust their author.")
+
+
+class LoadSettings(TrustSettings, PlaceSettings):
+    """dtype, device and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
 
 
 class ChainLoadSettings(LoadSettings):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from midblock.errors import MidblockError, SettingsError
 from midblock.evaluation import check_options, find_task
 from midblock.reading import parse_yaml, printable, read_yaml, user_path
-from midblock.settings.base import faults_of
+from midblock.settings.base import as_keys, faults_of
 from midblock.settings.sweep import SweepConfig, TaskConfig
 from midblock.tuning.cache import PrefixCache
 
@@ -112,6 +112,7 @@ def _task_faults(values: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+@as_keys()
 def load_config(path: Path | str, overrides: Sequence[str] = (), *,
                 note: Callable[[str], None] = _ignore) -> SweepConfig:
     """A configuration file with ``KEY=VALUE`` overrides (``training.epochs=1``, ``evaluation.0.samples=20``).

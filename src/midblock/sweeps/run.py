@@ -10,6 +10,7 @@ from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
 from midblock.results import json_ready
+from midblock.settings.base import as_keys
 from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import Job
 from midblock.sweeps.config import dump_config, load_config
@@ -38,6 +39,7 @@ class SweepState:
         return len(self.plan.jobs) - len(self.records)
 
 
+@as_keys()
 def dry_run(config: SweepConfig | Path | str, *, trust_remote_code: bool = False,
             allow_pickle: bool = False) -> SweepPlan:
     """What a sweep would do: reads config, tokenizer and data, no weights.
@@ -51,6 +53,7 @@ def dry_run(config: SweepConfig | Path | str, *, trust_remote_code: bool = False
     return plan_sweep(config, outline, load_sweep_data(config))
 
 
+@as_keys()
 def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = False,
           given: dict[str, object] | None = None, loaded: LoadedModel | None = None,
           trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress = silent,
