@@ -2,6 +2,7 @@
 #   make demo    the whole program on a real small model, no network but the package index
 #   make test    fast tests        make slow   the tests on the real embedded model
 #   make lint    ruff and mypy     make docs   the documentation, strict     make check   all three
+#   make bench   every benchmark of docs/performance.md, about 20 minutes on two cores; nothing else should run
 #   make notebooks   runs the notebooks of examples/ and keeps what they print and draw
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -25,7 +26,7 @@ export MIDBLOCK_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test slow lint docs notebooks check clean distclean
+.PHONY: install demo test slow lint docs bench notebooks check clean distclean
 .DEFAULT_GOAL := check
 
 install: $(INSTALLED)
@@ -57,6 +58,9 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+bench: $(INSTALLED)
+	PYTHON=$(BIN)/python benchmarks/all.sh $(BENCH_ARGS)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python examples/execute.py

