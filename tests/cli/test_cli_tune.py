@@ -82,6 +82,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(base: Path, data: Path, tmp_
     assert load_plan(tmp_path / "plan.json").rank == 16
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_a_dry_run_needs_no_weights(base: Path, data: Path, index: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--mask", "0010", "--rank", "2", "--dry-run", "--json")
+    assert tune(base, data, *words) == 0
+    whole = json.loads(capsys.readouterr().out)
+    (base / "model.safetensors").unlink()
+    if index:  # of shards that were not fetched
+        (base / "model.safetensors.index.json").write_text(json.dumps(
+            {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
+    assert tune(base, data, *words) == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == whole["plan"]
+    assert tune(base, data, *words[:-2]) == 2
+    assert "weights" in capsys.readouterr().err or index
+
+
 def test_plan_files(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(FAMILIES["llama"](), modules=["model.layers.1.mlp.up_proj", "model.layers.3.self_attn.q_proj"],
                      rank=2)

@@ -49,8 +49,14 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
+def checked_folder(folder: Path, spec: str, allow_pickle: bool, *, weights: bool = True) -> Path:
     """The folder, if it holds a checkpoint or an adapter that may be read.
+
+    Args:
+        folder: The folder.
+        spec: What the user called it.
+        allow_pickle: Accept ``.bin`` weights.
+        weights: Whether it must hold its weights; without them the config tells a model's shape.
 
     Raises:
         CheckpointError: no config, or no weights.
@@ -62,11 +68,13 @@ def checked_folder(folder: Path, spec: str, allow_pickle: bool) -> Path:
         hint = f" It holds {inside[0].name}: name that file itself." if inside else ""
         raise CheckpointError(f"model {spec!r}: the folder has no config.json and no "
                               f"adapter_config.json, so it is not a checkpoint.{hint}")
-    if weight_files(folder, required=False):
+    if weights_are_there(folder) or (weights and weight_files(folder, required=False)):
         return folder
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
                and p.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if not pickles:
+        if not weights:
+            return folder
         raise CheckpointError(
             f"model {spec!r}: the folder has no weights (looked for {WEIGHTS}, {INDEX} and "
             f"{ADAPTER_WEIGHTS}).")
@@ -83,8 +91,11 @@ def is_pickled(folder: Path) -> bool:
 
 
 def weights_are_there(folder: Path) -> bool:
-    """Whether any file of weights is in a folder; of a hub model only the small files may have been fetched."""
-    return next(folder.glob("*.safetensors"), None) is not None
+    """Whether all of a model's safetensors are in its folder; of a hub model only the small files may be."""
+    if (folder / WEIGHTS).is_file():
+        return True
+    index = folder / INDEX
+    return index.is_file() and all((folder / shard).is_file() for shard in set(read_index(index).values()))
 
 
 def fingerprint(folder: Path) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from midblock.errors import ModelNotFoundError, OutputError
 from midblock.models.checkpoints import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INDEX,
     WEIGHTS,
@@ -33,7 +32,8 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
         revision: Branch, tag or commit of a hub id.
         allow_pickle: Accept ``.bin`` weights, which can run code when they are read.
         trust_remote_code: Also fetch the Python files of a hub id.
-        weights: Of a hub id, fetch its weights too; else config and tokenizer, which tell a model's shape.
+        weights: Fetch a hub id's weights too, and refuse a folder without any; else config and tokenizer, which tell a
+            model's shape, are enough.
 
     Raises:
         ModelNotFoundError: nothing there.
@@ -49,7 +49,7 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
             raise ModelNotFoundError(f"model {text!r}: there is no such file.")
         return convert_gguf(path, text)
     if path.is_dir():
-        return checked_folder(path, text, allow_pickle)
+        return checked_folder(path, text, allow_pickle, weights=weights)
     if path.exists():
         raise ModelNotFoundError(
             f"model {text!r} is a file but not a .gguf file; name the folder that holds it, a .gguf "
@@ -59,8 +59,7 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
             f"model {text!r}: there is no such folder, and it is not a hub id; name a folder, a .gguf "
             "file, a hub id such as allenai/OLMo-2-0425-1B, or smollm2.")
     folder = _download(text, revision, allow_pickle, trust_remote_code, weights)
-    described = any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    return folder if described and not weights else checked_folder(folder, text, allow_pickle)
+    return checked_folder(folder, text, allow_pickle, weights=weights)
 
 
 def embedded_gguf() -> Path:
