@@ -413,7 +413,9 @@ class RunFolder:
             raise OutputError(f"--resume: this folder holds a run of {previous.get('command')!r}, "
                               f"not of {command!r}.")
         before = previous.get("settings", {})
-        changed = [k for k in sorted({*before, *resolved} - {*may_differ}) if before.get(k) != resolved.get(k)]
+        # a switch that is off is as one that the version of that run did not have
+        changed = [k for k in sorted({*before, *resolved} - {*may_differ}) if before.get(k) != resolved.get(k)
+                   and not all(side.get(k) is None or side.get(k) is False for side in (before, resolved))]
         if changed:
             what = "; ".join(f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in changed)
             raise SettingsError(f"--resume: the settings differ from the interrupted run's: {what}. "

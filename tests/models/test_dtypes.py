@@ -52,7 +52,7 @@ def test_wider_checkpoints_lose_nothing(rates, stored):
 @pytest.mark.parametrize("stored", [torch.float32, *HALVES])
 def test_where_float32_does_not_fit_it_is_16_bits(rates, monkeypatch, stored):
     rates(1e12, 1e9)
-    monkeypatch.setattr(dtypes, "_memory_bytes", lambda device: 16e9)
+    monkeypatch.setattr(dtypes, "_memory_bytes", lambda device, spread=False: 16e9)
     one = {"stored": stored, "device": CPU, "parameters": 3_000_000_000}
     assert choose_dtype("auto", **one).dtype == torch.float32
     pair = choose_dtype("auto", **one, models=2)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, token_ids
-from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
+from midblock.errors import AdapterError, CheckpointError, OutputError
 from midblock.models import load_model, save_checkpoint
 from midblock.provenance import cache_dir
 from midblock.settings import TrainSettings
 from midblock.tuning import attach, make_plan, merged_weights, tune, vllm_note, with_weights
 from midblock.tuning.export import VLLM_RANKS, export_adapter, pad_adapter
-from midblock.tuning.run import base_name, load_4bit
+from midblock.tuning.run import base_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -199,16 +199,6 @@ def test_the_base_is_named_as_it_can_be_found(tmp_path: Path, tiny_tokenizer: An
     converted = cache_dir() / "converted" / "smollm2"
     assert base_name(replace(base, spec="smollm2", folder=converted)) == str(converted.resolve())
     assert base_name(replace(base, spec="org/model", folder=tmp_path / "hub" / "snapshot")) == "org/model"
-
-
-def test_4bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
-    with pytest.raises(SettingsError, match=r"midblock\[quantized\]"):
-        load_4bit("smollm2")
 
 
 def test_a_merged_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, tiny_tokenizer: Any) -> None:

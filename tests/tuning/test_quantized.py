@@ -14,14 +14,13 @@ from midblock.data import load_data
 from midblock.errors import SettingsError
 from midblock.models import load_model
 from midblock.tuning import TrainSettings, tune
-from midblock.tuning.run import load_4bit
 
 pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
 
 
 @pytest.fixture
 def quantised(smollm2_folder: Path) -> Any:
-    return load_4bit(str(smollm2_folder), dtype="bfloat16")
+    return load_model(smollm2_folder, dtype="bfloat16", load_4bit=True)
 
 
 @pytest.mark.slow

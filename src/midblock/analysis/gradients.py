@@ -25,7 +25,7 @@ from midblock.analysis.weight_sums import group_change
 from midblock.capture import model_inputs
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError
-from midblock.models import LoadedModel, kind_of, split_fused, text_config
+from midblock.models import LoadedModel, kind_of, require_full_weights, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import Table, TableResult
@@ -198,6 +198,8 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
     """
     chosen = GradientSettings.of(settings, overrides)
     by_name = load_stages(stages, None, names, least=1)
+    for loaded in by_name.values():
+        require_full_weights(loaded, "a gradient of weights")
     dataset = draw(data, chosen)
     table = Table()
     counts: dict[str, Any] = {}

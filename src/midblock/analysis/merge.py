@@ -27,7 +27,7 @@ from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_s
 from midblock.capture import score_batch
 from midblock.data import Dataset
 from midblock.errors import OutputError, PairMismatchError, SettingsError
-from midblock.models import LoadedModel, save_checkpoint
+from midblock.models import LoadedModel, require_full_weights, save_checkpoint
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
@@ -384,6 +384,8 @@ def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
     if data is None and save is None:
         raise SettingsError("merge has nothing to do: give data to score on, a folder to save in, or both.")
     by_name = load_stages(stages, sft, names)
+    for loaded in by_name.values():
+        require_full_weights(loaded, "merging")
     keys = list(by_name)
     pairs = comparisons(keys)
     for setting in wanted:

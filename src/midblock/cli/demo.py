@@ -62,7 +62,7 @@ def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("de
     RunFolder.check_free(out)
     started = time.perf_counter()
     console.say("Loading SmolLM2-135M-Instruct (converted once from GGUF, about half a minute) ...")
-    base = load_model("smollm2", dtype=load.dtype, device=load.device)
+    base = load_model("smollm2", **load.placement())
     scale = settings.scale or _fitting_scale(base)
     sizes = _Sizes().times(scale)
     dtype, device = str(base.dtype).removeprefix("torch."), str(base.device)
@@ -73,7 +73,7 @@ def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("de
         trained = _fine_tune(base, run.path, sizes, settings.seed, progress)
         console.say("\n== 2. Where did fine-tuning act?")
         studied = study([str(run.path / "base" / "model"), str(run.path / "sft" / "model")], data=["arithmetic"],
-                        out=run.path / "study", load=load.replace(dtype=dtype, device=device), progress=progress,
+                        out=run.path / "study", load=load.replace(dtype=dtype), progress=progress,
                         tell=console.step, only=("weights", "profile", "lens", "swap"), samples=sizes.profile,
                         token_samples=sizes.tokens, lens_samples=sizes.lens, swap_samples=sizes.swap, max_length=128,
                         seed=settings.seed)

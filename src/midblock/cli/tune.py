@@ -35,8 +35,6 @@ def tune(
     plan_file: Annotated[Path | None, typer.Option(
         "--plan", metavar="FILE", show_default=False,
         help="Train what a plan file names (from `importance` or `tune --dry-run --json`).")] = None,
-    load_4bit: Annotated[bool, typer.Option(
-        "--load-4bit", help="Hold the base in 4 bit (needs bitsandbytes).")] = False,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Print blocks, rank, parameters, and estimates of memory and time; train nothing.")] = False,
     out: Annotated[Path, typer.Option(
@@ -50,7 +48,7 @@ def tune(
     completion (or the assistant) says. Afterwards a check proves that only the chosen weights moved.
     """
     from midblock.tuning.plan import load_plan
-    from midblock.tuning.run import plan_of_spec, prefix_cache
+    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
 
     plan = None if plan_file is None else load_plan(plan_file)
     if plan is not None and (settings.ways or settings.rank or settings.budget):
@@ -60,30 +58,30 @@ def tune(
     store = prefix_cache(settings.cache, settings.cache_limit)
     solved = plan_of_spec(model, settings, plan, trust_remote_code=load.trust_remote_code,
                           allow_pickle=load.allow_pickle)
+    refuse_quantised(solved, settings, quantised=load.load_4bit or load.load_8bit)
     if dry_run:
         _dry_run(model, data, solved, settings, load)
     else:
-        _run(model, data, solved, settings, load, store, out=out, resume=resume, quantised=load_4bit)
+        _run(model, data, solved, settings, load, store, out=out, resume=resume)
 
 
 def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSettings, store: Any, *, out: Path,
-         resume: bool, quantised: bool) -> None:
+         resume: bool) -> None:
     from midblock.data import load_data
     from midblock.extras import require
     from midblock.models import load_model
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.tuning import tune as run_tuning
-    from midblock.tuning.run import load_4bit, require_tracker
+    from midblock.tuning.run import require_tracker
 
     require("trl", "midblock tune")
     require_tracker(settings.report_to)
     dataset = load_data(data, split="train")
     if not resume:
         RunFolder.check_free(out)
-    loaded = (load_4bit if quantised else load_model)(model, **load.model_dump())
-    recorded = {"model": model, "data": data, "plan": plan.to_dict(), **settings.model_dump(), **load.model_dump(),
-                "quantised": quantised}
+    loaded = load_model(model, **load.model_dump())
+    recorded = {"model": model, "data": data, "plan": plan.to_dict(), **settings.model_dump(), **load.model_dump()}
     with RunFolder(out, command="tune", settings=recorded, resume=resume) as run, console.progress_bar() as progress:
         run.record_inputs(models={"base": loaded.describe()}, data=dataset.describe())
         result = run_tuning(loaded, dataset, settings, plan=plan, cache=store, out=run.path, resume=resume,

@@ -18,6 +18,7 @@ from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
 from midblock.models.load import LoadedModel, check_finite_weights, load_model, load_tokenizer
 from midblock.models.matrices import Projection, attention_of, kind_of, projections, split_fused
 from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
+from midblock.models.placement import require_full_weights
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.saving import save_checkpoint
@@ -53,6 +54,7 @@ __all__ = [
     "pair_warning",
     "projections",
     "quiet",
+    "require_full_weights",
     "resolve_checkpoint",
     "resolve_device",
     "resolve_stages",

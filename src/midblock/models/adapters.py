@@ -205,6 +205,9 @@ def base_weight(layer: Any) -> Tensor:
     """Weight under a PEFT layer in float32; a quantised one is what its products compute with."""
     # a layer around stacked experts holds a parameter of a module, not a module with a weight
     weight: Tensor = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
+    if weight.dtype == torch.int8 and hasattr(weight, "SCB"):  # PEFT's own way leaves the layer without its scales
+        scale = weight.SCB if weight.SCB is not None else layer.base_layer.state.SCB
+        return weight.detach().float() * (scale.float() / 127)[:, None]
     if not weight.is_floating_point():
         from peft.utils.integrations import dequantize_module_weight
 

@@ -22,6 +22,7 @@ from midblock.models.load import (
     read_config,
     stored_dtype,
 )
+from midblock.models.matrices import kind_of
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 
@@ -132,8 +133,10 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
     if options.get("dtype", "auto") == "auto":
         plain = (f if f in DTYPES.values() else torch.float32 for f in stored_dtypes)  # float8, int8
         options["dtype"] = choose_dtype(
-            "auto", stored=functools.reduce(torch.promote_types, plain), config=config, parameters=parameters,
-            device=resolve_device(options.get("device", "auto")), models=len(specs))
+            "auto", stored=functools.reduce(torch.promote_types, plain), config=config,
+            parameters=0 if options.get("load_4bit") or options.get("load_8bit") else parameters,
+            spread=options.get("device_map") is not None, device=resolve_device(options.get("device", "auto")),
+            models=len(specs))
     loaded = [load_model(spec, name=name, **options)
               for spec, name in zip(specs, keys, strict=True)]
     if len(set(stored_dtypes)) > 1:
@@ -213,6 +216,12 @@ def common_vocabulary(loaded: Sequence[LoadedModel]) -> None:
             stage.note(f"the tokenizer of {smallest.name} is used")
 
 
+def _shapes(stage: LoadedModel) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter; an adapter that was left on quantised layers is not one of them."""
+    return {n.replace(".base_layer.", "."): tuple(p.shape) for n, p in stage.model.named_parameters()
+            if kind_of(n) != "adapter"}
+
+
 def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True) -> None:
     """Check that loaded stages have equal parts, dtypes, weights of equal shape, and equal tokenizers.
 
@@ -220,14 +229,15 @@ def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True)
         PairMismatchError: says which stage differs from the first, and in what.
     """
     base = loaded[0]
-    shapes = {n: tuple(p.shape) for n, p in base.model.named_parameters()}
+    shapes = _shapes(base)
     for other in loaded[1:]:
         pair = f"{base.name} ({base.spec}) and {other.name} ({other.spec})"
         a, b = base.anatomy, other.anatomy
         for what, ours, theirs in (
                 ("class", type(a.causal_lm).__name__, type(b.causal_lm).__name__),
                 ("depth", a.num_blocks, b.num_blocks), ("width", a.hidden_size, b.hidden_size),
-                ("vocabulary", a.vocab_size, b.vocab_size)):
+                ("vocabulary", a.vocab_size, b.vocab_size),
+                ("quantisation", base.quantized or "none", other.quantized or "none")):
             if ours != theirs:
                 raise PairMismatchError(f"{pair} differ in {what}: {ours} against {theirs}. Name two "
                                         "checkpoints of one model.")
@@ -237,7 +247,7 @@ def check_fit(loaded: Sequence[LoadedModel], *, compare_tokenizers: bool = True)
                                     "difference would be one of rounding too. Load both with one dtype, or by "
                                     "load_chain.")
         # A tied head is a name less, not another architecture: compare what both have, then blocks.
-        theirs_shapes = {n: tuple(p.shape) for n, p in other.model.named_parameters()}
+        theirs_shapes = _shapes(other)
         for parameter in sorted({*shapes, *theirs_shapes}):
             left, right = shapes.get(parameter), theirs_shapes.get(parameter)
             one_sided = left is None or right is None

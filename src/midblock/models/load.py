@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from midblock.errors import (
     SettingsError,
     UnsafeCheckpointError,
 )
+from midblock.extras import require
 from midblock.models.adapters import base_of_adapter, other_base, with_adapter
 from midblock.models.anatomy import Anatomy, find_anatomy
 from midblock.models.checkpoints import (
@@ -41,12 +42,15 @@ from midblock.models.checkpoints import (
 )
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
 from midblock.models.gguf import precision_of
+from midblock.models.placement import check_spread, dequantised, held_in, keep_trainable, loading_options
 from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 from midblock.models.validation import read_config as read_config_file
 from midblock.provenance import sha256_of
 from midblock.segments import format_blocks
+from midblock.settings.base import name_of
+from midblock.settings.load import PlaceSettings
 
 __all__ = ["LoadedModel", "check_finite_weights", "check_vocabulary", "load_model", "load_tokenizer", "model_class",
            "parameters_in", "read_config", "stored_dtype"]
@@ -77,6 +81,8 @@ class LoadedModel:
     """What loading left aside (weights of another tower, say); for run.json."""
     dtype_reason: str = "as asked"
     """Why it was loaded in this dtype."""
+    quantized: str | None = None
+    """How its weights are held where not in ``dtype``: ``4bit``, ``8bit``, or a checkpoint's own method."""
     _fingerprint: str | None = field(default=None, repr=False)
 
     @property
@@ -104,7 +110,8 @@ class LoadedModel:
             "vocab_size": self.anatomy.vocab_size, "tied_head": self.anatomy.tied,
             "parameters": self.anatomy.causal_lm.num_parameters(),
             "dtype": dtype_name(self.dtype), "dtype_reason": self.dtype_reason, "device": str(self.device),
-            "adapter": None if self.adapter is None else str(self.adapter), "notes": list(self.notes),
+            "quantized": self.quantized, "adapter": None if self.adapter is None else str(self.adapter),
+            "notes": list(self.notes),
         }
 
 
@@ -112,7 +119,8 @@ def load_model(
     spec: str | Path, *, dtype: str | torch.dtype | DtypeChoice = "auto", device: str | torch.device = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, adapter: str | Path | None = None,
     merge: bool = True, check_finite: bool = True, revision: str | None = None,
-    attn_implementation: str | None = None, name: str | None = None,
+    attn_implementation: str | None = None, name: str | None = None, device_map: str | None = None,
+    load_4bit: bool = False, load_8bit: bool = False,
 ) -> LoadedModel:
     """Load a MODEL spec for measuring or tuning.
 
@@ -125,11 +133,15 @@ def load_model(
         allow_pickle: Read ``.bin`` weights.
         adapter: Folder or hub id of a PEFT adapter to put on the model.
         merge: Merge the adapter into the weights (what measuring wants). If not, ``model`` is the
-            ``PeftModel``.
+            ``PeftModel``. On quantised weights an adapter is never merged, which would round it away: it stays on
+            the model's layers, as it was trained.
         check_finite: Refuse weights with NaN or infinity.
         revision: Branch, tag or commit of a hub id.
         attn_implementation: transformers' name of an attention implementation.
         name: Name for tables; default the last part of the spec.
+        device_map: ``auto`` spreads whole blocks over all GPUs; None: everything is on ``device``.
+        load_4bit: Hold the weights in 4 bit (NF4), by bitsandbytes; embeddings and head stay as they are.
+        load_8bit: The same in 8 bit.
 
     Raises:
         ModelNotFoundError: nothing there.
@@ -137,9 +149,13 @@ def load_model(
         UnsafeCheckpointError: pickled weights or remote code that nobody asked for.
         ArchitectureError: no such architecture, or its parts cannot be found.
         AdapterError: the adapter does not belong to the model.
-        SettingsError: an unknown dtype or device.
+        SettingsError: an unknown dtype or device, or a placement that the model does not fit.
+        MissingExtraError: bitsandbytes is asked for and not installed.
     """
-    place = resolve_device(device)
+    wanted = PlaceSettings(device=str(device), device_map=device_map, load_4bit=load_4bit, load_8bit=load_8bit)
+    place, bits = resolve_device(device), 4 if load_4bit else 8 if load_8bit else None
+    if bits is not None:
+        require("bitsandbytes", name_of(f"load_{bits}bit"))
     if not isinstance(dtype, DtypeChoice):  # a wrong word must not cost a download first
         choose_dtype(dtype, stored=torch.float32, device=place)
     text = str(spec)
@@ -165,21 +181,37 @@ def load_model(
     config = read_config(folder, text, trust_remote_code)
     choice = dtype if isinstance(dtype, DtypeChoice) else choose_dtype(
         dtype, stored=stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),
-        parameters=parameters_in(folder))
-    model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder),
-                          attn_implementation)
-    model.to(place)
+        parameters=0 if bits else parameters_in(folder), spread=wanted.device_map is not None)
+    stored = dequantised(config)
+    options = loading_options(config, choice.dtype, place, device_map=wanted.device_map, bits=bits)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder), options)
+    if stored:
+        notes += (f"stored in {stored}, loaded in {choice.name}",)
+    quantized = held_in(model)
+    if quantized:
+        keep_trainable(model)
+    if "device_map" not in options:
+        model.to(place)
     model.eval()
     if check_finite:
         check_finite_weights(model, where=text)
+        if bits and not is_pickled(folder):
+            check_finite_files(Checkpoint(folder), where=text)
     if adapter_folder is not None:
         if warning := other_base(adapter_folder, text, folder):
             notes += (warning,)
-        model = with_adapter(model, adapter_folder, merge)
+        model = with_adapter(model, adapter_folder, merge and not quantized)
+        if merge and quantized:
+            model = model.get_base_model()
         model.eval()
         if check_finite:
             check_finite_weights(model, where=str(adapter_folder))
     anatomy = find_anatomy(model)
+    if wanted.device_map is not None:
+        check_spread(model, anatomy, text)
+        place = next(anatomy.embeddings.parameters()).device
     tokenizer = load_tokenizer(folder, spec=text, trust_remote_code=trust_remote_code)
     if adapter_folder is not None and _has_tokenizer(adapter_folder):  # it was trained with its own
         own = load_tokenizer(adapter_folder, trust_remote_code=trust_remote_code)
@@ -192,7 +224,7 @@ def load_model(
     loaded = LoadedModel(
         model=model, tokenizer=tokenizer, anatomy=anatomy, spec=text,
         name=name or (adapter_folder or Path(text)).name, folder=folder, dtype=choice.dtype,
-        dtype_reason=choice.reason, device=place, adapter=adapter_folder,
+        dtype_reason=choice.reason, device=place, adapter=adapter_folder, quantized=quantized,
         vocabulary=anatomy.vocab_size)
     for note in notes:
         loaded.note(note)
@@ -270,9 +302,8 @@ def model_class(config: Any, spec: str, trust_remote_code: bool) -> Any:
 
 
 def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remote_code: bool,
-           pickled: bool, attn_implementation: str | None) -> tuple[Any, tuple[str, ...]]:
+           pickled: bool, options: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     auto = model_class(config, spec, trust_remote_code)
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
 
     def refusal(error: Exception) -> MidblockError:
         if not pickled and (gaps := _gaps(Checkpoint(folder).names())):
@@ -283,7 +314,8 @@ def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remot
     with foreign(refusal):
         model, info = auto.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=not pickled,
-            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options)
     return model, _check_loading(model, info, spec)
 
 
@@ -346,9 +378,19 @@ def check_finite_weights(model: nn.Module, *, where: str = "model") -> None:
     Raises:
         CheckpointError: a tensor has non-finite entries.
     """
+    _require_finite(itertools.chain(model.named_parameters(), model.named_buffers()), where)
+
+
+def check_finite_files(checkpoint: Checkpoint, *, where: str) -> None:
+    """`check_finite_weights` of what is stored, for a model that quantisation does not let look at."""
+    _require_finite(((name, checkpoint.read(name)) for name in checkpoint.names()), where)
+    checkpoint.release()
+
+
+def _require_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
     bad: list[str] = []
     with torch.no_grad():
-        for tensor_name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        for tensor_name, tensor in tensors:
             if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
                 continue
             if tensor.dtype.itemsize < 2:

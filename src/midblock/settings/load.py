@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from midblock.settings.base import Settings, setting
+from pydantic import model_validator
+
+from midblock.settings.base import Settings, name_of, setting
 
 __all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings", "TrustSettings"]
 
@@ -12,12 +14,29 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class PlaceSettings(Settings):
-    """Where a model computes, and in which dtype."""
+    """Where a model computes, in which dtype, and how its weights are held."""
 
     dtype: DtypeName = setting("auto", help=(
         "dtype of the weights. auto: the fastest on this device that holds every checkpoint "
         "(on a CPU bfloat16 only where it is faster than float32)."))
     device: str = setting("auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")
+    device_map: Literal["auto"] | None = setting(None, help=(
+        "auto: spread the blocks over all GPUs (of one model that no GPU holds alone)."))
+    load_4bit: bool = setting(False, help="Hold the weights in 4 bit (NF4; needs bitsandbytes).")
+    load_8bit: bool = setting(False, help="Hold the weights in 8 bit (LLM.int8; needs bitsandbytes).")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.load_4bit and self.load_8bit:
+            raise ValueError(f"{name_of('load_4bit')} and {name_of('load_8bit')} exclude each other; choose one")
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"{name_of('device_map')} chooses the devices itself; leave out {name_of('device')} "
+                             f"{self.device}")
+        return self
+
+    def placement(self) -> dict[str, Any]:
+        """The keywords of `midblock.load_model` that say where and in which dtype."""
+        return {name: getattr(self, name) for name in PlaceSettings.model_fields}
 
 
 class TrustSettings(Settings):
@@ -30,7 +49,7 @@ class TrustSettings(Settings):
 
 
 class LoadSettings(TrustSettings, PlaceSettings):
-    """dtype, device and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
+    """dtype, devices, quantisation and trust: keywords of `midblock.load_model` and `midblock.load_chain`."""
 
 
 class ChainLoadSettings(LoadSettings):

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from scipy import stats as scipy_stats
 
+from midblock.errors import SettingsError
 from midblock.evaluation import find_task
 from midblock.models import Anatomy, find_anatomy
 from midblock.settings.sweep import StatisticsConfig, SweepConfig
@@ -127,6 +128,9 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
         DataError: the training rows cannot be tokenised.
     """
     arms = expand_arms(config, outline.anatomy)
+    if (config.load_4bit or config.load_8bit) and (full := [a.name for a in arms if a.plan.method == "full"]):
+        raise SettingsError(f"full-rank arms ({', '.join(full)}) change the weights themselves, which load_4bit and "
+                            "load_8bit quantise; leave one or the other out.")
     jobs = jobs_of(arms, config.seeds)
     rows = token_rows(data.train, outline.tokenizer, config.train)
     steps, epochs = config.training.num_steps(len(rows)), config.training.num_epochs(len(rows))

@@ -85,8 +85,8 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         RunFolder.check_free(out)
     data = load_sweep_data(config)
     if loaded is None:
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device,
-                            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        loaded = load_model(config.model, **config.placement(), trust_remote_code=trust_remote_code,
+                            allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
                    may_differ=("name", "arms", "seeds", "statistics")) as run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, SettingsError
 from midblock.extras import require
-from midblock.models import LoadedModel, find_anatomy, load_model, quiet, save_checkpoint
+from midblock.models import LoadedModel, find_anatomy, load_model, save_checkpoint
 from midblock.models.summary import model_skeleton
 from midblock.progress import Progress, silent
 from midblock.provenance import cache_dir
@@ -53,8 +52,8 @@ from midblock.tuning.trainer import train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TuneResult", "base_name", "load_4bit", "plan_of_spec", "prefix_cache", "require_tracker", "token_rows",
-           "tune"]
+__all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_quantised", "require_tracker",
+           "token_rows", "tune"]
 
 # tokens on which the check compares logits
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
@@ -168,7 +167,8 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         loaded = load_model(model)
     plan = make_plan(loaded, wanted) if plan is None and solved is None else require_plan_fits(
         plan or solved, loaded)  # type: ignore[arg-type]
-    _check_exports(plan, loaded, wanted)
+    refuse_quantised(plan, wanted, quantised=loaded.quantized is not None)
+    _check_exports(plan, wanted)
     rows, data_name = _token_rows(data, loaded, wanted)
     held = wanted.eval_data if eval_data is None else eval_data
     held_rows = None if held is None else _token_rows(
@@ -244,44 +244,27 @@ def plan_of_spec(spec: str, settings: PlanSettings, plan: Plan | None = None, **
     return make_plan(anatomy, settings) if plan is None else require_plan_fits(plan, anatomy)
 
 
-def load_4bit(spec: str, **options: Any) -> LoadedModel:
-    """A base with 4-bit weights (NF4), for LoRA on top of them (QLoRA).
-
-    Raises:
-        SettingsError: bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingsError("a 4-bit base needs the package bitsandbytes, which is not installed; "
-                            "run: pip install 'midblock[quantized]'.")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    loaded = load_model(spec, **options)
-    assert loaded.folder is not None
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                bnb_4bit_compute_dtype=loaded.dtype)
-    with quiet():
-        small = AutoModelForCausalLM.from_pretrained(loaded.folder, quantization_config=config, dtype=loaded.dtype,
-                                                     device_map={"": str(loaded.device)})
-    small.eval()
-    linear: Any
-    for linear in small.modules():
-        # on a CPU bitsandbytes would repack weights for inference at the first forward without gradients,
-        # for good, and training would then silently get no gradient through them
-        if hasattr(linear, "support_avx512bf16_for_cpu"):
-            linear.support_avx512bf16_for_cpu = False
-    return replace(loaded, model=small, anatomy=find_anatomy(small))
-
-
 # ---------------------------------------------------------------------------------------------
 # parts
 
 
-def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> None:
-    if wanted.merge and plan.method != "full" and not all(
-            loaded.model.get_parameter(m.parameter).is_floating_point() for m in plan.modules):
-        raise SettingsError(f"{name_of('merge')} cannot write the update into quantised weights; train without it and "
+def refuse_quantised(plan: Plan, wanted: TuneSettings, *, quantised: bool) -> None:
+    """Refuse what weights in 4 or 8 bit cannot do; told before anything is loaded where the settings say so.
+
+    Raises:
+        SettingsError: full-rank training of them, or writing into them.
+    """
+    if quantised and plan.method == "full":
+        raise SettingsError("full-rank training changes the weights themselves, which are quantised; use a LoRA, or "
+                            "load the base in full.")
+    if quantised and (wanted.merge or wanted.export_base):
+        option = name_of("merge" if wanted.merge else "export_base")
+        raise SettingsError(f"{option} cannot write quantised weights as a plain checkpoint; train without it and "
                             "merge the adapter into the base in 16 bit (PEFT's merge_and_unload), or load the base in "
                             "full.")
+
+
+def _check_exports(plan: Plan, wanted: TuneSettings) -> None:
     if wanted.pad_rank and (plan.method != "lora" or any(m.experts for m in plan.modules)):
         raise SettingsError(f"{name_of('pad_rank')} is for LoRA adapters of linear layers; the method is "
                             f"{plan.method}.")
