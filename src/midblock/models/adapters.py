@@ -207,7 +207,8 @@ def base_weight(layer: Any) -> Tensor:
     weight: Tensor = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
     if weight.dtype == torch.int8 and hasattr(weight, "SCB"):  # PEFT's own way leaves the layer without its scales
         scale = weight.SCB if weight.SCB is not None else layer.base_layer.state.SCB
-        return weight.detach().float() * (scale.float() / 127)[:, None]
+        whole: Tensor = weight.detach().float() * (scale.float() / 127)[:, None]
+        return whole
     if not weight.is_floating_point():
         from peft.utils.integrations import dequantize_module_weight
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -119,8 +119,8 @@ def load_model(
     spec: str | Path, *, dtype: str | torch.dtype | DtypeChoice = "auto", device: str | torch.device = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, adapter: str | Path | None = None,
     merge: bool = True, check_finite: bool = True, revision: str | None = None,
-    attn_implementation: str | None = None, name: str | None = None, device_map: str | None = None,
-    load_4bit: bool = False, load_8bit: bool = False,
+    attn_implementation: str | None = None, name: str | None = None,
+    device_map: Literal["auto"] | None = None, load_4bit: bool = False, load_8bit: bool = False,
 ) -> LoadedModel:
     """Load a MODEL spec for measuring or tuning.
 
