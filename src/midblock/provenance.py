@@ -1,7 +1,5 @@
 """Run folders: what a command was asked, what it ran on, and what it wrote.
 
-Files are written beside their place and renamed into it, so an interruption never leaves
-half a file; what a killed run leaves has a name of its own (`TEMPORARY`), and the next run removes it.
 ``run.json`` holds format version, status, command, given and resolved settings, package versions, git
 state, fingerprints, times, peak memory, and digests: its own and that of each table. A run folder belongs
 to one process at a time.
@@ -10,18 +8,12 @@ to one process at a time.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
 import platform
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,175 +21,26 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
-import platformdirs
 from pydantic import BaseModel, Field
 
 from midblock.errors import MidblockError, OutputError, SettingsError
-from midblock.reading import file_digest, read_csv, read_sealed, sealed, user_path, validated
+from midblock.reading import file_digest, read_csv, user_path, validated
 from midblock.results import Table, json_ready
+from midblock.writing import (
+    FORMAT_VERSION,
+    TEMPORARY,
+    atomic_path,
+    output_errors,
+    read_written,
+    remove,
+    write_json,
+    write_sealed,
+)
 
-__all__ = ["FORMAT_VERSION", "RunFolder", "atomic_path", "cache_dir", "peak_memory_bytes", "read_run",
-           "read_table", "read_written", "remove_leftovers", "sha256_of", "temporary_folder", "umask",
-           "write_json", "write_sealed"]
+__all__ = ["RunFolder", "peak_memory_bytes", "read_run", "read_table"]
 
-FORMAT_VERSION = 2
-"""Of everything that midblock writes and reads back; 2: with digests."""
-TEMPORARY = ".midblock-tmp-"
-"""How the name of every file and folder begins that is renamed into its place when it is complete."""
-_STALE_SECONDS = 3600.0
 _PACKAGES = ("midblock", "torch", "transformers", "peft", "trl", "accelerate", "datasets",
              "lm-eval", "safetensors", "gguf", "numpy", "scipy", "pandas")
-
-
-def cache_dir() -> Path:
-    """Folder for converted models and caches: ``$MIDBLOCK_CACHE``, or the system's folder for caches."""
-    if given := os.environ.get("MIDBLOCK_CACHE"):
-        return Path(given).expanduser()
-    return platformdirs.user_cache_path("midblock", appauthor=False)
-
-
-def _temporary_prefix() -> str:
-    return f"{TEMPORARY}{socket.gethostname()[:64]}-{os.getpid()}-"
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; rename it to ``path`` if no error came.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=path.suffix, dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
-        os.chmod(name, 0o666 & ~umask())
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _output_error(path, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def temporary_folder(beside: Path) -> Iterator[Path]:
-    """A new folder beside ``beside`` that is gone afterwards, unless it was renamed to another place.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be made.
-    """
-    temporary: Path | None = None
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(beside.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=beside.parent))
-        temporary.chmod(0o777 & ~umask())
-        yield temporary
-    except OSError as error:
-        raise _output_error(beside, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed runs left in a folder (not below it); returns what was removed.
-
-    A temporary file or folder goes only if midblock made it, on this machine, by a process that no longer
-    runs, and if nothing wrote to it for an hour. (Process numbers of containers overlap.)
-    """
-    removed = []
-    own = f"{TEMPORARY}{socket.gethostname()[:64]}-"
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder)):
-            if not entry.name.startswith(own) or _runs(entry.name.removeprefix(own).split("-")[0]):
-                continue
-            with contextlib.suppress(OSError):
-                if time.time() - _last_written(Path(entry.path)) > _STALE_SECONDS:
-                    _remove(Path(entry.path))
-                    removed.append(Path(entry.path))
-    return removed
-
-
-def _runs(process: str) -> bool:
-    if not process.isdecimal():
-        return True
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
-def _last_written(path: Path) -> float:
-    return max(float(p.lstat().st_mtime) for p in (path, *(path.rglob("*") if path.is_dir() else ())))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def umask() -> int:
-    """Permissions that this process takes from the files that it makes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"cannot write {path}: the disk is full; free some space, then "
-                           "repeat the command with --resume.")
-    return OutputError(f"cannot write {path}: {error.strerror or error}.")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON (no NaN) atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n",
-                             encoding="utf-8")
-
-
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON with format version and digest, atomically; `read_written` reads it back."""
-    write_json(path, sealed({"format_version": FORMAT_VERSION, **json_ready(value)}))
-
-
-def read_written(path: Path, *, advice: str) -> dict[str, Any]:
-    """An object that `write_sealed` wrote, without format version and digest.
-
-    Args:
-        path: The file.
-        advice: What to do where it cannot be used, as the end of a sentence (``repeat the run``).
-
-    Raises:
-        OutputError: missing, not such a file, changed since it was written, or of another format.
-    """
-    value = read_sealed(path, advice=advice, error=OutputError)
-    version = value.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        why = "update midblock" if isinstance(version, int) and version > FORMAT_VERSION else advice
-        raise OutputError(f"{path} has format {version!r}, this midblock reads {FORMAT_VERSION}; {why}.")
-    return value
-
-
-def sha256_of(*parts: bytes | str) -> str:
-    """Hex digest over length-prefixed parts (so that ("ab","c") differs from ("a","bc"))."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def peak_memory_bytes() -> int:
@@ -306,15 +149,16 @@ def _lock(path: Path) -> Any:
 
     lock = FileLock(path / ".lock", timeout=0, thread_local=False)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"--out {path} is in use by another run of midblock; wait for its end, or name another "
-                          "folder.") from None
+        with output_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except OutputError as error:
+        if isinstance(error.__cause__, Timeout):
+            raise OutputError(f"--out {path} is in use by another run of midblock; wait for its end, or name another "
+                              "folder.") from None
+        raise
     except NotImplementedError:  # a file system without locks
         return None
-    except OSError as error:
-        raise _output_error(path, error) from error
     return lock
 
 
@@ -426,7 +270,7 @@ class RunFolder:
         for folder, folders, files in os.walk(self.path):
             for name in [n for n in (*folders, *files) if n.startswith(TEMPORARY)]:
                 with contextlib.suppress(OSError):
-                    _remove(Path(folder) / name)
+                    remove(Path(folder) / name)
             folders[:] = [n for n in folders if not n.startswith(TEMPORARY)]
 
     def _leave(self, *, remove: bool = False) -> None:

@@ -12,8 +12,9 @@ from scipy import stats as scipy_stats
 
 from midblock.analysis.correlate import correlate
 from midblock.errors import DataError, OutputError, SettingsError
-from midblock.provenance import RunFolder, read_run, write_sealed
+from midblock.provenance import RunFolder, read_run
 from midblock.results import Table
+from midblock.writing import write_sealed
 
 BLOCKS = 10
 RNG = np.random.default_rng(0)

@@ -51,7 +51,7 @@ def judge(
     case: Case, code: int | None, out: str, err: str, before: dict[str, Any], place: Path, seconds: float
 ) -> str:
     """``ok`` (exit 0), ``refused`` (exit 2) or what is wrong."""
-    from midblock.provenance import TEMPORARY
+    from midblock.writing import TEMPORARY
 
     errors = [line for line in err.splitlines() if line.startswith("Error: ")]
     if "Traceback (most recent call last)" in err or code is None:

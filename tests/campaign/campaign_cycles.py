@@ -175,7 +175,7 @@ class Cycles:
 
     def cycle(self, name: str, way: str, rng: random.Random) -> dict[str, Any]:
         """Interrupt one work in one way, continue it, and compare."""
-        from midblock.provenance import TEMPORARY
+        from midblock.writing import TEMPORARY
 
         expected, seconds, size = self.reference[name]
         place = self._place("cycle")

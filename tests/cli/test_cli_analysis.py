@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
-from midblock import provenance
+from midblock import writing
 from midblock.cli.app import run
 from midblock.provenance import read_run
 
@@ -427,7 +427,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(command: str, full_at: 
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         rename(source, target)
 
-    monkeypatch.setattr(provenance.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
     assert run(words(command, "--quiet")) == 2
     caught = capsys.readouterr()
     errors = [line for line in caught.err.splitlines() if not line.startswith("Warning: ")]

@@ -37,8 +37,8 @@ from midblock.evaluation.harness import MemoryLM, StopRows, run_lm_eval
 from midblock.evaluation.run import _exact_match, _humaneval
 from midblock.models import LoadedModel, find_anatomy
 from midblock.progress import silent
-from midblock.provenance import write_sealed
 from midblock.results import Estimate
+from midblock.writing import write_sealed
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:

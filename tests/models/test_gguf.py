@@ -24,7 +24,7 @@ from midblock.errors import (
 from midblock.models import Checkpoint, resolve_checkpoint
 from midblock.models.gguf import precision_of
 from midblock.models.resolve import embedded_gguf
-from midblock.provenance import TEMPORARY
+from midblock.writing import TEMPORARY
 
 
 def write_gguf(path: Path, *, pre: str = "smollm", file_type: int | None = None) -> dict[str, np.ndarray]:

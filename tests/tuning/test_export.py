@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, token_ids
 from midblock.errors import AdapterError, CheckpointError, OutputError
 from midblock.models import load_model, save_checkpoint
-from midblock.provenance import cache_dir
 from midblock.settings import TrainSettings
 from midblock.tuning import attach, make_plan, merged_weights, tune, vllm_note, with_weights
 from midblock.tuning.export import VLLM_RANKS, export_adapter, pad_adapter
 from midblock.tuning.run import base_name
+from midblock.writing import cache_dir
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

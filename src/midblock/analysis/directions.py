@@ -24,8 +24,8 @@ from torch import Tensor
 
 from midblock import metrics
 from midblock.errors import OutputError, SettingsError
-from midblock.provenance import atomic_path
 from midblock.settings.steer import principal_number
+from midblock.writing import atomic_path
 
 __all__ = ["direction_of", "load_vectors", "save_vectors"]
 

@@ -24,10 +24,10 @@ from midblock.errors import OutputError, SettingsError
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, side_of, stage_names
 from midblock.progress import Progress, silent
-from midblock.provenance import read_written, write_sealed
 from midblock.quantities import moved, unchanged
 from midblock.results import Estimate, Table, TableResult
 from midblock.settings import ProfileSettings
+from midblock.writing import read_written, write_sealed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

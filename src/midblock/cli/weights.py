@@ -30,8 +30,9 @@ def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/w
     from midblock.errors import SettingsError
     from midblock.models import fingerprint, is_adapter_folder, pair_warning, resolve_checkpoint
     from midblock.models.chain import comparisons, side_of, stage_names
-    from midblock.provenance import RunFolder, sha256_of
+    from midblock.provenance import RunFolder
     from midblock.report import save_result
+    from midblock.writing import sha256_of
 
     if len(models) < 2:
         raise SettingsError(f"weights compares at least 2 checkpoints, got only {' '.join(models)}; give a base and "

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from midblock.data.examples import Dataset
 from midblock.errors import SettingsError
-from midblock.provenance import sha256_of
+from midblock.writing import sha256_of
 
 __all__ = ["augment", "augment_dataset"]
 

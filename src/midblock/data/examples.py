@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from midblock.errors import DataError, SettingsError
-from midblock.provenance import sha256_of
+from midblock.writing import sha256_of
 
 __all__ = ["Dataset", "Example", "hold_out_part"]
 

@@ -21,8 +21,8 @@ from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.tasks import find_task, item_ids
 from midblock.progress import Progress, silent
-from midblock.provenance import sha256_of
 from midblock.results import json_ready
+from midblock.writing import sha256_of
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from midblock.errors import DataError, OutputError
-from midblock.provenance import atomic_path, read_written, sha256_of, write_json, write_sealed
 from midblock.results import Estimate, Table, json_ready
 from midblock.stats import (
     bootstrap_weights,
@@ -26,6 +25,7 @@ from midblock.stats import (
     percentile_interval,
     wilson_interval,
 )
+from midblock.writing import atomic_path, read_written, sha256_of, write_json, write_sealed
 
 __all__ = ["Comparison", "EvalResult", "compare", "file_name", "lm_eval_results", "perplexity_interval",
            "read_result", "sample_line", "write_lm_eval_files", "write_result"]

@@ -23,11 +23,12 @@ from midblock.evaluation.run import check_options, evaluate, options_of
 from midblock.evaluation.tasks import TASKS, find_task, task_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.provenance import RunFolder, sha256_of
+from midblock.provenance import RunFolder
 from midblock.results import Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.load import LoadSettings
+from midblock.writing import sha256_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

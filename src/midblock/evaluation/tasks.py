@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from midblock.data import Dataset, Example, load_data
 from midblock.errors import DataError, SettingsError
-from midblock.provenance import sha256_of
+from midblock.writing import sha256_of
 
 __all__ = ["TASKS", "TaskKind", "TaskSpec", "find_task", "item_ids", "task_data"]
 

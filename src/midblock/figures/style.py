@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from midblock.errors import SettingsError
-from midblock.provenance import atomic_path
+from midblock.writing import atomic_path
 
 __all__ = ["COLOURS", "MAX_HEIGHT", "save_figure"]
 

@@ -25,7 +25,7 @@ from midblock.models.validation import (
     read_header,
     read_index,
 )
-from midblock.provenance import atomic_path, cache_dir, sha256_of
+from midblock.writing import atomic_path, cache_dir, sha256_of
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX", "WEIGHTS", "Checkpoint", "checked_folder", "file_digest",
            "fingerprint",

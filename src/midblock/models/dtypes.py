@@ -25,7 +25,7 @@ import torch
 
 from midblock.errors import OutputError, SettingsError
 from midblock.models.products import product_rate
-from midblock.provenance import cache_dir, sha256_of, write_json
+from midblock.writing import cache_dir, sha256_of, write_json
 
 __all__ = ["DTYPES", "DtypeChoice", "choose_dtype", "config_value", "device_name", "dtype_name", "product_rates",
            "resolve_device"]

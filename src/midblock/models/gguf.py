@@ -19,8 +19,8 @@ from midblock.models.checkpoints import Checkpoint, file_digest
 from midblock.models.dtypes import DTYPES
 from midblock.models.quiet import first_line, foreign
 from midblock.models.saving import save_checkpoint
-from midblock.provenance import cache_dir, sha256_of
 from midblock.reading import open_file, read_json
+from midblock.writing import cache_dir, sha256_of
 
 __all__ = ["convert_gguf", "precision_of"]
 

@@ -47,10 +47,10 @@ from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 from midblock.models.validation import read_config as read_config_file
-from midblock.provenance import sha256_of
 from midblock.segments import format_blocks
 from midblock.settings.base import name_of
 from midblock.settings.load import PlaceSettings
+from midblock.writing import sha256_of
 
 __all__ = ["LoadedModel", "check_finite_weights", "check_vocabulary", "load_model", "load_tokenizer", "model_class",
            "parameters_in", "read_config", "stored_dtype"]

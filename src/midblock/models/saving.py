@@ -15,7 +15,7 @@ from torch import nn
 from midblock.errors import AdapterError, CheckpointError, OutputError
 from midblock.models.checkpoints import Checkpoint
 from midblock.models.quiet import first_line, quiet
-from midblock.provenance import temporary_folder, umask
+from midblock.writing import temporary_folder, umask
 
 __all__ = ["save_checkpoint"]
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from midblock.errors import OutputError
-from midblock.provenance import atomic_path
 from midblock.reading import parse_json, shortened
+from midblock.writing import atomic_path
 
 __all__ = ["load_state", "save_state"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from midblock import __version__
-from midblock.provenance import atomic_path
 from midblock.reading import printable
 from midblock.report.charts import SECTIONS, charts_of
 from midblock.report.collect import LeftOut, Run, collect
 from midblock.report.findings import findings_of
 from midblock.results import json_ready
+from midblock.writing import atomic_path
 
 __all__ = ["build_report", "render"]
 

@@ -22,12 +22,12 @@ from midblock.errors import OutputError
 from midblock.models.attention import dense_attention
 from midblock.models.state import load_state, save_state
 from midblock.progress import Progress
-from midblock.provenance import sha256_of
 from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
 from midblock.settings.importance import ImportanceSettings
 from midblock.training import training_steps
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, lean_lora
+from midblock.writing import sha256_of
 
 __all__ = ["ScoreSet", "Stages", "loss_slope"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from midblock.data import Dataset, Example, TokenRows, load_data, tokenize
 from midblock.errors import DataError
 from midblock.evaluation import task_data
-from midblock.provenance import sha256_of
 from midblock.settings.sweep import DataConfig, SweepConfig, TaskConfig
+from midblock.writing import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ import pandas as pd
 
 from midblock.figures import lines as line_figure
 from midblock.figures import scatter_pareto, segment_bars
-from midblock.provenance import RunFolder, atomic_path
+from midblock.provenance import RunFolder
 from midblock.quantities import label_of
 from midblock.results import Estimate, Table, TableResult
 from midblock.settings.sweep import SweepConfig
@@ -25,6 +25,7 @@ from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scores import ArmInfo, infos_of
 from midblock.sweeps.statistics import SweepStatistics, analyse
 from midblock.sweeps.verdict import verdict
+from midblock.writing import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from midblock.errors import OutputError
-from midblock.provenance import read_written, write_sealed
 from midblock.settings.base import faults_of
+from midblock.writing import read_written, write_sealed
 
 __all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
 

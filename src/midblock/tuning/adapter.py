@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from midblock.errors import AdapterError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.forwards import replace_forward
-from midblock.provenance import atomic_path, sha256_of
 from midblock.tuning.plan import ModulePlan, Plan
 from midblock.tuning.planning import require_plan_fits
+from midblock.writing import atomic_path, sha256_of
 
 __all__ = ["Attachment", "adapted_layer", "attach"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from midblock.data import TokenRow
-from midblock.provenance import sha256_of
 from midblock.settings.tune import Order
+from midblock.writing import sha256_of
 
 __all__ = ["BatchOrder", "batch_plan", "collator", "labels_of"]
 

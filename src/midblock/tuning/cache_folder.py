@@ -24,8 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midblock.errors import OutputError
-from midblock.provenance import atomic_path, sha256_of
 from midblock.reading import read_json, user_path
+from midblock.writing import atomic_path, sha256_of
 
 __all__ = ["CacheFolder", "DamagedRowError", "row_bytes"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from midblock.errors import AdapterError
 from midblock.models import base_weight, kind_of, merged_weight
-from midblock.provenance import sha256_of
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.cache_folder import row_bytes
+from midblock.writing import sha256_of
 
 __all__ = ["EngagementReport", "ModuleUpdate", "check_engagement", "frozen_digests", "logits_of",
            "require_gradients"]

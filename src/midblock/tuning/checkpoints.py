@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from midblock.errors import MidblockError, OutputError
-from midblock.provenance import atomic_path, write_json
 from midblock.reading import file_digest, read_json, read_sealed, sealed
+from midblock.writing import atomic_path, write_json
 
 __all__ = ["begin", "complete", "last_checkpoint", "load_random_state", "load_tree", "random_state",
            "require_no_others", "save_tree", "stored_steps"]

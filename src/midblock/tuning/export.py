@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from midblock.errors import AdapterError, OutputError
 from midblock.models import LoadedModel, merged_weight, quiet, save_checkpoint
-from midblock.provenance import atomic_path, write_json
 from midblock.reading import printable, read_json
 from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.peft_config import target_names
 from midblock.tuning.plan import Plan
+from midblock.writing import atomic_path, write_json
 
 __all__ = ["PLAN_FILE", "VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
            "vllm_note", "with_weights"]

@@ -246,7 +246,7 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         """Write the plan as a JSON file that ``tune --plan`` accepts."""
-        from midblock.provenance import write_json
+        from midblock.writing import write_json
 
         write_json(Path(path), self.to_dict())
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from midblock.errors import CacheRefusedError
 from midblock.models import Anatomy
-from midblock.provenance import sha256_of
 from midblock.tuning.cache_folder import row_bytes
+from midblock.writing import sha256_of
 
 __all__ = ["first_trainable_block", "noise_in", "prefix_identity", "prefix_stamp"]
 

@@ -21,7 +21,6 @@ from midblock.extras import require
 from midblock.models import LoadedModel, find_anatomy, load_model, save_checkpoint
 from midblock.models.summary import model_skeleton
 from midblock.progress import Progress, silent
-from midblock.provenance import cache_dir
 from midblock.results import Estimate, Table, TableResult
 from midblock.settings import PlanSettings, Settings, TuneSettings, name_of
 from midblock.tuning.adapter import Attachment, attach
@@ -48,6 +47,7 @@ from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan, require_plan_fits
 from midblock.tuning.steps import TrainResult
 from midblock.tuning.trainer import train
+from midblock.writing import cache_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

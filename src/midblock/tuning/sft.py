@@ -27,13 +27,13 @@ from midblock.errors import SettingsError, TrainingError
 from midblock.models import quiet
 from midblock.models.attention import worth_packing
 from midblock.progress import Progress
-from midblock.provenance import write_json
 from midblock.settings.tune import TrainSettings
 from midblock.tuning import checkpoints
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.batching import BatchOrder, collator, labels_of
 from midblock.tuning.kernels import supervised_loss
 from midblock.tuning.steps import StepLog
+from midblock.writing import write_json
 
 __all__ = ["MidblockTrainer", "Watch", "build_trainer", "require_finite"]
 

@@ -1,0 +1,185 @@
+"""How files are written: beside their place and renamed into it, so that an interruption never leaves half a file.
+
+What a killed run leaves has a name of its own (`TEMPORARY`), and the next run removes it. What is read back carries
+format version and digest (`write_sealed`, `read_written`). The other direction is `midblock.reading`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from midblock.errors import OutputError
+from midblock.reading import read_sealed, sealed
+from midblock.results import json_ready
+
+__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_errors", "read_written", "remove",
+           "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json", "write_sealed"]
+
+FORMAT_VERSION = 2
+"""Of everything that midblock writes and reads back; 2: with digests."""
+TEMPORARY = ".midblock-tmp-"
+"""How the name of every file and folder begins that is renamed into its place when it is complete."""
+_STALE_SECONDS = 3600.0
+
+
+def cache_dir() -> Path:
+    """Folder for converted models and caches: ``$MIDBLOCK_CACHE``, or the system's folder for caches."""
+    if given := os.environ.get("MIDBLOCK_CACHE"):
+        return Path(given).expanduser()
+    return platformdirs.user_cache_path("midblock", appauthor=False)
+
+
+def _temporary_prefix() -> str:
+    return f"{TEMPORARY}{socket.gethostname()[:64]}-{os.getpid()}-"
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """What the system says of a failed write is an `OutputError`: a full disk names --resume."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"cannot write {path}: the disk is full; free some space, then repeat the command with "
+                              "--resume.") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to ``path`` if no error came.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        try:
+            os.chmod(name, 0o666 & ~umask())
+            yield Path(name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A new folder beside ``beside`` that is gone afterwards, unless it was renamed to another place.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be made.
+    """
+    with output_errors(beside):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(beside.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=beside.parent))
+        try:
+            temporary.chmod(0o777 & ~umask())
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed runs left in a folder (not below it); returns what was removed.
+
+    A temporary file or folder goes only if midblock made it, on this machine, by a process that no longer
+    runs, and if nothing wrote to it for an hour. (Process numbers of containers overlap.)
+    """
+    removed = []
+    own = f"{TEMPORARY}{socket.gethostname()[:64]}-"
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not entry.name.startswith(own) or _runs(entry.name.removeprefix(own).split("-")[0]):
+                continue
+            with contextlib.suppress(OSError):
+                if time.time() - _last_written(Path(entry.path)) > _STALE_SECONDS:
+                    remove(Path(entry.path))
+                    removed.append(Path(entry.path))
+    return removed
+
+
+def _runs(process: str) -> bool:
+    if not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _last_written(path: Path) -> float:
+    return max(float(p.lstat().st_mtime) for p in (path, *(path.rglob("*") if path.is_dir() else ())))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """Permissions that this process takes from the files that it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON (no NaN) atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n",
+                             encoding="utf-8")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON with format version and digest, atomically; `read_written` reads it back."""
+    write_json(path, sealed({"format_version": FORMAT_VERSION, **json_ready(value)}))
+
+
+def read_written(path: Path, *, advice: str) -> dict[str, Any]:
+    """An object that `write_sealed` wrote, without format version and digest.
+
+    Args:
+        path: The file.
+        advice: What to do where it cannot be used, as the end of a sentence (``repeat the run``).
+
+    Raises:
+        OutputError: missing, not such a file, changed since it was written, or of another format.
+    """
+    value = read_sealed(path, advice=advice, error=OutputError)
+    version = value.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        why = "update midblock" if isinstance(version, int) and version > FORMAT_VERSION else advice
+        raise OutputError(f"{path} has format {version!r}, this midblock reads {FORMAT_VERSION}; {why}.")
+    return value
+
+
+def sha256_of(*parts: bytes | str) -> str:
+    """Hex digest over length-prefixed parts (so that ("ab","c") differs from ("a","bc"))."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
