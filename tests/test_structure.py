@@ -86,6 +86,16 @@ def upward_imports(source: str, module: str, is_package: bool = False) -> list[s
 SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if module_name(p) not in FACE]
 
 
+LONG = {"evaluation/sandbox_runner.py": "one program without imports of ours, started by its path in an empty world"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_file_is_too_long_to_live_in(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    name = path.relative_to(PACKAGE).as_posix()
+    assert (lines > 500) == (name in LONG), f"{name} has {lines} lines: divide it, or give the reason in LONG"
+
+
 def test_the_table_of_rooms_is_read() -> None:
     found = rooms()
     assert found["cli"] == 8

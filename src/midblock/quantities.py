@@ -30,20 +30,8 @@ from typing import Any, Literal, get_args
 
 from midblock.errors import SettingsError
 
-__all__ = [
-    "FAMILIES",
-    "MATRICES",
-    "Level",
-    "Quantity",
-    "find",
-    "known",
-    "label_of",
-    "matrix_order",
-    "moved",
-    "quantities",
-    "register",
-    "unchanged",
-]
+__all__ = ["FAMILIES", "MATRICES", "Level", "Quantity", "find", "known", "label_of", "matrix_order", "moved",
+           "quantities", "register", "unchanged"]
 
 Level = Literal["token", "dataset", "views", "weight", "logits", "gradient", "block"]
 """What a measure is taken of: the token states of one sample (T, d); one pooled row per sample (N, d); augmented

@@ -28,12 +28,7 @@ from midblock.errors import ArchitectureError
 from midblock.models.forwards import forwards_replaced
 from midblock.models.matrices import NORM, attentions
 
-__all__ = [
-    "Anatomy",
-    "check_unembed",
-    "find_anatomy",
-    "text_config",
-]
+__all__ = ["Anatomy", "check_unembed", "find_anatomy", "text_config"]
 
 
 # ---------------------------------------------------------------------------------------------

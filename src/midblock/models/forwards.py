@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["forwards_replaced", "replace_forward"]
+__all__ = ["forwards_kept", "forwards_replaced", "replace_forward"]
 
 Forward = Callable[..., Any]
 
@@ -46,3 +46,24 @@ def forwards_replaced(modules: Sequence[nn.Module], forwards: Sequence[Forward])
         for module, forward in zip(modules, forwards, strict=True):
             stack.callback(replace_forward(module, forward))
         yield
+
+
+@contextlib.contextmanager
+def forwards_kept(modules: Iterable[nn.Module], *, plain: bool = False) -> Iterator[None]:
+    """Afterwards each module has the forward that it had before, whatever was done to it within.
+
+    Args:
+        modules: The modules.
+        plain: Within the context they have the forward of their class.
+    """
+    kept = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        if plain:
+            for module, _ in kept:
+                module.__dict__.pop("forward", None)
+        yield
+    finally:
+        for module, forward in kept:
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward

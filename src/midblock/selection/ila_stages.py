@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from midblock import stats
 from midblock.data import Batch
 from midblock.errors import OutputError
 from midblock.models.attention import dense_attention
+from midblock.models.forwards import forwards_kept
 from midblock.models.state import load_state, save_state
 from midblock.progress import Progress
 from midblock.selection.gates import Gates, ScoreOptimizer, batch_loss, gated, update_norms, update_worths
@@ -254,13 +255,7 @@ class Stages:
         self.scores.second.copy_(tensors["second"])
 
 
-@contextlib.contextmanager
-def _plain_forwards(attachment: Attachment) -> Iterator[None]:
+def _plain_forwards(attachment: Attachment) -> contextlib.AbstractContextManager[None]:
     """Within the context adapted layers have no lean forward, which gates would otherwise take for theirs."""
-    kept = {m: m.__dict__.pop("forward") for m in attachment.base.modules()
-            if hasattr(m, "lora_A") and "forward" in m.__dict__}
-    try:
-        yield
-    finally:
-        for module, forward in kept.items():
-            module.forward = forward
+    adapted = [m for m in attachment.base.modules() if hasattr(m, "lora_A")]
+    return forwards_kept(adapted, plain=True)

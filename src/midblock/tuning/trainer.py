@@ -19,6 +19,7 @@ from midblock.data import TokenRow, TokenRows
 from midblock.errors import DataError, OutputError, TrainingError
 from midblock.models import Anatomy
 from midblock.models.attention import can_pack, dense_attention
+from midblock.models.forwards import forwards_kept
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes
 from midblock.settings.tune import TrainSettings
@@ -57,17 +58,13 @@ def _random_state_kept() -> Iterator[None]:
 def _untouched(anatomy: Anatomy) -> Iterator[None]:
     """Undo what TRL does to a model that it trains: patched forward, config entries, tags, hooks."""
     lm = anatomy.causal_lm
-    had_forward = lm.__dict__.get("forward")
     configs: list[Any] = [lm.config, lm.config.get_text_config(), getattr(lm, "generation_config", None)]
     entries = [(c, dict(vars(c))) for c in configs if c is not None]
     tags = list(getattr(lm, "model_tags", None) or []) or None
     try:
-        yield
+        with forwards_kept([lm]):
+            yield
     finally:
-        if had_forward is None:
-            lm.__dict__.pop("forward", None)
-        else:
-            lm.forward = had_forward
         for config, values in entries:
             vars(config).clear()
             vars(config).update(values)
