@@ -2,12 +2,15 @@
 
 Every comparison belongs to one **family**, and every family is corrected by Holm over all of its rows and tasks:
 
+=============  ==========================================  =====================================================
 family         pairs                                       the claims that rest on it
+=============  ==========================================  =====================================================
 ``evaluation`` arm against arm, all evaluation tasks       one arm beats another; the middle beats all layers
 ``gain``       arm against the untuned model, all          an arm learned the task at all
                evaluation tasks
 ``retention``  arm against the untuned model and against   an arm forgets; an arm forgets less than all layers
                the baseline, all retention tasks
+=============  ==========================================  =====================================================
 
 "As good as" and "no worse than" rest on the same families: an arm is no worse than another within a margin where the
 one-sided interval of their difference, at level alpha / m for the m comparisons of the family (Bonferroni, so that all
