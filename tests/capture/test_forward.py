@@ -11,7 +11,6 @@ from midblock.capture import (
     model_inputs,
     resume_at,
     run_blocks,
-    run_layer_major,
     verify_resume,
 )
 from midblock.data import Batch
@@ -128,17 +127,3 @@ def test_lockstep_of_a_model_with_itself_and_an_early_end():
             if h == 2:
                 break
     assert not any(block._forward_pre_hooks for block in anatomy.blocks)
-
-
-def test_layer_major_order_gives_the_same_states():
-    model, anatomy = build("gemma3")
-    batches = [make_batch(seed=s) for s in range(3)]
-    order = []
-    with torch.inference_mode():
-        want = {}
-        for number, batch in enumerate(batches):
-            run_blocks(model, anatomy, batch, listener=lambda h, z, n=number: want.__setitem__((h, n), z.clone()))
-        for h, number, states in run_layer_major([{"base": (model, anatomy, b)} for b in batches]):
-            torch.testing.assert_close(states["base"], want[h, number], rtol=0, atol=0)
-            order.append((h, number))
-    assert order == [(h, n) for h in range(anatomy.num_blocks + 1) for n in range(3)]

@@ -280,6 +280,34 @@ def test_an_interrupted_run_resumes_to_the_same_table(command: str, monkeypatch:
     assert not Path("out/state").exists()
 
 
+@pytest.mark.parametrize("command", ["profile", "lens"])
+@pytest.mark.usefixtures("no_drawing")
+def test_a_streamed_run_writes_the_same_table(command: str, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    from midblock.models.streaming import StreamedWeights
+
+    assert run(words(command, "--quiet", out="whole")) == 0
+    assert not read_run("whole")["models"]["base"]["streamed"]
+    load = StreamedWeights.load
+
+    def stop(self: StreamedWeights, part: Any) -> None:
+        if part == 2:
+            raise KeyboardInterrupt
+        load(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedWeights, "load", stop)
+        assert run(words(command, "--quiet", "--stream", "always", "--memory-limit", "100GB")) == 130
+    assert read_run("out")["status"] == "interrupted"
+    assert run(words(command, "--quiet", "--resume", "--stream", "always", "--scratch", ".")) == 0
+    assert read_run("out")["models"]["sft"]["streamed"]
+    assert Path("out/table.csv").read_bytes() == Path("whole/table.csv").read_bytes()
+    capsys.readouterr()
+    assert run(words(command, "--quiet", "--stream", "always", "--memory-limit", "50MB", out="small")) == 2
+    assert "at least" in capsys.readouterr().err
+    assert run(words(command, "--quiet", "--stream", "sometimes", out="small")) == 2
+
+
 @pytest.mark.usefixtures("no_drawing")
 def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words("lens", "--quiet")) == 0

@@ -59,7 +59,7 @@ def test_scores_do_not_depend_on_batches_or_order() -> None:
     samples = sorted(i for b in batches for i in b.indices)
     streamed = AdjacentStates(["base"], 4, samples)
     with torch.inference_mode():
-        for h, number, states in run_layer_major([{"base": (model.model, model.anatomy, b)} for b in batches]):
+        for h, number, states in run_layer_major({"base": model}, batches):
             streamed.feed(h, batches[number], {k: z.clone() for k, z in states.items()})
     assert streamed.values["block_influence"]["base"].mean(dim=1).tolist() == pytest.approx(
         scores_of(one, 4)["block_influence"], rel=1e-4)

@@ -19,7 +19,8 @@ from families import FAMILIES
 from midblock.cli.app import run
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.models import save_checkpoint
-from midblock.tuning import PrefixCache, parse_bytes
+from midblock.sizes import parse_bytes
+from midblock.tuning import PrefixCache
 from midblock.tuning.cache_folder import MARKER
 
 

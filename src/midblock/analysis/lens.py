@@ -8,6 +8,7 @@ point; ``paper_code=True`` reproduces that, under the side name ``<stage> (norme
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,6 @@ class _LensSums:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
         self.last = next(iter(stages.values())).anatomy.num_blocks
-        self._unembeddings = dict(zip(stages, shared_unembeddings([m.anatomy for m in stages.values()]), strict=True))
         sides = list(stages) + ([s + TWICE for s in stages] if settings.paper_code else [])
 
         def empty() -> Tensor:
@@ -62,6 +62,11 @@ class _LensSums:
         self.tokens = torch.zeros(len(samples), dtype=torch.float64)
         self.traced = list(samples)[:settings.trace]
         self.traces: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def _unembeddings(self) -> dict[str, int]:
+        """Equal numbers: equal final norms and heads. Asked only while heads are in memory."""
+        return dict(zip(self._stages, shared_unembeddings([m.anatomy for m in self._stages.values()]), strict=True))
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         if h not in self._hidden:
@@ -263,7 +268,7 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         DataError: no usable sample.
     """
     chosen = LensSettings.of(settings, overrides)
-    inputs = prepare(stages, sft, data=data, settings=chosen, names=names, least=1)
+    inputs = prepare(stages, sft, data=data, settings=chosen, names=names, least=1, streams=True)
     last = inputs.first.anatomy.num_blocks
     hidden = sorted({*range(0, last + 1, chosen.every), last})
     found = _LensSums(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)

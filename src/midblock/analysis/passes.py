@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from midblock.capture import Lockstep
+from midblock.capture import Lockstep, run_layer_major
 from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, OutputError
@@ -99,14 +99,23 @@ class Inputs:
 
 
 def load_stages(stages: Stages, sft: LoadedModel | str | None = None, names: Sequence[str] | None = None, *,
-                least: int = 2) -> dict[str, LoadedModel]:
+                least: int = 2, streams: bool = False) -> dict[str, LoadedModel]:
     """Stage name -> model of a chain given as models, MODEL specs, or a base and a tuned one.
 
+    Args:
+        stages: As for `prepare`.
+        sft: As for `prepare`.
+        names: As for `prepare`.
+        least: Fewest stages.
+        streams: Whether the caller can do with models whose blocks come one after another.
+
     Raises:
-        SettingsError: fewer than ``least``, or names that do not fit.
+        SettingsError: fewer than ``least``, names that do not fit, or a streamed model where whole ones are needed.
         PairMismatchError: the checkpoints do not fit together.
     """
     models = resolve_stages(stages, sft, names, least=least)
+    for model in models if not streams else ():
+        model.require_whole()
     return dict(zip(stage_names(len(models), names), models, strict=True))
 
 
@@ -118,7 +127,7 @@ def draw(data: Dataset | str, settings: Sampling, samples: int | None = None) ->
 
 def prepare(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dataset | str, settings: Sampling,
             names: Sequence[str] | None = None, samples: int | None = None, least: int = 2, min_tokens: int = 2,
-            min_rows: int = 1, need: str = "a next-token score") -> Inputs:
+            min_rows: int = 1, need: str = "a next-token score", streams: bool = False) -> Inputs:
     """Models, samples and token rows of an analysis.
 
     Args:
@@ -132,13 +141,14 @@ def prepare(stages: Stages, sft: LoadedModel | str | None = None, *, data: Datas
         min_tokens: Shorter samples are left out.
         min_rows: Fewest samples that must be left.
         need: What needs them, for the error.
+        streams: Whether the analysis can do with models whose blocks come one after another.
 
     Raises:
-        SettingsError: too few stages, or names that do not fit.
+        SettingsError: too few stages, names that do not fit, or a streamed model where whole ones are needed.
         PairMismatchError: the checkpoints do not fit together.
         DataError: fewer than ``min_rows`` usable samples.
     """
-    by_name = load_stages(stages, sft, names, least=least)
+    by_name = load_stages(stages, sft, names, least=least, streams=streams)
     return encode(by_name, draw(data, settings, samples), settings, min_tokens=min_tokens, min_rows=min_rows,
                   need=need)
 
@@ -221,7 +231,10 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
                  progress: Progress = silent, what: str = "forward", heads: bool = False) -> None:
     """Run every batch through all stages in lockstep and feed hidden 0..L to the accumulators.
 
-    At any time only one hidden state per stage exists besides what the accumulators keep.
+    With stages in memory batches come first, and at any time one hidden state per stage exists besides what the
+    accumulators keep. With streamed stages layers come first (`midblock.capture.run_layer_major`): the same numbers,
+    from two blocks in memory. Such a pass knows nothing of a sample before its end, so that it begins anew where it
+    was interrupted.
 
     Args:
         stages: name -> model; all of one depth and width.
@@ -229,27 +242,66 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         accumulators: name -> accumulator.
         state: Where to save and restore finished samples.
         progress: Told the number of tokens done.
+        what: What the progress is called.
         heads: Whether the accumulators read heads out.
     """
     done = state.restore(accumulators) if state else set()
     for told in state.damaged if state else ():
         progress("damaged state", 1, 1, f"{told} Its samples are run again.")
-    total = sum(int(b.attention_mask.sum()) for b in batches) * len(stages)
-    tokens = 0
+    tell = _Tokens(progress, what, batches, len(stages))
+    todo = []
+    for batch in batches:
+        if done.issuperset(batch.indices):
+            tell(batch)
+        else:
+            todo.append(batch)
+    with torch.inference_mode():
+        if any(m.streamed is not None for m in stages.values()):
+            _layers_first(stages, todo, accumulators, tell, heads=heads)
+        else:
+            _batches_first(stages, todo, accumulators, tell, state=state, heads=heads)
+
+
+class _Tokens:
+    """Progress of a pass in tokens."""
+
+    def __init__(self, progress: Progress, what: str, batches: Sequence[Batch], stages: int) -> None:
+        self._progress, self._what, self._stages = progress, what, stages
+        self._total = sum(int(b.attention_mask.sum()) for b in batches) * stages
+        self._done = 0.0
+
+    def __call__(self, batch: Batch, share: float = 1.0, note: str = "") -> None:
+        """A batch is done, or a share of its blocks."""
+        self._done += share * int(batch.attention_mask.sum()) * self._stages
+        self._progress(self._what, round(self._done), self._total,
+                       note=note or f"{len(batch.indices)} x {batch.input_ids.shape[1]} tokens")
+
+
+def _batches_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
+                   accumulators: Mapping[str, Accumulator], tell: _Tokens, *, state: PassState | None, heads: bool
+                   ) -> None:
     try:
-        with torch.inference_mode(), (many_unembeddings(m.anatomy for m in stages.values()) if heads
-                                     else contextlib.nullcontext()):
+        with many_unembeddings(m.anatomy for m in stages.values()) if heads else contextlib.nullcontext():
             for batch in batches:
-                if not done.issuperset(batch.indices):
-                    runs = {name: (m.model, m.anatomy, batch.to(m.device)) for name, m in stages.items()}
-                    for h, states in Lockstep(runs):
-                        for accumulator in accumulators.values():
-                            accumulator.feed(h, batch, states)
-                    if state:
-                        state.add(accumulators, batch.indices)
-                tokens += int(batch.attention_mask.sum()) * len(stages)
-                progress(what, tokens, total, note=f"{len(batch.indices)} x {batch.input_ids.shape[1]} tokens")
+                runs = {name: (m.model, m.anatomy, batch.to(m.device)) for name, m in stages.items()}
+                for h, states in Lockstep(runs):
+                    for accumulator in accumulators.values():
+                        accumulator.feed(h, batch, states)
+                if state:
+                    state.add(accumulators, batch.indices)
+                tell(batch)
     except BaseException:
         if state:
             state.flush(accumulators)
         raise
+
+
+def _layers_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
+                  accumulators: Mapping[str, Accumulator], tell: _Tokens, *, heads: bool) -> None:
+    if not batches:
+        return
+    num_blocks = next(iter(stages.values())).anatomy.num_blocks
+    for h, number, states in run_layer_major(stages, batches, heads=heads):
+        for accumulator in accumulators.values():
+            accumulator.feed(h, batches[number], states)
+        tell(batches[number], 1 / (num_blocks + 1), note=f"hidden {h} of {num_blocks}")

@@ -155,7 +155,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     chosen = ProfileSettings.of(settings, overrides)
     wanted = max(chosen.samples, chosen.token_samples)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, samples=wanted, min_tokens=3, min_rows=2,
-                     need="the pooled level")
+                     need="the pooled level", streams=True)
     keys, pairs, dataset, encoded = inputs.names, inputs.pairs, inputs.dataset, inputs.encoded
     anatomy, tokenizer = inputs.first.anatomy, inputs.first.tokenizer
     num_hidden = anatomy.num_blocks + 1

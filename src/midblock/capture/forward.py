@@ -14,7 +14,7 @@ Hidden h is 0..L: 0 is the input of block 0, b+1 the output of block b, never no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +28,7 @@ from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models import Anatomy
 
-__all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks", "run_layer_major"]
+__all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks"]
 
 Listener = Callable[[int, Tensor], None]
 
@@ -96,8 +96,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Listener | None = None,
-               start: int = 0, hidden: Tensor | None = None) -> Tensor:
-    """Run all blocks (from ``start`` on) and return hidden L.
+               start: int = 0, hidden: Tensor | None = None, stop: int | None = None) -> Tensor:
+    """Run all blocks (from ``start`` on, to before ``stop``) and return the hidden state behind them.
 
     Args:
         model: The whole model, in eval mode for deterministic results.
@@ -107,15 +107,16 @@ def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Li
             memory matters, and must not change it.
         start: First block to run; the ones before it are passed over.
         hidden: Input of block ``start`` (B, T, d); needed when ``start`` > 0.
+        stop: Hidden state to stop at, 0..L; default L.
 
     Returns:
-        Hidden L (B, T, d): the output of the last block before any final norm.
+        Hidden ``stop`` (B, T, d), never normed.
 
     Raises:
         ArchitectureError: the model did not call its blocks as expected.
     """
     found: list[Tensor] = []
-    last = len(anatomy.blocks)
+    last = len(anatomy.blocks) if stop is None else stop
 
     def tell(h: int, z: Tensor) -> None:
         if h < start:
@@ -124,6 +125,7 @@ def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Li
             listener(h, z)
         if h == last:
             found.append(z)
+            raise _LastHiddenReached
 
     token = _listener.set(tell)
     try:
@@ -138,8 +140,8 @@ def run_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch, *, listener: Li
     finally:
         _listener.reset(token)
     if not found:
-        raise ArchitectureError(f"{type(model).__name__} did not run the last of the {last} blocks found in "
-                                f"{anatomy.blocks_path}; its forward is not a plain chain of them.")
+        raise ArchitectureError(f"{type(model).__name__} did not come to hidden {last} of the {len(anatomy.blocks)} "
+                                f"blocks found in {anatomy.blocks_path}; its forward is not a plain chain of them.")
     return found[0]
 
 
@@ -197,20 +199,3 @@ def _advance(worker: greenlet, h: int) -> Tensor:
         raise ArchitectureError(f"a model ran block {reached} where {h} was due; its blocks do not run in order.")
     state: Tensor = z
     return state
-
-
-def run_layer_major(runs: Sequence[Mapping[str, tuple[nn.Module, Anatomy, Batch]]]
-                    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Advance every batch to hidden h before any goes on: yields (h, batch number, states).
-
-    This is the order of the streamed pass: block b's weights are needed once, for all batches.
-    """
-    iterators = [iter(Lockstep(run)) for run in runs]
-    try:
-        for _ in range(Lockstep(runs[0]).num_blocks + 1):
-            for number, iterator in enumerate(iterators):
-                h, states = next(iterator)
-                yield h, number, states
-    finally:
-        for iterator in iterators:
-            iterator.close()  # type: ignore[attr-defined]

@@ -69,6 +69,7 @@ def run_analysis(
     from midblock.models.chain import stage_names
     from midblock.provenance import RunFolder
     from midblock.report import save_result
+    from midblock.settings.load import STREAM_FIELDS
 
     if len(models) < least:
         raise SettingsError(f"{command} compares at least {least} checkpoints, got only {' '.join(models)}; "
@@ -82,7 +83,7 @@ def run_analysis(
         RunFolder.check_free(out)
     chain = load_chain(models, names=keys, **load.model_dump())
     recorded = {"models": list(models), "names": keys, "data": data, **load.model_dump(), **dict(settings)}
-    with RunFolder(out, command=command, settings=recorded, resume=resume) as run, \
+    with RunFolder(out, command=command, settings=recorded, resume=resume, may_differ=STREAM_FIELDS) as run, \
             console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},
                           data={} if dataset is None else dataset.describe())

@@ -9,7 +9,7 @@ from midblock.cli import console
 from midblock.cli.analysis import Names, OneOrMore, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, Resume, RunOut
-from midblock.settings import ChainLoadSettings, LensSettings
+from midblock.settings import LensSettings, StreamedChainSettings
 
 __all__ = ["lens"]
 
@@ -18,7 +18,7 @@ __all__ = ["lens"]
     "midblock lens smollm2 runs/tuned/model --data gsm8k --out runs/lens",
     "midblock lens smollm2 --data arithmetic --supervised --trace 2 --out runs/lens",
     "midblock lens BASE SFT --data mmlu --paper-code --json")
-def lens(models: OneOrMore, data: Data, settings: LensSettings, load: ChainLoadSettings,
+def lens(models: OneOrMore, data: Data, settings: LensSettings, load: StreamedChainSettings,
          out: RunOut = Path("runs/lens"), names: Names = None, resume: Resume = False) -> None:
     """Unembed every hidden state through the final norm and head (logit lens).
 

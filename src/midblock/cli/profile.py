@@ -10,7 +10,7 @@ from midblock.cli.analysis import Chain, Names, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, Resume, RunOut
 from midblock.segments import ZONES_TITLE
-from midblock.settings import ChainLoadSettings, StabilitySettings
+from midblock.settings import StabilitySettings, StreamedChainSettings
 
 __all__ = ["profile"]
 
@@ -18,8 +18,9 @@ __all__ = ["profile"]
 @command(
     "midblock profile allenai/OLMo-2-0425-1B allenai/OLMo-2-0425-1B-SFT --data gsm8k --out runs/olmo",
     "midblock profile smollm2 runs/tuned/model --data arithmetic --samples 100 --out runs/profile",
-    "midblock profile BASE SFT DPO --names base,sft,dpo --data mmlu --paper --json")
-def profile(models: Chain, data: Data, settings: StabilitySettings, load: ChainLoadSettings,
+    "midblock profile BASE SFT DPO --names base,sft,dpo --data mmlu --paper --json",
+    "midblock profile BASE SFT --data gsm8k --stream always --memory-limit 8GB")
+def profile(models: Chain, data: Data, settings: StabilitySettings, load: StreamedChainSettings,
             out: RunOut = Path("runs/profile"), names: Names = None, resume: Resume = False) -> None:
     """Measure a base and its tuned checkpoint layer by layer.
 

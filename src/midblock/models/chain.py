@@ -13,7 +13,7 @@ from midblock.errors import PairMismatchError, SettingsError
 from midblock.models.adapters import base_of_adapter
 from midblock.models.anatomy import find_anatomy
 from midblock.models.checkpoints import is_adapter_folder
-from midblock.models.dtypes import DTYPES, choose_dtype, config_value, dtype_name, resolve_device
+from midblock.models.dtypes import DTYPES, DtypeChoice, choose_dtype, config_value, dtype_name, resolve_device
 from midblock.models.load import (
     LoadedModel,
     check_vocabulary,
@@ -21,10 +21,13 @@ from midblock.models.load import (
     parameters_in,
     read_config,
     stored_dtype,
+    why_not_streamed,
 )
 from midblock.models.matrices import kind_of
+from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
+from midblock.sizes import parse_bytes, size_text
 
 __all__ = ["check_fit", "comparisons", "load_chain", "load_pair", "resolve_stages", "side_of", "stage_names"]
 
@@ -107,6 +110,7 @@ def load_pair(base: str | Path, sft: str | Path, **options: Any) -> tuple[Loaded
 
 
 def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, tokenizer: str = "own",
+               stream: str = "never", memory_limit: int | str | None = None, scratch: str | Path | None = None,
                **options: Any) -> list[LoadedModel]:
     """Load the stages of one model (base, sft, dpo ...) and check that they fit together.
 
@@ -117,6 +121,10 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
         specs: MODEL specs, the base first.
         names: Stage names for tables; default `stage_names`.
         tokenizer: ``own`` (tokenizers must agree) or ``base`` (the base's is used for all).
+        stream: ``never`` loads whole models; ``always`` reads their blocks one after another from the files, in each
+            pass; ``auto`` decides by sizes and free memory, and notes why.
+        memory_limit: Bytes (or 4GB) that a streamed pass may take in all.
+        scratch: Folder for hidden states that do not fit; default the system's for temporary files.
         options: As for `load_model`.
 
     Raises:
@@ -137,8 +145,14 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
             parameters=0 if options.get("load_4bit") or options.get("load_8bit") else parameters,
             spread=options.get("device_map") is not None, device=resolve_device(options.get("device", "auto")),
             models=len(specs))
-    loaded = [load_model(spec, name=name, **options)
+    why = _why_streamed(list(specs), stream, memory_limit, options)
+    loaded = [load_model(spec, name=name, streamed=why is not None, **options)
               for spec, name in zip(specs, keys, strict=True)]
+    for stage in loaded if why is not None else ():
+        assert stage.streamed is not None
+        stage.streamed.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
+        stage.streamed.scratch = None if scratch is None else Path(scratch)
+        stage.note(f"its blocks are read one after another, {why}")
     if len(set(stored_dtypes)) > 1:
         for stage, stored in zip(loaded, stored_dtypes, strict=True):
             if stored != stage.dtype:
@@ -150,6 +164,50 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
             stage.tokenizer = loaded[0].tokenizer
             check_vocabulary(stage.tokenizer, stage.anatomy, stage.spec)
     return loaded
+
+
+def _why_streamed(specs: list[str], stream: str, memory_limit: int | str | None, options: dict[str, Any]
+                  ) -> str | None:
+    """Why stages are read block by block, as a clause; None: they are loaded whole.
+
+    Raises:
+        SettingsError: an unknown word for ``stream``.
+    """
+    if stream not in ("auto", "always", "never"):
+        raise SettingsError(f"stream {stream!r} is unknown; use auto, always or never.")
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    if stream != "auto":
+        return "as asked" if stream == "always" else None
+    dtype, device = options["dtype"], resolve_device(options.get("device", "auto"))
+    size = dtype.dtype.itemsize if isinstance(dtype, DtypeChoice) else choose_dtype(
+        dtype, stored=torch.float32, device=device).dtype.itemsize
+    need, trust = 0, bool(options.get("trust_remote_code"))
+    placed = any(options.get(o) for o in ("device_map", "load_4bit", "load_8bit"))
+    for spec in specs:
+        folder, adapter = _model_folder(spec, options)
+        if why_not_streamed(folder, read_config(folder, spec, trust), adapter, placed=placed) is not None:
+            return None
+        need += size * parameters_in(folder)
+    room = free_memory(device)
+    if limit is not None and device.type == "cpu":
+        room = min(room, limit - resident_memory())
+    if need + max(_ROOM_TO_WORK, need // 10) <= room:
+        return None
+    return (f"as {len(specs)} x {size_text(need / len(specs))} of weights do not fit into the "
+            f"{size_text(max(0, room))} that are free" + (" under the limit" if limit is not None else ""))
+
+
+_ROOM_TO_WORK = 1 << 29
+"""Bytes that a pass needs beside whole models, at least."""
+
+
+def _model_folder(spec: str, options: dict[str, Any]) -> tuple[Path, Path | None]:
+    """Folders of the model and of the adapter, if the spec is one."""
+    keep = {k: options[k] for k in ("revision", "allow_pickle", "trust_remote_code") if k in options}
+    folder = resolve_checkpoint(spec, **keep)
+    if not is_adapter_folder(folder):
+        return folder, None
+    return base_of_adapter(folder, **{k: keep.get(k, False) for k in ("allow_pickle", "trust_remote_code")}), folder
 
 
 _SIZES = {
@@ -166,15 +224,11 @@ def _compare_configs(specs: list[str], names: list[str], options: dict[str, Any]
     Returns:
         The dtypes that are stored, the first model's text config, and its number of parameters.
     """
-    keep = {k: options[k] for k in ("revision", "allow_pickle", "trust_remote_code") if k in options}
     trust = bool(options.get("trust_remote_code"))
     reference: Any = None
     stored_dtypes, parameters = [], 0
     for spec, name in zip(specs, names, strict=True):
-        folder = resolve_checkpoint(spec, **keep)
-        if is_adapter_folder(folder):
-            keep_base = {k: keep.get(k, False) for k in ("allow_pickle", "trust_remote_code")}
-            folder = base_of_adapter(folder, **keep_base)
+        folder, _ = _model_folder(spec, options)
         whole = read_config(folder, spec, trust)
         config = whole.get_text_config(decoder=True)
         stored_dtypes.append(stored_dtype(folder, whole))
@@ -206,6 +260,9 @@ def common_vocabulary(loaded: Sequence[LoadedModel]) -> None:
     smallest = loaded[rows.index(common)]
     for stage, own in zip(loaded, rows, strict=True):
         if own > common:
+            if stage.streamed is not None:  # what is cut must stay
+                stage.streamed.hold("embeddings")
+                stage.streamed.hold("head")
             with quiet():
                 stage.anatomy.causal_lm.resize_token_embeddings(common, mean_resizing=False)
             stage.anatomy = find_anatomy(stage.model)

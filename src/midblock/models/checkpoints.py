@@ -37,6 +37,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
+_READ_BYTES = 1 << 28  # of one read: systems refuse more than 2 GiB
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
@@ -266,6 +268,26 @@ class Checkpoint:
             return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({first_line(error)}).") from error
+
+    def load(self, name: str) -> Tensor:
+        """One tensor as stored, read into memory of its own: unlike pages of a mapped file it is gone when dropped.
+
+        Raises:
+            CheckpointError: the file is gone, or shorter than its header says.
+        """
+        path, offset = self.location(name)
+        data = torch.empty(self.nbytes_of(name), dtype=torch.uint8)
+        left = data.numpy().data
+        with reading.open_file(path, error=CheckpointError) as stream:
+            try:
+                stream.seek(offset)
+                while left and (got := stream.readinto(left[:_READ_BYTES])):
+                    left = left[got:]
+            except OSError as error:
+                raise CheckpointError(f"{path}: {name} cannot be read ({first_line(error)}).") from error
+        if left:
+            raise CheckpointError(f"{path} ends before {name} does; fetch the checkpoint again.")
+        return data.view(self.dtype(name)).reshape(self.shape(name))
 
     def _where_missing(self, name: str) -> Path:
         self._entry(name)

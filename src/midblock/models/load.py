@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,10 +41,12 @@ from midblock.models.checkpoints import (
     weights_are_there,
 )
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
+from midblock.models.finite import check_finite_files, check_finite_weights
 from midblock.models.gguf import precision_of
 from midblock.models.placement import check_spread, dequantised, held_in, keep_trainable, loading_options
 from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
+from midblock.models.streaming import StreamedWeights, build_streamed
 from midblock.models.validation import read_adapter_config
 from midblock.models.validation import read_config as read_config_file
 from midblock.segments import format_blocks
@@ -53,7 +55,8 @@ from midblock.settings.load import PlaceSettings
 from midblock.writing import sha256_of
 
 __all__ = ["LoadedModel", "check_finite_weights", "check_vocabulary", "load_model", "load_tokenizer", "model_class",
-           "parameters_in", "read_config", "stored_dtype"]
+           "parameters_in", "read_config", "stored_dtype",
+           "why_not_streamed"]
 
 _LOG = logging.getLogger("midblock")
 
@@ -83,6 +86,8 @@ class LoadedModel:
     """Why it was loaded in this dtype."""
     quantized: str | None = None
     """How its weights are held where not in ``dtype``: ``4bit``, ``8bit``, or a checkpoint's own method."""
+    streamed: StreamedWeights | None = None
+    """Where its weights come from, block by block; None for a model that is in memory as a whole."""
     _fingerprint: str | None = field(default=None, repr=False)
 
     @property
@@ -100,6 +105,16 @@ class LoadedModel:
         self.notes += (text,)
         _LOG.warning("%s: %s.", self.name, text)
 
+    def require_whole(self) -> None:
+        """Refuse a model that is read block by block where all of it is needed at once.
+
+        Raises:
+            SettingsError: it is.
+        """
+        if self.streamed is not None:
+            raise SettingsError(f"{self.name}: this needs the whole model in memory, and its blocks are read one after "
+                                "another; load it with stream never.")
+
     def describe(self) -> dict[str, Any]:
         """What run.json keeps of a model."""
         return {
@@ -111,7 +126,7 @@ class LoadedModel:
             "parameters": self.anatomy.causal_lm.num_parameters(),
             "dtype": dtype_name(self.dtype), "dtype_reason": self.dtype_reason, "device": str(self.device),
             "quantized": self.quantized, "adapter": None if self.adapter is None else str(self.adapter),
-            "notes": list(self.notes),
+            "notes": list(self.notes), "streamed": self.streamed is not None,
         }
 
 
@@ -121,6 +136,7 @@ def load_model(
     merge: bool = True, check_finite: bool = True, revision: str | None = None,
     attn_implementation: str | None = None, name: str | None = None,
     device_map: Literal["auto"] | None = None, load_4bit: bool = False, load_8bit: bool = False,
+    streamed: bool = False,
 ) -> LoadedModel:
     """Load a MODEL spec for measuring or tuning.
 
@@ -142,6 +158,7 @@ def load_model(
         device_map: ``auto`` spreads whole blocks over all GPUs; None: everything is on ``device``.
         load_4bit: Hold the weights in 4 bit (NF4), by bitsandbytes; embeddings and head stay as they are.
         load_8bit: The same in 8 bit.
+        streamed: Keep no block in memory: passes read them one after another (`midblock.capture.block_by_block`).
 
     Raises:
         ModelNotFoundError: nothing there.
@@ -149,7 +166,8 @@ def load_model(
         UnsafeCheckpointError: pickled weights or remote code that nobody asked for.
         ArchitectureError: no such architecture, or its parts cannot be found.
         AdapterError: the adapter does not belong to the model.
-        SettingsError: an unknown dtype or device, or a placement that the model does not fit.
+        SettingsError: an unknown dtype or device, a placement that the model does not fit, or a checkpoint that cannot
+            be read block by block.
         MissingExtraError: bitsandbytes is asked for and not installed.
     """
     wanted = PlaceSettings(device=str(device), device_map=device_map, load_4bit=load_4bit, load_8bit=load_8bit)
@@ -182,23 +200,32 @@ def load_model(
     choice = dtype if isinstance(dtype, DtypeChoice) else choose_dtype(
         dtype, stored=stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),
         parameters=0 if bits else parameters_in(folder), spread=wanted.device_map is not None)
-    stored = dequantised(config)
-    options = loading_options(config, choice.dtype, place, device_map=wanted.device_map, bits=bits)
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder), options)
-    if stored:
-        notes += (f"stored in {stored}, loaded in {choice.name}",)
-    quantized = held_in(model)
-    if quantized:
-        keep_trainable(model)
-    if "device_map" not in options:
-        model.to(place)
-    model.eval()
-    if check_finite:
-        check_finite_weights(model, where=text)
-        if bits and not is_pickled(folder):
-            check_finite_files(Checkpoint(folder), where=text)
+    parts: StreamedWeights | None = None
+    if streamed:
+        if reason := why_not_streamed(folder, config, adapter_folder, placed=bool(bits or device_map)):
+            raise SettingsError(f"model {text!r} cannot be read block by block: {reason}. Load it whole, with stream "
+                                "never.")
+        model, parts, notes = _build_streamed(folder, config, text, choice.dtype, place, trust_remote_code,
+                                              attn_implementation, check_finite)
+        quantized = None
+    else:
+        stored = dequantised(config)
+        options = loading_options(config, choice.dtype, place, device_map=wanted.device_map, bits=bits)
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder), options)
+        if stored:
+            notes += (f"stored in {stored}, loaded in {choice.name}",)
+        quantized = held_in(model)
+        if quantized:
+            keep_trainable(model)
+        if "device_map" not in options:
+            model.to(place)
+        model.eval()
+        if check_finite:
+            check_finite_weights(model, where=text)
+            if bits and not is_pickled(folder):
+                check_finite_files(Checkpoint(folder), where=text)
     if adapter_folder is not None:
         if warning := other_base(adapter_folder, text, folder):
             notes += (warning,)
@@ -212,6 +239,8 @@ def load_model(
     if wanted.device_map is not None:
         check_spread(model, anatomy, text)
         place = next(anatomy.embeddings.parameters()).device
+    if parts is not None:
+        parts.release(anatomy)
     tokenizer = load_tokenizer(folder, spec=text, trust_remote_code=trust_remote_code)
     if adapter_folder is not None and _has_tokenizer(adapter_folder):  # it was trained with its own
         own = load_tokenizer(adapter_folder, trust_remote_code=trust_remote_code)
@@ -225,10 +254,30 @@ def load_model(
         model=model, tokenizer=tokenizer, anatomy=anatomy, spec=text,
         name=name or (adapter_folder or Path(text)).name, folder=folder, dtype=choice.dtype,
         dtype_reason=choice.reason, device=place, adapter=adapter_folder, quantized=quantized,
-        vocabulary=anatomy.vocab_size)
+        vocabulary=anatomy.vocab_size, streamed=parts)
     for note in notes:
         loaded.note(note)
     return loaded
+
+
+def why_not_streamed(folder: Path, config: Any, adapter: Path | None = None, *, placed: bool = False) -> str | None:
+    """Why a checkpoint cannot be read block by block, as a clause; None where it can.
+
+    Args:
+        folder: Of the model.
+        config: Its configuration.
+        adapter: Folder of an adapter to merge.
+        placed: Whether it is to be quantised, or spread over devices.
+    """
+    if placed:
+        return "it is to be quantised or spread over devices, which is done with whole models"
+    if is_pickled(folder):
+        return "its weights are pickled, and only safetensors can be read in parts"
+    if adapter is not None:
+        return "its adapter is merged into whole weights (merge it first: midblock tune --merge, or PEFT)"
+    if getattr(config, "quantization_config", None) is not None:
+        return "it is quantised, and is put together as a whole"
+    return None
 
 
 def stored_dtype(folder: Path, config: Any) -> torch.dtype:
@@ -319,6 +368,27 @@ def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remot
     return model, _check_loading(model, info, spec)
 
 
+def _build_streamed(folder: Path, config: Any, spec: str, dtype: torch.dtype, device: torch.device,
+                    trust_remote_code: bool, attn_implementation: str | None, check_finite: bool
+                    ) -> tuple[Any, StreamedWeights, tuple[str, ...]]:
+    """A model with all that stands outside its blocks loaded, so that its anatomy can be tried."""
+    auto = model_class(config, spec, trust_remote_code)
+    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if trust_remote_code:
+        extra["trust_remote_code"] = True
+
+    def refusal(error: Exception) -> MidblockError:
+        return CheckpointError(f"model {spec!r} cannot be loaded ({type(error).__name__}): {first_line(error)}")
+
+    with foreign(refusal):
+        model, parts = build_streamed(lambda: auto.from_config(config, dtype=dtype, **extra), folder, spec=spec,
+                                      dtype=dtype, device=device, check_finite=check_finite)
+        notes = _check_loading(model, vars(parts.found), spec)
+        for part in ("embeddings", "head", "rest"):
+            parts.load(part)
+    return model, parts, notes
+
+
 def _gaps(names: list[str]) -> list[str]:
     """Numbered weights (an expert of a block) that a regular numbering would have, but are absent.
 
@@ -367,40 +437,6 @@ def _check_loading(model: nn.Module, info: dict[str, Any], spec: str) -> tuple[s
     if rest := [n for n in extra if n not in inside]:
         notes.append(f"weights left aside: {some(rest)}")
     return tuple(notes)
-
-
-def check_finite_weights(model: nn.Module, *, where: str = "model") -> None:
-    """Refuse NaN and infinity in parameters and persistent buffers, naming the tensors.
-
-    One sum per tensor; only a tensor whose sum is not finite is looked at closely (a finite
-    tensor's sum can overflow).
-
-    Raises:
-        CheckpointError: a tensor has non-finite entries.
-    """
-    _require_finite(itertools.chain(model.named_parameters(), model.named_buffers()), where)
-
-
-def check_finite_files(checkpoint: Checkpoint, *, where: str) -> None:
-    """`check_finite_weights` of what is stored, for a model that quantisation does not let look at."""
-    _require_finite(((name, checkpoint.read(name)) for name in checkpoint.names()), where)
-    checkpoint.release()
-
-
-def _require_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
-    bad: list[str] = []
-    with torch.no_grad():
-        for tensor_name, tensor in tensors:
-            if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
-                continue
-            if tensor.dtype.itemsize < 2:
-                tensor = tensor.float()
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-                bad.append(f"{tensor_name} ({int((~torch.isfinite(tensor)).sum())} of {tensor.numel()})")
-    if bad:
-        raise CheckpointError(f"{where}: weights with NaN or infinity: {', '.join(bad[:4])}"
-                              f"{f' and {len(bad) - 4} more tensors' if len(bad) > 4 else ''}. The "
-                              "checkpoint cannot be measured; fetch or train it again.")
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model",

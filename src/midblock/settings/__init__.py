@@ -10,7 +10,7 @@ from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.gradients import GradientSettings
 from midblock.settings.importance import ImportanceSettings
 from midblock.settings.lens import LensSettings
-from midblock.settings.load import ChainLoadSettings, LoadSettings
+from midblock.settings.load import ChainLoadSettings, LoadSettings, StreamedChainSettings, StreamedLoadSettings
 from midblock.settings.locate import LocateSettings, ScoreSettings
 from midblock.settings.merge import MergeSettings
 from midblock.settings.overlap import OverlapSettings
@@ -23,5 +23,6 @@ from midblock.settings.weights import WeightsSettings
 __all__ = ["ChainLoadSettings", "CorrelateSettings", "EvaluateSettings", "GradientSettings", "ImportanceSettings",
            "LensSettings", "LoadSettings", "LocateSettings", "MergeSettings", "OverlapSettings", "PlanSettings",
            "ProfileSettings", "RowSettings", "ScoreSettings", "ScoringSettings", "Settings", "StabilitySettings",
-           "SteerSettings", "SwapSettings", "TrainSettings", "TuneSettings", "WeightsSettings", "WhereSettings",
+           "SteerSettings", "StreamedChainSettings", "StreamedLoadSettings", "SwapSettings", "TrainSettings",
+           "TuneSettings", "WeightsSettings", "WhereSettings",
            "name_of", "setting"]

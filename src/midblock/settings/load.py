@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from midblock.settings.base import Settings, name_of, setting
 
-__all__ = ["ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings", "TrustSettings"]
+__all__ = ["STREAM_FIELDS", "ChainLoadSettings", "DtypeName", "LoadSettings", "PlaceSettings",
+           "StreamedChainSettings", "StreamedLoadSettings", "TrustSettings"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -57,3 +58,28 @@ class ChainLoadSettings(LoadSettings):
 
     tokenizer: Literal["own", "base"] = setting(
         "own", help="own: checkpoints whose tokenizers differ are refused; base: the first one's is used for all.")
+
+
+class StreamSettings(Settings):
+    """For models that may be larger than memory."""
+
+    stream: Literal["auto", "always", "never"] = setting("auto", help=(
+        "Read the blocks one after another from the files in each pass, so that two of them are in memory, not "
+        "models. auto: where whole models do not fit; says why."))
+    memory_limit: int | str | None = setting(None, metavar="SIZE", help=(
+        "Memory that the program may take in all, such as 16GB: it decides auto, and what of a streamed pass goes to "
+        "disk."))
+    scratch: str | None = setting(None, metavar="DIR", help=(
+        "Folder for hidden states of a streamed pass that do not fit into memory. Default: that of temporary files."))
+
+
+class StreamedChainSettings(StreamSettings, ChainLoadSettings):
+    """For a chain of stages whose passes can be streamed: keywords of `midblock.load_chain`."""
+
+
+class StreamedLoadSettings(StreamSettings, LoadSettings):
+    """The same for a single model."""
+
+
+STREAM_FIELDS = tuple(StreamSettings.model_fields)
+"""Settings that change where weights are while a pass runs, and no result."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from midblock.settings.tune import PlanSettings, TrainSettings, TuneSettings
 from midblock.tuning.adapter import Attachment, attach
-from midblock.tuning.cache import PrefixCache, parse_bytes
+from midblock.tuning.cache import PrefixCache
 from midblock.tuning.check import EngagementReport, check_engagement, frozen_digests, require_gradients
 from midblock.tuning.export import export_adapter, merged_weights, save_merged, vllm_note, with_weights
 from midblock.tuning.peft_config import lora_config
@@ -30,5 +30,5 @@ from midblock.tuning.trainer import train
 __all__ = ["Attachment", "EngagementReport", "FrozenPrefix", "ModulePlan", "Plan", "PlanSettings", "PrefixCache",
            "StepLog", "SupervisedHead", "TrainResult", "TrainSettings", "TuneResult", "TuneSettings", "attach",
            "budget_of", "check_engagement", "export_adapter", "frozen_digests", "full_blocks_for_budget", "load_plan",
-           "lora_config", "make_plan", "merged_weights", "parse_bytes", "random_block_set", "require_gradients",
+           "lora_config", "make_plan", "merged_weights", "random_block_set", "require_gradients",
            "require_plan_fits", "save_merged", "train", "tune", "vllm_note", "with_weights"]

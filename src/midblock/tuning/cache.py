@@ -10,7 +10,6 @@ limit is reached, entries of other namespaces go first, then new entries are not
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
@@ -18,33 +17,12 @@ from typing import Literal
 from torch import Tensor
 
 from midblock.errors import OutputError, SettingsError
+from midblock.sizes import parse_bytes
 from midblock.tuning.cache_folder import CacheFolder, DamagedRowError
 
-__all__ = ["PrefixCache", "parse_bytes"]
+__all__ = ["PrefixCache"]
 
 DEFAULT_LIMIT = {"memory": 4 << 30, "disk": 20 << 30}
-_SIZE = re.compile(r"^(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE | re.ASCII)
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of ``4GB``, ``500M``, ``1048576`` (powers of 1024).
-
-    Raises:
-        SettingsError: not such a size, or 0.
-
-    Example:
-        >>> parse_bytes("1.5G")
-        1610612736
-    """
-    if isinstance(text, int):
-        value = text
-    else:
-        if not (found := _SIZE.match(text.strip())):
-            raise SettingsError(f"{text[:80]!r} is not a size in bytes; write 500M or 4GB.")
-        value = round(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2).upper() or " "))
-    if value < 1:
-        raise SettingsError(f"a limit of {text} bytes leaves no room for anything; use more, or cache none.")
-    return value
 
 
 class PrefixCache:

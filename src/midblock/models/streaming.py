@@ -1,0 +1,349 @@
+"""A model without weights in memory, whose parts are read from its checkpoint when they are needed and then dropped.
+
+The model is built on the meta device by transformers itself, and each part (a block, the embeddings, the head) is put
+into it by transformers' own loader, conversions of stored names and stacked experts included: what is computed is what
+a model loaded as a whole computes, bit for bit. Weights are read into memory of their own, never mapped, so that a
+part is gone when it is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from midblock.errors import CheckpointError, MidblockError, SettingsError
+from midblock.models.anatomy import Anatomy, find_anatomy
+from midblock.models.checkpoints import Checkpoint
+from midblock.models.finite import require_finite
+from midblock.models.quiet import first_line
+
+__all__ = ["Part", "StreamedWeights", "build_streamed"]
+
+Part = int | Literal["embeddings", "head", "rest"]
+"""A block's number, or a part outside the blocks; ``rest`` (final norm, positions, an encoder) always stays."""
+
+
+@dataclass
+class _Found:
+    """What a checkpoint's names say before anything is read."""
+
+    missing_keys: set[str] = field(default_factory=set)
+    unexpected_keys: set[str] = field(default_factory=set)
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+
+
+class StreamedWeights:
+    """The parts of one model in its checkpoint.
+
+    Args:
+        model: On the meta device, but for its buffers.
+        anatomy: Its parts, found without weights.
+        checkpoint: Where the weights are.
+        spec: What the model is called in errors.
+        dtype: The dtype that weights are loaded in.
+        device: Where to.
+        check_finite: Refuse weights with NaN or infinity.
+
+    Attributes:
+        found: Names that are missing, too many, or of another shape.
+        bytes_read: Of the checkpoint, so far.
+        memory_limit: Bytes that a pass over the model may take; None: what is free.
+        scratch: Folder for hidden states that do not fit; None: the system's for temporary files.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint, *, spec: str, dtype: torch.dtype,
+                 device: torch.device, check_finite: bool) -> None:
+        self._model, self._checkpoint, self._spec, self._check_finite = model, checkpoint, spec, check_finite
+        self._loader = _Loader(model, dtype, device)
+        self._files = {path: _stamp(path) for path in checkpoint.files}
+        self._held: set[Part] = set()
+        self._users: dict[Part, int] = {}
+        self.bytes_read = 0
+        self.memory_limit: int | None = None
+        self.scratch: Path | None = None
+        self.found = _Found()
+        self._places: dict[Part, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+        parts = self._find_parts(anatomy)
+        self._keys: dict[Part, list[str]] = {part: [] for part in self._places}
+        self._find_keys(parts)
+        self.num_blocks = anatomy.num_blocks
+
+    # -- where everything is ------------------------------------------------------------------------
+
+    def _find_parts(self, anatomy: Anatomy) -> dict[str, Part | None]:
+        """Parameter or persistent buffer -> its part; one weight under several names is of one part."""
+        tied: dict[int, set[Part | None]] = {}
+        named = list(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            tied.setdefault(id(parameter), set()).add(_part_of(name, anatomy))
+        parts: dict[str, Part | None] = {name: _part_of(name, anatomy) for name, _ in self._model.named_buffers()}
+        for name, parameter in named:
+            owners = tied[id(parameter)]
+            part = next(iter(owners)) if len(owners) == 1 else (
+                "embeddings" if owners == {"embeddings", "head"} else "rest")
+            parts[name] = part
+            path, _, leaf = name.rpartition(".")
+            if part is not None:
+                self._places.setdefault(part, []).append((name, self._model.get_submodule(path), leaf, parameter))
+        for b in range(anatomy.num_blocks):
+            self._places.setdefault(b, [])
+        return parts
+
+    def _find_keys(self, parts: dict[str, Part | None]) -> None:
+        own = self._model.state_dict()
+        reached: set[str] = set()
+        for key in self._checkpoint.names():
+            names, converted = self._loader.targets(key, own)
+            inside = [n for n in names if n in own]
+            reached.update(inside)
+            if not inside:
+                self.found.unexpected_keys.update(names)
+                continue
+            if not converted and self._checkpoint.shape(key) != tuple(own[inside[0]].shape):
+                self.found.mismatched_keys.add((inside[0], self._checkpoint.shape(key), tuple(own[inside[0]].shape)))
+            if (part := parts.get(inside[0])) is not None:
+                self._keys[part].append(key)
+        reached_weights = {id(own_parameter) for name, own_parameter
+                           in self._model.named_parameters(remove_duplicate=False) if name in reached}
+        self.found.missing_keys.update(
+            name for places in self._places.values() for name, _, _, parameter in places
+            if id(parameter) not in reached_weights)
+        self._loader.forget_ignored(self.found)
+
+    def stored_bytes(self, part: Part) -> int:
+        """Bytes that a part takes in its files."""
+        return sum(self._checkpoint.nbytes_of(key) for key in self._keys.get(part, ()))
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes that a part takes in memory."""
+        weights = {id(parameter): parameter.numel() * parameter.itemsize
+                   for _, _, _, parameter in self._places.get(part, ())}
+        return sum(weights.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the largest block in memory."""
+        return max(self.part_bytes(b) for b in range(self.num_blocks))
+
+    # -- parts come and go ----------------------------------------------------------------------------
+
+    def load(self, part: Part) -> None:
+        """Read a part into the model. Safe beside a forward that does not use the part.
+
+        Raises:
+            CheckpointError: a file is gone, has changed since, or lacks weights; or weights are not finite.
+        """
+        if part in self._held or part not in self._places:
+            return
+        for path in {self._checkpoint.location(key)[0] for key in self._keys[part]}:
+            if _stamp(path) != self._files[path]:
+                raise CheckpointError(f"{path} has disappeared, or is not what it was when the run began; weights of "
+                                      "two checkpoints must not be mixed. Restore it, then start the run again.")
+        self._loader.fill({key: _Stored(self._checkpoint, key) for key in self._keys[part]}, self._spec)
+        self.bytes_read += self.stored_bytes(part)
+        self._tie(part)
+        places = self._places[part]
+        if missing := [name for name, module, leaf, _ in places if getattr(module, leaf).is_meta]:
+            raise CheckpointError(f"model {self._spec!r} lacks weights that its config asks for: "
+                                  f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}.")
+        if self._check_finite:
+            require_finite([(name, getattr(module, leaf)) for name, module, leaf, _ in places], self._spec)
+
+    def drop(self, part: Part) -> None:
+        """Free a part's memory."""
+        if part in self._held:
+            return
+        for _, module, leaf, empty in self._places.get(part, ()):
+            module._parameters[leaf] = empty
+
+    def hold(self, part: Part) -> None:
+        """Load a part for good."""
+        self.load(part)
+        self._held.add(part)
+
+    def release(self, anatomy: Anatomy) -> None:
+        """Drop what only hidden 0 and the logits need, where hidden states can stand in for embeddings."""
+        width = getattr(anatomy.embeddings.weight, "shape", (0, 0))[-1]
+        if width != anatomy.hidden_size:  # projected on their way to block 0
+            self._held.add("embeddings")
+        for part in ("embeddings", "head"):
+            self.drop(part)
+
+    @contextlib.contextmanager
+    def part(self, part: Part) -> Iterator[None]:
+        """The part is there within the context; contexts of one part may overlap."""
+        if not self._users.get(part):
+            self.load(part)
+        self._users[part] = self._users.get(part, 0) + 1
+        try:
+            yield
+        finally:
+            self._users[part] -= 1
+            if not self._users[part]:
+                self.drop(part)
+
+    def holds(self, part: Part) -> bool:
+        """Whether a part stays in memory."""
+        return part in self._held
+
+    @property
+    def head(self) -> Part:
+        """The part that holds the head's weight: its own, or that of the embeddings."""
+        return "head" if "head" in self._places else "embeddings"
+
+    def _tie(self, part: Part) -> None:
+        """Let every name of one weight show the one that was read."""
+        real = {id(empty): value for _, module, leaf, empty in self._places[part]
+                if not (value := module._parameters[leaf]).is_meta}  # type: ignore[union-attr]
+        for _, module, leaf, empty in self._places[part]:
+            if id(empty) in real:
+                module._parameters[leaf] = real[id(empty)]
+
+
+def _part_of(name: str, anatomy: Anatomy) -> Part | None:
+    """None: a tower of another modality, which text does not pass."""
+    if (block := anatomy.block_of(name)) is not None:
+        return block
+    if name.startswith(f"{anatomy.embeddings_path}."):
+        return "embeddings"
+    if name.startswith(f"{anatomy.head_path}."):
+        return "head"
+    config: Any = anatomy.causal_lm.config
+    whole = getattr(config, "is_encoder_decoder", False) or "." not in name
+    return "rest" if whole or not anatomy.body_path or name.startswith(f"{anatomy.body_path}.") else None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+class _Stored:
+    """A tensor that is read when transformers' loader slices it."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+        self.error: MidblockError | None = None
+
+    def __getitem__(self, _: Any) -> Tensor:
+        try:
+            return self._checkpoint.load(self._name)
+        except MidblockError as error:  # the loader would make it one of its own
+            self.error = error
+            raise
+
+
+class _Loader:
+    """transformers' loader of weights, for some of a model's weights at a time.
+
+    Raises:
+        SettingsError: this version of transformers has another one.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        try:
+            from transformers import core_model_loading
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.modeling_utils import LoadStateDictConfig
+
+            self._load = core_model_loading.convert_and_load_state_dict_in_model
+            self._rename = core_model_loading.rename_source_key
+            mapping: Any = get_model_conversion_mapping(model, None, None)
+            self._renamings = [m for m in mapping if isinstance(m, core_model_loading.WeightRenaming)]
+            self._converters = [m for m in mapping if isinstance(m, core_model_loading.WeightConverter)]
+            self._config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=mapping,
+                                               dtype_plan=model._get_dtype_plan(dtype))
+        except (ImportError, AttributeError, TypeError) as error:
+            raise _other_version(error) from error
+        self._model = model
+
+    def targets(self, key: str, own: dict[str, Any]) -> tuple[list[str], bool]:
+        """Names in the model that a stored tensor goes to, and whether it is converted on the way."""
+        prefix = self._model.base_model_prefix
+        name, pattern = self._rename(key, self._renamings, self._converters, prefix, own)
+        if name not in own and key in own:
+            name, pattern = self._rename(key, [], [], prefix, own)
+        if pattern is None:
+            return [name], False
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        return [name.replace(converter.target_patterns[0], other) for other in converter.target_patterns], True
+
+    def forget_ignored(self, found: _Found) -> None:
+        """Drop what the family says may be missing or too many."""
+        self._model._adjust_missing_and_unexpected_keys(found)
+
+    def fill(self, stored: dict[str, _Stored], spec: str) -> None:
+        """Put tensors into the model.
+
+        Raises:
+            CheckpointError: they cannot be read, or do not fit.
+        """
+        try:
+            info, _ = self._load(self._model, stored, self._config)
+        except TypeError as error:
+            raise _other_version(error) from error
+        finally:
+            for tensor in stored.values():
+                if tensor.error is not None:
+                    raise tensor.error
+        if info.mismatched_keys:
+            name, was, asked = next(iter(info.mismatched_keys))
+            raise CheckpointError(f"model {spec!r}: {name} is {tuple(was)}, the config asks for {tuple(asked)}.")
+        if info.conversion_errors:
+            name, told = next(iter(info.conversion_errors.items()))
+            raise CheckpointError(f"model {spec!r}: {name} cannot be made of what is stored "
+                                  f"({str(told).strip().splitlines()[-1][:200]}).")
+
+
+def _other_version(error: Exception) -> SettingsError:
+    import transformers
+
+    return SettingsError(f"reading a model block by block does not work with transformers {transformers.__version__} "
+                         f"({first_line(error)}); install a newer one, or load the model whole with stream never.")
+
+
+def build_streamed(make: Callable[[], Any], folder: Path, *, spec: str, dtype: torch.dtype, device: torch.device,
+                   check_finite: bool) -> tuple[Any, StreamedWeights]:
+    """A model of which only what stands outside its blocks is in memory.
+
+    Args:
+        make: Builds the model from its config.
+        folder: Of its safetensors.
+        spec: What it is called in errors.
+        dtype: The dtype that weights are loaded in.
+        device: Where to.
+        check_finite: Refuse weights with NaN or infinity.
+
+    Raises:
+        ArchitectureError: its parts cannot be told without weights.
+        CheckpointError: a checkpoint that does not fit it.
+    """
+    with torch.device("meta"):
+        model = make()
+    model.eval()
+    _make_buffers(model, device)
+    streamed = StreamedWeights(model, find_anatomy(model), Checkpoint(folder), spec=spec, dtype=dtype, device=device,
+                               check_finite=check_finite)
+    return model, streamed
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Buffers (rotary frequencies, masks) as the model itself initialises them: no checkpoint holds them all."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    for tensor in model.parameters():
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
