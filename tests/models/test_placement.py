@@ -140,8 +140,6 @@ def test_a_checkpoint_in_fp8_is_loaded_whole(folder: Path, tmp_path: Path) -> No
     for name, parameter in loaded.model.named_parameters():
         want = held[name]
         assert (parameter - want).abs().max() <= 2.0**-8 * want.abs().max(), name  # it may pass through bfloat16
-    with pytest.raises(SettingsError, match="the checkpoint is quantised already"):
-        load_model(tmp_path / "fp8", load_8bit=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,6 +182,13 @@ def test_what_is_tuned_on_quantised_weights_is_measured_on_them(bits: str, folde
                  lambda: tune(base, rows, mask="0110", method="full", steps=1)):
         with pytest.raises(SettingsError, match=r"full weights|full-rank"):
             call()
+
+
+@QUANTISED
+def test_what_is_quantised_already_is_not_quantised_anew(folder: Path, tmp_path: Path) -> None:
+    _as_fp8(folder, tmp_path / "fp8")
+    with pytest.raises(SettingsError, match="the checkpoint is quantised already"):
+        load_model(tmp_path / "fp8", load_8bit=True)
 
 
 @QUANTISED
