@@ -85,6 +85,10 @@ class TableResult:
         """The tidy table as a data frame: `BASE_COLUMNS` first, then the command's own."""
         return self.table.frame()
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Further tables by name, which are written beside ``table.csv``; empty ones are not."""
+        return {}
+
     def _repr_html_(self) -> str:
         """The reading and the first rows, for notebooks; text from outside is escaped."""
         frame = self.frame

@@ -11,12 +11,13 @@ import torch
 
 from analysis_helpers import loaded, tiny_data
 from families import DECODER_ONLY
-from midblock.analysis.lens import TWICE, lens
+from midblock.analysis.lens import TWICE, _LensSums, lens
 from midblock.capture import model_inputs, run_blocks
 from midblock.capture.scoring import chunks_of_all_logits
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import SettingsError
 from midblock.models import find_anatomy
+from midblock.settings import LensSettings
 
 
 def one_sample_batches(model, data, max_length=64):
@@ -106,6 +107,18 @@ def test_hidden_states_that_tuning_left_alone_are_read_out_once(monkeypatch, pap
     assert shared["value"].tolist() == pytest.approx(alone["value"].tolist(), rel=1e-6, abs=1e-6, nan_ok=True)
     assert (shared[(shared.metric == "kl") & (shared.layer < 3)]["value"] == 0).all()
     assert (shared[(shared.metric == "kl") & (shared.layer >= 3)]["value"] > 1e-6).all()
+
+
+def test_on_an_accelerator_equal_states_are_known_from_the_weights():
+    """The meta device stands for one: whatever asked it for a value would raise."""
+    base = loaded("llama")
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.3)
+    sft = replace(base, model=model, anatomy=find_anatomy(model))
+    sums = _LensSums({"base": base, "sft": sft}, [("sft", "base")], range(5), [0], LensSettings())
+    rows = {side: torch.empty(3, 32, device="meta") for side in ("base", "sft")}
+    assert [len(set(sums._twins(h, rows).values())) for h in range(5)] == [1, 1, 1, 2, 2]
 
 
 def test_perplexity_is_the_exponential_of_the_loss_and_differences_are_paired():

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from midblock import metrics
-from midblock.analysis.passes import PassState, feed_batches, prepare
+from midblock.analysis.lens_tokens import LargestKL, MeanDifferences, difference_tokens
+from midblock.analysis.passes import Inputs, PassState, feed_batches, prepare
 from midblock.analysis.scores import TokenMean, exponential
-from midblock.capture.scoring import chunks_of_all_logits, counted_positions, sums_by_row
+from midblock.capture.accumulators import Accumulator
+from midblock.capture.arrivals import Arrivals
+from midblock.capture.scoring import CountedTokens, chunks_of_all_logits, counted_tokens, sums_by_row
 from midblock.data import Batch, Dataset
-from midblock.models import LoadedModel, shared_unembeddings
+from midblock.models import LoadedModel, shared_parts, shared_unembeddings
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.results import Estimate, Table, TableResult
@@ -53,30 +56,49 @@ class _LensSums:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self._stages, self._pairs, self._hidden, self._settings = dict(stages), list(pairs), set(hidden), settings
         self.last = next(iter(stages.values())).anatomy.num_blocks
+        self._counted: tuple[Batch, CountedTokens] | None = None
+        self._arrivals = Arrivals()
+        self.largest = LargestKL(self._pairs, samples, settings.kl_tokens)
         sides = list(stages) + ([s + TWICE for s in stages] if settings.paper_code else [])
 
         def empty() -> Tensor:
             return torch.full((self.last + 1, len(samples)), torch.nan, dtype=torch.float64)
-        self.values = {f"{m}|{s}": empty() for m in _OWN for s in sides}
-        self.values |= {f"{m}|{side_of(p)}": empty() for m in _SHARED for p in self._pairs}
+        self._values = {f"{m}|{s}": empty() for m in _OWN for s in sides}
+        self._values |= {f"{m}|{side_of(p)}": empty() for m in _SHARED for p in self._pairs}
         self.tokens = torch.zeros(len(samples), dtype=torch.float64)
         self.traced = list(samples)[:settings.trace]
-        self.traces: dict[str, Tensor] = {}
+        self._traces: dict[str, Tensor] = {}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        self._arrivals.settle()
+        return self._values
+
+    @property
+    def traces(self) -> dict[str, Tensor]:
+        self._arrivals.settle()
+        return self._traces
 
     @functools.cached_property
     def _unembeddings(self) -> dict[str, int]:
         """Equal numbers: equal final norms and heads. Asked only while heads are in memory."""
         return dict(zip(self._stages, shared_unembeddings([m.anatomy for m in self._stages.values()]), strict=True))
 
+    @functools.cached_property
+    def _chains(self) -> dict[str, tuple[int, ...]]:
+        """Everything before block 0, then every block: equal numbers mean equal parts."""
+        shared = shared_parts([m.anatomy for m in self._stages.values()])
+        chains = [(first, *blocks) for first, blocks in zip(shared.inputs, shared.blocks, strict=True)]
+        return dict(zip(self._stages, chains, strict=True))
+
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         if h not in self._hidden:
             return
         device = next(iter(states.values())).device
-        batch = batch.to(device)
-        mask = counted_positions(batch)
-        target = batch.input_ids.roll(-1, dims=1)[mask]
-        row = mask.nonzero()[:, 0]
-        rows = {s: z[mask] for s, z in states.items()}
+        if self._counted is None or self._counted[0] is not batch:
+            self._counted = (batch, counted_tokens(batch, device))
+        counted = self._counted[1]
+        rows = {s: counted.of(z) for s, z in states.items()}
         got: dict[str, list[Tensor]] = {}
         tops: dict[str, list[Tensor]] = {s: [] for s in states}
         vocab = max(m.anatomy.vocab_size for m in self._stages.values())
@@ -86,26 +108,46 @@ class _LensSums:
             for stage, model in self._stages.items():
                 rows[stage + TWICE] = rows[stage]
                 unembeddings[stage + TWICE] = lambda z, own=model.anatomy: own.unembed(own.normed(z))  # type: ignore[misc]
-        twins = self._twins(rows)
+        twins = self._twins(h, rows)
         alone = {side: rows[side] for side in dict.fromkeys(twins.values())}
         for part, logits in chunks_of_all_logits({side: unembeddings[side] for side in alone}, alone, vocab):
-            self._chunk(logits, twins, target[part], got, tops)
+            logits = {side: values.to(device) for side, values in logits.items()}  # of models over several devices
+            self._chunk(logits, twins, counted.target[part], got, tops)
             del logits  # before the next ones are made
         place = torch.tensor([self.place[i] for i in batch.indices])
         for key, parts in got.items():
-            self.values[key][h, place] = sums_by_row(row, torch.cat(parts), len(batch.indices)).to("cpu")
-        self.tokens[place] = mask.sum(dim=1).to("cpu", torch.float64)
+            self._arrivals.put(self._values[key], (h, place),
+                               sums_by_row(counted.row, torch.cat(parts), len(batch.indices)))
+        self.tokens[place] = counted.tokens
+        best = {stage: torch.cat(parts) for stage, parts in tops.items()}
+        ends = [0, *counted.tokens.long().cumsum(0).tolist()]  # positions come row by row
         for position, sample in enumerate(batch.indices):
             if sample in self.traced:
-                for stage, parts in tops.items():
-                    self.traces[f"{sample}|{h}|{stage}"] = torch.cat(parts)[row == position].to("cpu")
+                for stage, found in best.items():
+                    own = found[ends[position]:ends[position + 1]]
+                    target = self._traces[f"{sample}|{h}|{stage}"] = torch.empty(len(own), dtype=torch.int64)
+                    self._arrivals.put(target, slice(None), own)
+        if h == self.last and self._settings.kl_tokens:
+            for pair in self._pairs:
+                self.largest.keep(side_of(pair), batch, counted, torch.cat(got[f"kl|{side_of(pair)}"]),
+                                  best[pair[1]], best[pair[0]])
 
-    def _twins(self, rows: Mapping[str, Tensor]) -> dict[str, str]:
-        """Side -> the first side with equal states, final norm and head: before the first tuned block, say."""
+    def _twins(self, h: int, rows: Mapping[str, Tensor]) -> dict[str, str]:
+        """Side -> the first side with equal states, final norm and head: before the first tuned block, say.
+
+        Of states on an accelerator that is known from the weights below h, so that the device need not be asked.
+        """
+        by_weights = (next(iter(rows.values())).device.type != "cpu"
+                      and all(m.streamed is None for m in self._stages.values()))
+
         def same(a: str, b: str) -> bool:
-            owners = {self._unembeddings[side.removesuffix(TWICE)] for side in (a, b)}
-            return (a.endswith(TWICE) == b.endswith(TWICE) and len(owners) == 1
-                    and rows[a].device == rows[b].device and torch.equal(rows[a], rows[b]))
+            one, other = (side.removesuffix(TWICE) for side in (a, b))
+            if (a.endswith(TWICE) != b.endswith(TWICE) or self._unembeddings[one] != self._unembeddings[other]
+                    or rows[a].device != rows[b].device):
+                return False
+            if by_weights:
+                return self._chains[one][:h + 1] == self._chains[other][:h + 1]
+            return torch.equal(rows[a], rows[b])
         found: dict[str, str] = {}
         for side in rows:
             found[side] = next((own for own in dict.fromkeys(found.values()) if same(own, side)), side)
@@ -148,6 +190,7 @@ class _LensSums:
         saved = {k: v[:, rows].contiguous() for k, v in self.values.items()}
         saved["tokens"] = self.tokens[rows]
         chosen = {str(s) for s in samples}
+        saved |= {f"kl-tokens|{side}": v for side, v in self.largest.part(samples).items()}
         return saved | {f"trace|{k}": v for k, v in self.traces.items() if k.split("|")[0] in chosen}
 
     def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
@@ -156,9 +199,11 @@ class _LensSums:
             if key == "tokens":
                 self.tokens[rows] = value
             elif key.startswith("trace|"):
-                self.traces[key.removeprefix("trace|")] = value
+                self._traces[key.removeprefix("trace|")] = value
+            elif key.startswith("kl-tokens|"):
+                self.largest.put(samples, {key.removeprefix("kl-tokens|"): value})
             else:
-                self.values[key][:, rows] = value
+                self._values[key][:, rows] = value
 
 
 @dataclass
@@ -172,6 +217,10 @@ class LensResult(TableResult):
     counts: dict[str, Any] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
     """One row per traced sample, position, hidden and stage: position, token, next, predicted."""
+    difference_tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Tokens that the mean difference of the states speaks for (`lens_tokens.difference_tokens`), per ``stage``."""
+    kl_tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Tokens of the data with the largest KL of the last hidden state (`lens_tokens.LargestKL.frame`)."""
 
     def emergence(self, stage: str, share: float = 0.5) -> int | None:
         """First hidden state whose accuracy reaches ``share`` of the last one's."""
@@ -209,11 +258,34 @@ class LensResult(TableResult):
             lines.append(f"{side_of(pair)}: largest KL({pair[1]} || {pair[0]}) {top['value']:.4g} nats at hidden "
                          f"{int(top['layer'])}; the most likely token agrees on {final.value:.1%} of positions at "
                          "the last.")
+            lines += self._token_lines(side_of(pair))
         return "\n".join(lines)
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``trace``, ``difference_tokens`` and ``kl_tokens``."""
+        return {"trace": pd.DataFrame(self.traces), "difference_tokens": self.difference_tokens,
+                "kl_tokens": self.kl_tokens}
+
+    def _token_lines(self, stage: str) -> list[str]:
+        lines = []
+        spoken, moved = (f[f["stage"] == stage] if len(f) else f for f in (self.difference_tokens, self.kl_tokens))
+        if len(spoken):
+            at = int(spoken.loc[spoken["probability"].idxmax(), "layer"])
+            own = spoken[spoken["layer"] == at]
+            lines.append(f"{stage}: the mean difference speaks most clearly at hidden {at}, for "
+                         + ", ".join(f"{t!r} ({p:.2g})" for t, p in zip(own["token"], own["probability"], strict=True))
+                         + ".")
+        if len(moved):
+            common = moved["next"].value_counts().head(3)
+            lines.append(f"{stage}: predictions moved most (KL {moved['kl'].iloc[0]:.3g} nats) after "
+                         f"{moved['context'].iloc[0][-40:]!r}: {moved['earlier'].iloc[0]!r} became "
+                         f"{moved['later'].iloc[0]!r}; of the {len(moved)} such tokens most are followed by "
+                         + ", ".join(f"{t!r} ({n})" for t, n in common.items()) + ".")
+        return lines
+
     def figures(self) -> dict[str, Figure]:
-        """Accuracy, loss, entropy and gold token over depth; agreement over depth."""
-        from midblock.figures import depth_lines
+        """Accuracy, loss, entropy and gold token over depth; agreement over depth; tokens of the mean difference."""
+        from midblock.figures import depth_lines, heatmap
 
         frame = self.frame
         made: dict[str, Figure] = {}
@@ -234,6 +306,15 @@ class LensResult(TableResult):
             if (chosen["metric"] == "kl").any():
                 made[f"agreement{suffix}"] = depth_lines(chosen, list(_SHARED),
                                                          title=f"Agreement of {pair[0]} with {pair[1]}")
+            spoken = self.difference_tokens
+            spoken = spoken[spoken["stage"] == side_of(pair)] if len(spoken) else spoken
+            if len(spoken):
+                wide = spoken.sort_values("layer", ascending=False).pivot(index="layer", columns="rank")
+                wide = wide.sort_index(ascending=False)
+                made[f"difference-tokens{suffix}"] = heatmap(
+                    wide["probability"].to_numpy(), list(wide.index), list(wide["probability"].columns),
+                    title=f"Tokens that the mean difference {side_of(pair)} speaks for", label="probability",
+                    row_label="hidden state", column_label="rank", limits=(0.0, 1.0), texts=wide["token"].to_numpy())
         return made
 
 
@@ -273,14 +354,38 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     hidden = sorted({*range(0, last + 1, chosen.every), last})
     found = _LensSums(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
     state = PassState(state_folder) if state_folder else None
-    feed_batches(inputs.stages, inputs.batches(), {"lens": found}, state=state, progress=progress, what="logit lens",
+    accumulators: dict[str, Accumulator] = {"lens": found}
+    differences = MeanDifferences(inputs.pairs, hidden, [r.index for r in inputs.rows],
+                                  inputs.first.anatomy.hidden_size)
+    if chosen.difference_tokens:
+        accumulators["differences"] = differences
+    feed_batches(inputs.stages, inputs.batches(), accumulators, state=state, progress=progress, what="logit lens",
                  heads=True)
     table = inputs.named(_table(found, inputs.names, inputs.pairs, hidden, chosen))
     if state:
         state.discard()
     return LensResult(table, inputs.names, last + 1, chosen,
                       inputs.counts(counted_tokens=int(found.tokens.sum())),
-                      _trace_rows(found, inputs.rows, inputs.first.tokenizer))
+                      _trace_rows(found, inputs.rows, inputs.first.tokenizer),
+                      _spoken(differences, found.tokens, inputs, hidden, chosen),
+                      found.largest.frame(inputs.rows, inputs.first.tokenizer))
+
+
+def _spoken(differences: MeanDifferences, tokens: Tensor, inputs: Inputs, hidden: Sequence[int],
+            settings: LensSettings) -> pd.DataFrame:
+    """`difference_tokens` of every comparison."""
+    if not settings.difference_tokens or not inputs.pairs:
+        return pd.DataFrame()
+    made = []
+    for later, earlier in inputs.pairs:
+        model = inputs.stages[earlier]
+        frame = difference_tokens(
+            differences.sums[side_of((later, earlier))], tokens, model, hidden,
+            min(settings.difference_tokens, model.anatomy.vocab_size), per_sample=settings.per_sample_mean,
+            confidence=settings.confidence, seed=settings.seed)
+        frame.insert(0, "stage", side_of((later, earlier)))
+        made.append(frame)
+    return pd.concat(made, ignore_index=True)
 
 
 def _table(found: _LensSums, keys: Sequence[str], pairs: Sequence[tuple[str, str]], hidden: Sequence[int],

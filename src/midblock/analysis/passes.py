@@ -18,6 +18,7 @@ from midblock.capture import Lockstep, run_layer_major
 from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, OutputError
+from midblock.metrics._inputs import FiniteChecks, finite_checks_together
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, stage_names
 from midblock.models.inference import many_unembeddings
@@ -30,7 +31,7 @@ __all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", 
 Stages = Sequence[LoadedModel | str] | LoadedModel | str
 
 # what the arrays of a saved part mean: to be changed with any accumulator
-_LAYOUT = "sums per sample"
+_LAYOUT = "sums per sample, differences, tokens"
 
 
 class Sampling(Protocol):
@@ -201,14 +202,15 @@ class PassState:
             done.update(samples)
         return done
 
-    def add(self, accumulators: Mapping[str, Accumulator], samples: Sequence[int]) -> None:
+    def add(self, accumulators: Mapping[str, Accumulator], samples: Sequence[int], checks: FiniteChecks) -> None:
         """Count samples as done; write them when it is time."""
         self._pending.extend(samples)
         if time.monotonic() - self._last >= self._every:
-            self.flush(accumulators)
+            self.flush(accumulators, checks)
 
-    def flush(self, accumulators: Mapping[str, Accumulator]) -> None:
-        """Write what is not written yet."""
+    def flush(self, accumulators: Mapping[str, Accumulator], checks: FiniteChecks) -> None:
+        """Write what is not written yet, unless it came of states that are not finite."""
+        checks.settle()
         if self._pending:
             number = 1 + max((int(p.stem[5:]) for p in self.folder.glob("part-*.safetensors")), default=-1)
             arrays = {f"{name}||{key}": value for name, accumulator in accumulators.items()
@@ -255,11 +257,11 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
             tell(batch)
         else:
             todo.append(batch)
-    with torch.inference_mode():
+    with torch.inference_mode(), finite_checks_together() as checks:
         if any(m.streamed is not None for m in stages.values()):
             _layers_first(stages, todo, accumulators, tell, heads=heads)
         else:
-            _batches_first(stages, todo, accumulators, tell, state=state, heads=heads)
+            _batches_first(stages, todo, accumulators, tell, checks, state=state, heads=heads)
 
 
 class _Tokens:
@@ -267,19 +269,19 @@ class _Tokens:
 
     def __init__(self, progress: Progress, what: str, batches: Sequence[Batch], stages: int) -> None:
         self._progress, self._what, self._stages = progress, what, stages
-        self._total = sum(int(b.attention_mask.sum()) for b in batches) * stages
+        self._total = sum(b.num_tokens for b in batches) * stages
         self._done = 0.0
 
     def __call__(self, batch: Batch, share: float = 1.0, note: str = "") -> None:
         """A batch is done, or a share of its blocks."""
-        self._done += share * int(batch.attention_mask.sum()) * self._stages
+        self._done += share * batch.num_tokens * self._stages
         self._progress(self._what, round(self._done), self._total,
                        note=note or f"{len(batch.indices)} x {batch.input_ids.shape[1]} tokens")
 
 
 def _batches_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
-                   accumulators: Mapping[str, Accumulator], tell: _Tokens, *, state: PassState | None, heads: bool
-                   ) -> None:
+                   accumulators: Mapping[str, Accumulator], tell: _Tokens, checks: FiniteChecks, *,
+                   state: PassState | None, heads: bool) -> None:
     try:
         with many_unembeddings(m.anatomy for m in stages.values()) if heads else contextlib.nullcontext():
             for batch in batches:
@@ -288,11 +290,11 @@ def _batches_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
                     for accumulator in accumulators.values():
                         accumulator.feed(h, batch, states)
                 if state:
-                    state.add(accumulators, batch.indices)
+                    state.add(accumulators, batch.indices, checks)
                 tell(batch)
     except BaseException:
         if state:
-            state.flush(accumulators)
+            state.flush(accumulators, checks)
         raise
 
 

@@ -96,6 +96,10 @@ class ProfileResult(TableResult):
                      f"({self.settings.resampling} bootstrap, {self.settings.replicates} replicates).")
         return "\n".join(lines)
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``layers``."""
+        return {"layers": self.layers}
+
     def figures(self) -> dict[str, Figure]:
         """One figure per family of metrics and comparison, and the likeness of every two hidden states."""
         from midblock.figures import depth_lines, heatmap

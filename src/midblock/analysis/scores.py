@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from midblock import stats
 from midblock.capture import RowScores
+from midblock.capture.arrivals import Arrivals
 from midblock.data import Batch
 from midblock.results import Estimate, Kind, Table
 
@@ -64,14 +66,20 @@ class SampleScores:
     def __init__(self, samples: Sequence[int]) -> None:
         self._place = {sample: i for i, sample in enumerate(samples)}
         self.tokens: FloatArray = np.zeros(len(samples))
-        self.sums: dict[str, FloatArray] = {m: np.full(len(samples), np.nan) for m in ("loss", "accuracy")}
+        self._sums: dict[str, FloatArray] = {m: np.full(len(samples), np.nan) for m in ("loss", "accuracy")}
+        self._arrivals = Arrivals()
+
+    @property
+    def sums(self) -> dict[str, FloatArray]:
+        self._arrivals.settle()
+        return self._sums
 
     def put(self, batch: Batch, scores: RowScores) -> None:
         """Keep the scores of a batch."""
         rows = [self._place[i] for i in batch.indices]
-        self.tokens[rows] = scores.tokens.cpu().numpy()
-        self.sums["loss"][rows] = scores.loss.cpu().numpy()
-        self.sums["accuracy"][rows] = scores.correct.cpu().numpy()
+        self.tokens[rows] = scores.tokens.numpy()
+        for name, values in (("loss", scores.loss), ("accuracy", scores.correct)):
+            self._arrivals.put(torch.from_numpy(self._sums[name]), rows, values)
 
 
 def add_scores(table: Table, kind: Kind, layer: int | str, side: str, scores: SampleScores, mean: TokenMean,

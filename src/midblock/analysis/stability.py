@@ -48,6 +48,10 @@ class StabilityResult(TableResult):
     counts: dict[str, Any] = field(default_factory=dict)
     """As of a profile (the least over the seeds), and those of each seed."""
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``layers``."""
+        return {"layers": self.layers}
     """As of a profile, the mean over the seeds."""
 
     def _as_profile(self) -> ProfileResult:

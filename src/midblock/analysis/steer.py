@@ -24,6 +24,7 @@ from torch import Tensor
 
 from midblock import metrics, stats
 from midblock.analysis.directions import direction_of
+from midblock.analysis.lens_tokens import tokens_of_directions
 from midblock.analysis.passes import Inputs, feed_batches, prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
 from midblock.capture import patched, run_blocks, score_hidden, steered, why_not_resume
@@ -137,6 +138,13 @@ class SteerResult(TableResult):
     vectors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """(comparison, block) -> steering vector (d,); empty after patching."""
     counts: dict[str, Any] = field(default_factory=dict)
+    tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """What each vector speaks for through the earlier stage's final norm and head (the activation difference lens of
+    `midblock.analysis.lens_tokens`): columns ``stage``, ``block``, ``rank``, ``token``, ``id``, ``probability``."""
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``direction_tokens``."""
+        return {"direction_tokens": self.tokens}
 
     def summary(self) -> str:
         """In words: where, and how strongly, the change moves the base towards the tuned model."""
@@ -152,6 +160,12 @@ class SteerResult(TableResult):
             lines.append(f"{self.what} of {side_of((later, earlier))} in {earlier}: the loss falls most or rises least "
                          f"at {where} with strength {best['alpha']:g} ({best['value']:+.4f} nats [{best['low']:+.4f}, "
                          f"{best['high']:+.4f}], n = {int(best['n'])} samples); {gap}.")
+            own_tokens = self.tokens[self.tokens["stage"] == side_of((later, earlier))] if len(self.tokens) else ()
+            if len(own_tokens):
+                at = own_tokens.loc[own_tokens["probability"].idxmax(), "block"]
+                words = own_tokens[own_tokens["block"] == at]
+                lines.append(f"The direction of block {at} speaks for " + ", ".join(
+                    f"{t!r} ({p:.2g})" for t, p in zip(words["token"], words["probability"], strict=True)) + ".")
         return "\n".join(lines)
 
     def figures(self) -> dict[str, Figure]:
@@ -307,7 +321,24 @@ def steer(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
                             variants.changed((pair, group, alpha), here, states)
                         done += 1
                     progress("steer", done, variants.passes(len(batches)), note=f"blocks {format_blocks(group)}")
-    return variants.result(table, chosen.direction, scored, vectors, direction_samples=len(fitted))
+    result = variants.result(table, chosen.direction, scored, vectors, direction_samples=len(fitted))
+    result.tokens = _direction_tokens(inputs, vectors)
+    return result
+
+
+def _direction_tokens(inputs: Inputs, vectors: Mapping[tuple[str, int], Tensor], k: int = 5) -> pd.DataFrame:
+    """What every vector that is not 0 speaks for."""
+    rows = []
+    for later, earlier in inputs.pairs:
+        model, stage = inputs.stages[earlier], side_of((later, earlier))
+        own = {block: v for (name, block), v in vectors.items() if name == stage and float(v.norm()) > 0}
+        if own:
+            ids, values = tokens_of_directions(model, torch.stack(list(own.values())), min(k, model.anatomy.vocab_size))
+            rows += [{"stage": stage, "block": block, "rank": rank + 1, "token": model.tokenizer.decode([token]),
+                      "id": token, "probability": probability}
+                     for block, tokens, probabilities in zip(own, ids.tolist(), values.tolist(), strict=True)
+                     for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True))]
+    return pd.DataFrame(rows)
 
 
 def _directions(table: Table, pooled: PooledStates, variants: _Variants, fitted: int

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from midblock.capture.arrivals import Arrivals, to_device
 from midblock.data import Batch
 
 __all__ = ["Accumulator", "PooledStates", "TokenMetrics"]
@@ -49,18 +50,24 @@ class PooledStates:
 
     def __init__(self, stages: Sequence[str], num_hidden: int, samples: Sequence[int], width: int) -> None:
         self.place = {sample: row for row, sample in enumerate(samples)}
-        self.x = {s: torch.full((num_hidden, len(samples), width), torch.nan) for s in stages}
+        self._x = {s: torch.full((num_hidden, len(samples), width), torch.nan) for s in stages}
+        self._arrivals = Arrivals()
+
+    @property
+    def x(self) -> dict[str, Tensor]:
+        self._arrivals.settle()
+        return self._x
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         inside = [i for i, sample in enumerate(batch.indices) if sample in self.place]
         if not inside:
             return
         rows = torch.tensor([self.place[batch.indices[i]] for i in inside])
+        mask = (batch.host or batch).attention_mask[inside].float()
+        weights = (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1)
         for stage, z in states.items():
-            mask = batch.attention_mask[inside].to(z.device, torch.float32)
-            weights = (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1)
-            pooled = (weights @ z[inside].float()).squeeze(1)
-            self.x[stage][h, rows] = pooled.to("cpu", torch.float32)
+            pooled = (to_device(weights, z.device) @ _rows_of(z, inside).float()).squeeze(1)
+            self._arrivals.put(self._x[stage], (h, rows), pooled)
 
     def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
         rows = [self.place[s] for s in samples if s in self.place]
@@ -70,6 +77,11 @@ class PooledStates:
         rows = [self.place[s] for s in samples if s in self.place]
         for stage, x in part.items():
             self.x[stage][:, rows] = x
+
+
+def _rows_of(z: Tensor, inside: Sequence[int]) -> Tensor:
+    """Rows of a batch's states; all of them without a copy."""
+    return z if len(inside) == z.shape[0] else z.index_select(0, to_device(torch.tensor(inside), z.device))
 
 
 class TokenMetrics:
@@ -96,27 +108,30 @@ class TokenMetrics:
 
         def empty() -> Tensor:
             return torch.full((num_hidden, len(samples)), torch.nan, dtype=torch.float64)
-        self.values: dict[str, dict[str, Tensor]] = {m: {s: empty() for s in stages} for m in single}
-        self.values |= {m: {f"{a}-{b}": empty() for a, b in pairs} for m in paired}
+        self._values: dict[str, dict[str, Tensor]] = {m: {s: empty() for s in stages} for m in single}
+        self._values |= {m: {f"{a}-{b}": empty() for a, b in pairs} for m in paired}
+        self._arrivals = Arrivals()
+
+    @property
+    def values(self) -> dict[str, dict[str, Tensor]]:
+        self._arrivals.settle()
+        return self._values
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         inside = [i for i, sample in enumerate(batch.indices) if sample in self.place]
         if not inside:
             return
         rows = torch.tensor([self.place[batch.indices[i]] for i in inside])
-        mask = batch.attention_mask[inside] > 0
-        whole = {s: (z[inside] if len(inside) < len(batch.indices) else z).float() for s, z in states.items()}
+        mask = (batch.host or batch).attention_mask[inside] > 0  # on the CPU, where lengths are read from it
+        whole = {s: _rows_of(z, inside).float() for s, z in states.items()}
         for stage, z in whole.items():
-            valid = mask.to(z.device)
             for metric, function in self._single.items():
-                self._keep(metric, stage, h, rows, function(z, mask=valid))
+                self._arrivals.put(self._values[metric][stage], (h, rows), function(z, mask=mask))
         for later, earlier in self.pairs:
             a, b = whole[earlier], whole[later]
             for metric, function in self._paired.items():
-                self._keep(metric, f"{later}-{earlier}", h, rows, function(a, b.to(a.device), mask=mask.to(a.device)))
-
-    def _keep(self, metric: str, side: str, h: int, rows: Tensor, values: Tensor) -> None:
-        self.values[metric][side][h, rows] = values.to("cpu", torch.float64)
+                self._arrivals.put(self._values[metric][f"{later}-{earlier}"], (h, rows),
+                                   function(a, b.to(a.device), mask=mask))
 
     def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
         rows = [self.place[s] for s in samples if s in self.place]

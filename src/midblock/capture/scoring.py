@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from midblock import metrics
+from midblock.capture.arrivals import to_device
 from midblock.capture.forward import run_blocks
 from midblock.data import Batch
 from midblock.models import Anatomy
 
-__all__ = ["RowScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions", "head_rows", "score_batch",
-           "score_hidden", "sums_by_row"]
+__all__ = ["CountedTokens", "RowScores", "chunks_of_all_logits", "chunks_of_logits", "counted_positions",
+           "counted_tokens", "head_rows", "score_batch", "score_hidden", "sums_by_row"]
 
 # Many positions go through the head at once, because its weights are streamed from memory each time.
 _HEAD_NUMBERS = 3 << 22
@@ -37,6 +38,39 @@ def counted_positions(batch: Batch) -> Tensor:
     if batch.labels is not None:
         counts[:, :-1] &= batch.labels[:, 1:] != -100
     return counts
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """Where a batch's next tokens count, found on the host and sent to a device.
+
+    Attributes:
+        places: Index into (B T,) of each position, (n,).
+        row: Row of the batch of each, (n,).
+        position: Column of each, (n,), on the CPU.
+        target: The next token of each, (n,).
+        tokens: How many count in each row, (B,) float64, on the CPU.
+    """
+
+    places: Tensor
+    row: Tensor
+    position: Tensor
+    target: Tensor
+    tokens: Tensor
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, d) at these positions, (n, d)."""
+        return hidden.flatten(0, 1).index_select(0, self.places.to(hidden.device))
+
+
+def counted_tokens(batch: Batch, device: torch.device) -> CountedTokens:
+    """`CountedTokens` of a batch, for hidden states on a device."""
+    here = batch.host or batch
+    mask = counted_positions(here)
+    row, position = mask.nonzero(as_tuple=True)
+    target = here.input_ids.roll(-1, dims=1)[mask]
+    places, moved_row, target = (to_device(t, device) for t in (row * mask.shape[1] + position, row, target))
+    return CountedTokens(places, moved_row, position.cpu(), target, mask.sum(dim=1).double())
 
 
 def head_rows(vocab_size: int, device: torch.device) -> int:
@@ -77,9 +111,9 @@ class RowScores:
     """What the counted next tokens of each row of a batch add up to.
 
     Attributes:
-        tokens: How many count, (B,).
+        tokens: How many count, (B,), on the CPU.
         loss: Sum of their negative log-likelihoods in nats, (B,).
-        correct: How many of them the model finds most likely, (B,).
+        correct: How many of them the model finds most likely, (B,); both on the device of the hidden states.
 
     All are float64; a mean over tokens is one of the sums over ``tokens``.
     """
@@ -102,18 +136,18 @@ def score_hidden(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> RowScores:
         hidden: (B, T, d), such as hidden L.
         batch: Its tokens; labels, where present, say what counts.
     """
-    mask = counted_positions(batch)
-    rows = hidden[mask]
-    target = batch.input_ids.roll(-1, dims=1)[mask]
+    counted = counted_tokens(batch, hidden.device)
+    rows = counted.of(hidden)
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty_like(loss)
     for part, logits in chunks_of_logits(anatomy.unembed, rows, anatomy.vocab_size):
-        sums = metrics.row_sums(logits, target[part])
-        correct[part] = (metrics.top_k(logits, sums.maxima, 1)[:, 0] == target[part]).float()
+        target = counted.target[part].to(logits.device)  # of a model over several devices the head may be elsewhere
+        sums = metrics.row_sums(logits, target)
+        correct[part] = (metrics.top_k(logits, sums.maxima, 1)[:, 0] == target).float()
         loss[part] = sums.loss
         del logits  # before the next ones are made
-    row, size = mask.nonzero()[:, 0], len(batch.indices)
-    return RowScores(mask.sum(dim=1).double(), sums_by_row(row, loss, size), sums_by_row(row, correct, size))
+    size = len(batch.indices)
+    return RowScores(counted.tokens, sums_by_row(counted.row, loss, size), sums_by_row(counted.row, correct, size))
 
 
 def sums_by_row(row: Tensor, values: Tensor, num_rows: int) -> Tensor:

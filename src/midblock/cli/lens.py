@@ -23,18 +23,14 @@ def lens(models: OneOrMore, data: Data, settings: LensSettings, load: StreamedCh
     """Unembed every hidden state through the final norm and head (logit lens).
 
     Next-token accuracy, loss, perplexity, entropy, probability and rank of the gold token at
-    every depth; agreement of the checkpoints (KL divergence, top-1, top-k overlap).
+    every depth; agreement of the checkpoints (KL divergence, top-1, top-k overlap); the tokens that
+    their mean difference speaks for, and those of the data at which they differ most.
     """
     def measure(chain: Any, keys: Any, dataset: Any, run: Any, progress: Any) -> Any:
         from midblock.analysis.lens import lens
 
-        found = lens(chain, data=dataset, names=keys, state_folder=run.path / "state", progress=progress,
-                     settings=settings)
-        if found.traces:
-            import pandas as pd
-
-            run.write_table(pd.DataFrame(found.traces), "trace.csv")
-        return found
+        return lens(chain, data=dataset, names=keys, state_folder=run.path / "state", progress=progress,
+                    settings=settings)
 
     run, result = run_analysis("lens", models, names=names, data=data, seed=settings.seed, out=out, resume=resume,
                                load=load, settings=settings, measure=measure, least=1)
@@ -43,4 +39,4 @@ def lens(models: OneOrMore, data: Data, settings: LensSettings, load: StreamedCh
         index="layer", columns=["metric", "side"], values="value", sort=False)
     wide.columns = [f"{metric} {side}" if metric == "accuracy" else metric for metric, side in wide.columns]
     console.print_table(wide.reset_index().rename(columns={"layer": "hidden"}), title="Logit lens of each hidden state")
-    show(run, result, traces=result.traces)
+    show(run, result, **result.tables())

@@ -39,7 +39,6 @@ def profile(models: Chain, data: Data, settings: StabilitySettings, load: Stream
             from midblock.analysis.stability import profile_seeds
 
             result = profile_seeds(chain, seeds=settings.seeds, **call)
-        run.write_table(result.layers, "layers.csv")
         return result
 
     run, result = run_analysis("profile", models, names=names, data=data, seed=settings.seed, out=out, resume=resume,

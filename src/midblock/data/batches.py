@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -33,6 +33,8 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor | None = None
+    host: Batch | None = field(default=None, repr=False, compare=False)
+    """The batch on the CPU that this one was copied from: what is known of it there need not be asked of a device."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -45,13 +47,22 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real tokens in the batch."""
-        return int(self.attention_mask.sum())
+        return int((self.host or self).attention_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
-        return replace(self, input_ids=self.input_ids.to(device),
-                       attention_mask=self.attention_mask.to(device),
-                       labels=None if self.labels is None else self.labels.to(device))
+        """The same batch on a device; to a GPU without waiting."""
+        there = torch.device(device)
+        if self.input_ids.device == there:
+            return self
+
+        def moved(tensor: Tensor) -> Tensor:
+            if there.type == "cuda" and tensor.device.type == "cpu":
+                return tensor.pin_memory().to(there, non_blocking=True)
+            return tensor.to(there)
+        host = self if self.input_ids.device.type == "cpu" else self.host
+        return replace(self, input_ids=moved(self.input_ids), attention_mask=moved(self.attention_mask),
+                       labels=None if self.labels is None else moved(self.labels),
+                       host=None if there.type == "cpu" else host)
 
 
 def make_batches(rows: TokenRows | Iterable[TokenRow], *, batch_size: int, pad_id: int,

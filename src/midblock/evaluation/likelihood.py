@@ -68,8 +68,8 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
                           else hidden_of(batch))
                 scores = score_hidden(loaded.anatomy, hidden, batch)
                 places = list(batch.indices)
-                loss[places] = (scores.loss / scores.tokens).cpu().numpy()
-                count[places] = scores.tokens.cpu().numpy()
+                loss[places] = (scores.loss.cpu() / scores.tokens).numpy()
+                count[places] = scores.tokens.numpy()
                 done += len(batch)
                 progress(task, done, len(tokenized))
     finally:

@@ -23,7 +23,7 @@ __all__ = ["heatmap"]
 def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], title: str = "",
             centre: float | None = None, *, label: str = "", row_label: str = "", column_label: str = "",
             limits: tuple[float, float] | None = None, marks: npt.ArrayLike | None = None,
-            footnote: str = "") -> Figure:
+            texts: npt.ArrayLike | None = None, footnote: str = "") -> Figure:
     """A matrix as colours; undefined cells are grey, small matrices carry their numbers.
 
     Rows that are matrices of a model (``q``, ``gate`` ...) are put into the one order of `quantities.MATRICES`.
@@ -40,6 +40,7 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
         column_label: Of the horizontal axis.
         limits: Ends of the colour scale. Default: the data's.
         marks: (R, C) text behind each number, such as a star for significance.
+        texts: (R, C) words that cells carry in place of their numbers, such as tokens; spaces are made visible.
         footnote: Below the axes: what the marks mean, n.
 
     Raises:
@@ -58,7 +59,7 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
     column_names = [short_name(str(c)) for c in columns]
     cell = 0.42 if max(array.shape) <= 14 else 0.22
     longest = max(len(line) for name in row_names for line in name.split("\n"))
-    width = min(14.0, max(4.0, 1.9 + 0.07 * longest + cell * array.shape[1]))
+    width = min(14.0, max(4.0, 1.9 + 0.07 * longest + (cell if texts is None else 0.95) * array.shape[1]))
     height = min(MAX_HEIGHT, max(2.6, (1.6 if footnote else 1.3) + cell * array.shape[0]))
     fig = new_figure(width, height, title)
     ax = fig.add_subplot()
@@ -77,15 +78,16 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
     bar.set_label(label)
     if footnote:
         fig.supxlabel(wrap(footnote, int(width * 13)), fontsize=7.5, color=GREY, x=0.01, ha="left")
-    if array.shape[0] <= 14 and array.shape[1] <= 14:
+    if texts is not None or (array.shape[0] <= 14 and array.shape[1] <= 14):
+        words = None if texts is None else np.asarray(texts, dtype=object)
         size = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
         for (i, j), value in np.ndenumerate(array):
             text, ink = "–", GREY
             if math.isfinite(value):
                 red, green, blue, _ = image.cmap(float(norm(value)))
-                text = _short(value, size) + str(signs[i, j])
+                text = _short(value, size) + str(signs[i, j]) if words is None else _visible(str(words[i, j]))
                 ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-            ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=ink)
+            ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=ink, parse_math=False)
     elif marks is not None:  # no room for numbers: the marks alone
         for (i, j), value in np.ndenumerate(array):
             if math.isfinite(value) and signs[i, j]:
@@ -117,6 +119,20 @@ def _heat_ticks(ax: Axes, rows: list[str], columns: list[str], width: float, hei
         for tick in ax.get_xticklabels():
             tick.set(rotation=40, ha="right", rotation_mode="anchor")
     ax.tick_params(length=0)
+
+
+def _visible(token: str) -> str:
+    """A token as a figure can show it: spaces as \N{OPEN BOX}, what the font may lack as its number, at most 14 signs.
+
+    Example:
+        >>> _visible(" a\\n")
+        '␣a\\\\n'
+    """
+    def sign(c: str) -> str:
+        return "␣" if c == " " else c if c.isprintable() and ord(c) < 0x250 else c.encode("unicode_escape").decode()
+
+    shown = "".join(map(sign, token))
+    return shown if len(shown) <= 14 else f"{shown[:13]}…"
 
 
 def _short(value: float, largest: float) -> str:

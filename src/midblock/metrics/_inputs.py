@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,16 +16,71 @@ from midblock.errors import UndefinedMetricError
 _CHUNK_BYTES = 2 << 20
 
 
+class FiniteChecks:
+    """Whether what was checked on accelerators is finite: known to the device, asked by the host in `settle`."""
+
+    def __init__(self, *, everywhere: bool) -> None:
+        self._everywhere = everywhere
+        self._fine: dict[tuple[str, torch.device], Tensor] = {}
+        self._broken: str | None = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a tensor's check waits."""
+        return self._everywhere or x.device.type != "cpu"
+
+    def add(self, name: str, fine: Tensor) -> None:
+        """A truth value on a device."""
+        key = (name, fine.device)
+        self._fine[key] = fine & self._fine[key] if key in self._fine else fine
+
+    def settle(self) -> None:
+        """Wait for the devices, and raise ValueError where something was not finite, each time anew."""
+        for (name, _), value in self._fine.items():
+            if self._broken is None and not bool(value):
+                self._broken = name
+        self._fine.clear()
+        _require(self._broken is None, self._broken or "")
+
+
+_together: ContextVar[FiniteChecks | None] = ContextVar("midblock_finite_checks", default=None)
+
+
+@contextlib.contextmanager
+def finite_checks_together(*, everywhere: bool = False) -> Iterator[FiniteChecks]:
+    """Within the context tensors on accelerators are checked for NaN and infinity all at once at its end.
+
+    A check by itself makes the host wait for the device.
+
+    Args:
+        everywhere: On the CPU too (for tests).
+    """
+    checks = FiniteChecks(everywhere=everywhere)
+    token = _together.set(checks)
+    try:
+        yield checks
+        checks.settle()
+    finally:
+        _together.reset(token)
+
+
+def _require(fine: bool, name: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} holds NaN or infinity; the states it came from are broken.")
+
+
 def require_finite(x: Tensor, name: str) -> None:
-    """Raise ValueError if ``x`` is empty or holds NaN or infinity.
+    """Raise ValueError if ``x`` is empty or holds NaN or infinity; see `finite_checks_together`.
 
     ``aminmax`` carries NaN through and needs one read and no temporary.
     """
     if x.numel() == 0:
         raise ValueError(f"{name} is empty (shape {tuple(x.shape)}).")
     low, high = torch.aminmax(x)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise ValueError(f"{name} holds NaN or infinity; the states it came from are broken.")
+    fine = torch.isfinite(low) & torch.isfinite(high)
+    if (checks := _together.get()) is not None and checks.takes(x):
+        checks.add(name, fine)
+    else:
+        _require(bool(fine), name)
 
 
 def floating(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -88,7 +145,12 @@ def unit_largest_entry(x: Tensor) -> Tensor:
 
 
 def in_safe_range(squares: Tensor) -> bool:
-    """Whether sums of squares are far from overflow and underflow, so that no scaling is needed."""
+    """Whether sums of squares are far from overflow and underflow, so that no scaling is needed.
+
+    Never known of an accelerator's without waiting for it, where scaling costs less than that.
+    """
+    if squares.device.type != "cpu":
+        return False
     low, high = torch.aminmax(squares)
     return bool((low > 1e-25) & (high < 1e30))
 
@@ -115,13 +177,13 @@ def lengths_and_order(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | 
     """Number of valid rows per sample of (B, T, d), and for a mask with gaps a gather order."""
     batch, rows, _ = x.shape
     if mask is None:
-        return torch.full((batch,), rows, device=x.device), None
-    keep = mask.to(device=x.device, dtype=torch.bool)
+        return torch.full((batch,), rows), None
+    keep = mask.to(torch.bool)  # where it is: of a mask on the CPU nothing need be asked of a device
     lengths = keep.sum(1)
-    packed = torch.arange(rows, device=x.device) < lengths[:, None]
+    packed = torch.arange(rows, device=keep.device) < lengths[:, None]
     if bool((keep == packed).all()):
         return lengths, None
-    return lengths, torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)
+    return lengths, torch.argsort((~keep).to(torch.uint8), dim=1, stable=True).to(x.device)
 
 
 def unpadded_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None, name: str,
@@ -131,7 +193,7 @@ def unpadded_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None, n
 
     Args:
         x: (B, T, d).
-        mask: (B, T), true where a row is real; None: all rows are. Padding may stand left,
+        mask: (B, T), true where a row is real, best on the CPU; None: all rows are. Padding may stand left,
             right or between, and may hold anything, also NaN.
         dtype: Working dtype (None: see `floating`).
         name: For error messages.
@@ -146,16 +208,20 @@ def unpadded_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None, n
     groups: dict[int, list[int]] = {}
     for sample, length in enumerate(known):
         groups.setdefault(length, []).append(sample)
+    def index_of(samples: list[int]) -> Tensor:
+        index = torch.tensor(samples)
+        return index.pin_memory().to(x.device, non_blocking=True) if x.device.type == "cuda" else index.to(x.device)
+
     for length, members in groups.items():
         if length == 0:
-            yield torch.tensor(members, device=x.device), 0, ()
+            yield index_of(members), 0, ()
             continue
         step = max(1, _CHUNK_BYTES // max(1, length * x.shape[-1] * 4)) if x.device.type == "cpu" \
             else len(members)
         for start in range(0, len(members), step):
             chosen = members[start:start + step]
             contiguous = chosen[-1] - chosen[0] + 1 == len(chosen)
-            index = torch.tensor(chosen, device=x.device)
+            index = index_of(chosen)
             cut: list[Tensor] = []
             for tensor in (x, *others):
                 part = tensor[chosen[0]:chosen[-1] + 1] if contiguous else tensor[index]

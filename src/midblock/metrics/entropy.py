@@ -142,7 +142,8 @@ def _gram_entropies(gram: Tensor, alpha: float, defined: Tensor) -> Tensor:
 
 def _entropies(z: Tensor, alpha: float, unit_rows: bool, dtype: torch.dtype) -> Tensor:
     """Entropies (g) of unpadded (g, T, d); NaN where all is zero."""
-    if dtype == torch.float64 or z.dtype == torch.float64:
+    # which samples need float64 cannot be asked of an accelerator without waiting for it
+    if torch.float64 in (dtype, z.dtype) or z.device.type != "cpu":
         gram, defined = _unit_trace_gram(z.to(torch.float64), unit_rows)
         return _gram_entropies(gram, alpha, defined)
     z = floating(z, dtype)

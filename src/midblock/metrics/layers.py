@@ -47,7 +47,7 @@ def _chords(z_in: Tensor, z_out: Tensor, mask: Tensor | None) -> tuple[Tensor, T
     length_in, length_out = norms(first, keepdim=True), norms(second, keepdim=True)
     counts = ((length_in > 0) & (length_out > 0)).squeeze(-1)
     if valid is not None:
-        counts &= valid > 0
+        counts &= (valid > 0).to(counts.device, non_blocking=True)
     u = first / torch.where(length_in > 0, length_in, torch.ones_like(length_in))
     v = second / torch.where(length_out > 0, length_out, torch.ones_like(length_out))
     return norms(u - v), norms(u + v), counts

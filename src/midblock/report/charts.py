@@ -30,7 +30,8 @@ SECTIONS = {**FAMILIES, "segments": "Segments swapped or merged", "arms": "Arms 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Every chart that these runs carry, in the order of the page."""
     charts = [*_depth_charts(runs), *_matrix_heatmaps(runs), *_segment_bars(runs), *_sweep_charts(runs),
-              *_correlations(runs), *_layer_cka(runs), *_traces(runs), *_training(runs)]
+              *_correlations(runs), *_layer_cka(runs), *_traces(runs), *_changed_tokens(runs),
+              *_training(runs)]
     order = {name: i for i, name in enumerate(SECTIONS)}
     charts.sort(key=lambda c: order.get(c["section"], len(order)))
     for number, chart in enumerate(charts):
@@ -239,13 +240,16 @@ def _correlations(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def _layer_cka(runs: Sequence[Run]) -> Iterator[Chart]:
     for run in runs:
-        table = run.more.get("layer_cka")
-        if table is None or not {"base", "sft", "value"} <= {*table.columns}:
+        table = run.more.get("layers")
+        if table is None or not {"stage", "layer", "other", "cka_debiased"} <= {*table.columns}:
             continue
-        rows = [[int(a), int(b), _cell(v)] for a, b, v in zip(table["base"], table["sft"], table["value"], strict=True)]
-        yield _chart("heatmap", "alignment", f"CKA of every hidden state with every other: {printable(run.pair)}",
-                     ("hidden of the base", "hidden of the tuned model", "CKA"), rows, x="hidden of the base",
-                     y="hidden of the tuned model", quantity=_quantity("cka"))
+        for stage, part in table.groupby("stage", sort=False):
+            rows = [[int(a), int(b), _cell(float(v))] for a, b, v in
+                    zip(part["layer"], part["other"], part["cka_debiased"], strict=True)]
+            yield _chart("heatmap", "alignment", f"CKA of every hidden state with every other: {printable(str(stage))}",
+                         ("hidden of the earlier model", "hidden of the later model", "CKA"), rows,
+                         x="hidden of the earlier model", y="hidden of the later model",
+                         quantity=_quantity("cka_debiased"))
 
 
 def _traces(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -257,6 +261,24 @@ def _traces(runs: Sequence[Run]) -> Iterator[Chart]:
                          _rows(trace.head(2000), columns),
                          about="The logit lens: what each hidden state would predict next if the blocks after it "
                                "were left out.")
+
+
+def _changed_tokens(runs: Sequence[Run]) -> Iterator[Chart]:
+    for run in runs:
+        for name, title, about in (
+                ("difference_tokens", "Tokens that the mean difference speaks for", (
+                    "The mean change of the hidden states, through the earlier model's final norm and head: what a "
+                    "narrow fine-tuning was about often shows by name.")),
+                ("direction_tokens", "Tokens that the added directions speak for", (
+                    "Each direction through the earlier model's final norm and head.")),
+                ("kl_tokens", "Tokens of the data at which predictions moved most", (
+                    "By KL divergence of the next-token distributions; `earlier` and `later` are what both models find "
+                    "most likely after the context."))):
+            table = run.more.get(name)
+            if table is not None and len(table):
+                columns = [str(c) for c in table.columns]
+                yield _chart("table", "predictions", f"{title}: {printable(run.pair)}", columns,
+                             _rows(table.head(2000), columns), about=about)
 
 
 def _training(runs: Sequence[Run]) -> Iterator[Chart]:

@@ -18,6 +18,7 @@ from midblock.results import BASE_COLUMNS
 __all__ = ["LeftOut", "Run", "collect"]
 
 _PLAIN_NAMES = ("model", "adapter", "merged", "checkpoint")
+_FURTHER = ("pareto", "comparisons", "layers", "trace", "difference_tokens", "kl_tokens", "direction_tokens")
 _DEEPEST = 3  # folders of run folders inside each other
 
 
@@ -135,7 +136,7 @@ def _read(folder: Path) -> Run:
                      text=("mask", "layer", "kind", "metric", "side"), error=OutputError)
     summaries = [p for p in (folder / "summary.txt", folder / "verdict.txt") if p.is_file()]
     summary = read_text(summaries[0], error=OutputError).strip() if summaries else ""
-    more = {name: read_csv(path, error=OutputError) for name in ("pareto", "comparisons", "layer_cka", "trace")
+    more = {name: read_csv(path, error=OutputError) for name in _FURTHER
             if (path := folder / f"{name}.csv").is_file() and path.stat().st_size > 1}
     steps = next((p for p in (folder / "steps.jsonl", folder / "state" / "steps.jsonl") if p.is_file()), None)
     if steps is not None:

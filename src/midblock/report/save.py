@@ -30,12 +30,14 @@ class Result(Protocol):
 
     def summary(self) -> str: ...
 
+    def tables(self) -> dict[str, pd.DataFrame]: ...
+
     def figures(self) -> dict[str, Figure]: ...
 
 
 def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | None = None,
                 progress: Progress = silent) -> list[str]:
-    """Write ``table.csv``, ``summary.txt`` and ``figures/*.svg|pdf``; returns the names written.
+    """Write ``table.csv``, further tables, ``summary.txt`` and ``figures/*.svg|pdf``; returns the names written.
 
     Args:
         run: The open run folder.
@@ -47,6 +49,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
         OutputError: the folder cannot be written.
     """
     names = [run.write_table(result.table).name, run.write_text("summary.txt", result.summary() + "\n").name]
+    names += [run.write_table(frame, f"{name}.csv").name for name, frame in result.tables().items() if len(frame)]
     figures = result.figures()
     for number, (name, figure) in enumerate(figures.items(), start=1):
         names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]

@@ -19,6 +19,7 @@ from midblock import metrics, stats
 from midblock.analysis.gradients import gradients, supervised_batches
 from midblock.analysis.passes import feed_batches
 from midblock.capture.accumulators import PooledStates
+from midblock.capture.arrivals import Arrivals
 from midblock.data import Batch, Dataset
 from midblock.errors import UndefinedMetricError
 from midblock.models import LoadedModel, projections
@@ -44,8 +45,14 @@ class AdjacentStates:
         self.place = {sample: row for row, sample in enumerate(samples)}
         self._last = num_blocks
         self._before: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self.values = {m: {s: torch.full((num_blocks, len(samples)), torch.nan, dtype=torch.float64) for s in stages}
-                       for m in self.METRICS}
+        self._values = {m: {s: torch.full((num_blocks, len(samples)), torch.nan, dtype=torch.float64) for s in stages}
+                        for m in self.METRICS}
+        self._arrivals = Arrivals()
+
+    @property
+    def values(self) -> dict[str, dict[str, Tensor]]:
+        self._arrivals.settle()
+        return self._values
 
     def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
         """Take hidden h of a batch: stage name -> (B, T, d)."""
@@ -54,10 +61,10 @@ class AdjacentStates:
             key = (stage, batch.indices)
             before = self._before.pop(key, None)
             if before is not None:
-                mask = batch.attention_mask.to(z.device)
+                mask = (batch.host or batch).attention_mask
                 both = (metrics.block_influence(before, z, mask), metrics.angular_distance(before, z, mask))
                 for metric, found in zip(self.METRICS, both, strict=True):
-                    self.values[metric][stage][h - 1, rows] = found.to("cpu", torch.float64)
+                    self._arrivals.put(self._values[metric][stage], (h - 1, rows), found)
             if h < self._last:
                 self._before[key] = z
 

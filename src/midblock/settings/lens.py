@@ -17,5 +17,9 @@ class LensSettings(TokenMeanSettings):
     every: int = setting(1, ge=1, metavar="N", help="Unembed every n-th hidden state (the last one always).")
     trace: int = setting(0, ge=0, metavar="N", help=(
         "For this many samples, keep the most likely token at every depth (trace.csv)."))
+    difference_tokens: int = setting(5, ge=0, metavar="K", help=(
+        "Tokens that the mean difference of two checkpoints speaks for at every depth (difference_tokens.csv)."))
+    kl_tokens: int = setting(20, ge=0, metavar="N", help=(
+        "Tokens of the data at which two checkpoints' predictions differ most (kl_tokens.csv)."))
     paper_code: bool = setting(False, old=("earlier_code",), help=(
         "Also unembed the last hidden state normed twice, as the paper's public code does."))

@@ -358,7 +358,7 @@ def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, pr
         for number, batch in enumerate(batches):
             batch = batch.to(loaded.device)
             scores = score_batch(anatomy.causal_lm, anatomy, batch)
-            found.update(zip(batch.indices, (scores.loss / scores.tokens).tolist(), strict=True))
+            found.update(zip(batch.indices, (scores.loss.cpu() / scores.tokens).tolist(), strict=True))
             progress("held-out loss", number + 1, len(batches))
     values = [found[r.index] for r in rows]
     if any(math.isnan(v) for v in values):
