@@ -160,10 +160,10 @@ class SteerResult(TableResult):
             lines.append(f"{self.what} of {side_of((later, earlier))} in {earlier}: the loss falls most or rises least "
                          f"at {where} with strength {best['alpha']:g} ({best['value']:+.4f} nats [{best['low']:+.4f}, "
                          f"{best['high']:+.4f}], n = {int(best['n'])} samples); {gap}.")
-            own_tokens = self.tokens[self.tokens["stage"] == side_of((later, earlier))] if len(self.tokens) else ()
-            if len(own_tokens):
-                at = own_tokens.loc[own_tokens["probability"].idxmax(), "block"]
-                words = own_tokens[own_tokens["block"] == at]
+            words = self.tokens[self.tokens["stage"] == side_of((later, earlier))] if len(self.tokens) else self.tokens
+            if len(words):
+                at = words.loc[words["probability"].idxmax(), "block"]
+                words = words[words["block"] == at]
                 lines.append(f"The direction of block {at} speaks for " + ", ".join(
                     f"{t!r} ({p:.2g})" for t, p in zip(words["token"], words["probability"], strict=True)) + ".")
         return "\n".join(lines)
