@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from analysis_helpers import tiny_data
+from conftest import build_tiny_tokenizer
 from families import FAMILIES
 from midblock.analysis.gradients import gradients
 from midblock.analysis.lens import lens
 from midblock.analysis.profile import profile
+from midblock.analysis.swap import swap
+from midblock.capture import BlockByBlock
 from midblock.errors import SettingsError
-from midblock.models import load_chain
+from midblock.models import find_anatomy, load_chain, save_checkpoint
+from midblock.selection.locate import locate
 from model_helpers import saved
 
 SIZES = {"samples": 10, "batch_size": 4, "max_length": 24}
@@ -30,6 +36,68 @@ def test_profile_and_lens_are_the_same_streamed(family: str, tmp_path: Path) -> 
                                **SIZES).frame, lens(chain, data=data, trace=1, **SIZES).frame))
     for whole, streamed in zip(*tables, strict=True):
         pd.testing.assert_frame_equal(streamed, whole, check_exact=True)
+
+
+def partly_tuned(folder: Path, family: str) -> list[str]:
+    """A base and a copy of it whose blocks 1 and 2 alone are others."""
+    base = FAMILIES[family](seed=0)
+    save_checkpoint(base, build_tiny_tokenizer(), folder / "base")
+    with torch.no_grad():
+        for block in find_anatomy(base).blocks[1:3]:
+            for parameter in block.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    save_checkpoint(base, build_tiny_tokenizer(), folder / "sft")
+    return [str(folder / "base"), str(folder / "sft")]
+
+
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    keys = ["recipient", "donor", "head", "layer", "metric", "side"]
+    return frame.sort_values(keys).reset_index(drop=True)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3", "qwen3_moe", "gpt2", "cohere"])
+@pytest.mark.parametrize("partly", [False, True])
+def test_swap_is_the_same_streamed(family: str, partly: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = partly_tuned(tmp_path, family) if partly else [
+        str(saved(tmp_path / str(seed), family, seed=seed)) for seed in range(2)]
+    steps = 0
+    step = BlockByBlock.step
+
+    def counted(self: BlockByBlock, name: str, b: int, batch: Any, hidden: Any, donor: Any = None) -> Any:
+        nonlocal steps
+        steps += donor is not None  # the trials have no donor
+        return step(self, name, b, batch, hidden, donor)
+
+    monkeypatch.setattr(BlockByBlock, "step", counted)
+    frames = [in_order(swap(load_chain(specs, device="cpu", stream=stream), data=tiny_data(10), segments=4,
+                            cumulative=True, **SIZES).frame) for stream in ("never", "always")]
+    pd.testing.assert_frame_equal(frames[1], frames[0], check_exact=True)
+    if partly:  # one chain until block 1, two behind it, four from block 2 on; for each of three batches
+        assert steps == 3 * (1 + 2 + 4 + 4)
+
+
+def test_swap_of_a_chain_with_states_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [str(saved(tmp_path / str(seed), seed=seed)) for seed in range(3)]
+    whole = swap(load_chain(specs, device="cpu"), data=tiny_data(10), segments=2, **SIZES).frame
+    monkeypatch.setattr("midblock.capture.blockwise.free_memory", lambda device: 0)
+    streamed = swap(load_chain(specs, device="cpu", stream="always", scratch=tmp_path), data=tiny_data(10), segments=2,
+                    **SIZES).frame
+    pd.testing.assert_frame_equal(in_order(streamed), in_order(whole), check_exact=True)
+
+
+def test_scores_of_blocks_are_the_same_streamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = str(saved(tmp_path / "a"))
+    whole, streamed = (locate(load_chain([spec], device="cpu", stream=s)[0], data=tiny_data(10), budget=4000, rank=2)
+                       for s in ("never", "always"))
+    backward = ["gradient_norm", "gradient_norm_relative", "fisher", "taylor"]
+    frame = whole.frame
+    pd.testing.assert_frame_equal(streamed.frame, frame[~frame["metric"].isin(backward)].reset_index(drop=True),
+                                  check_exact=True)
+    assert streamed.counts["left_out"] == backward
+    assert "backward pass are left out" in caplog.text
+    assert streamed.proposal == whole.proposal
+    with pytest.raises(SettingsError, match="whole model in memory"):
+        locate(load_chain([spec], device="cpu", stream="always")[0], data=tiny_data(10), scores=("taylor",))
 
 
 def test_analyses_that_need_all_of_a_model_say_so(tmp_path: Path) -> None:

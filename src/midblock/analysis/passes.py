@@ -303,7 +303,8 @@ def _layers_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
     if not batches:
         return
     num_blocks = next(iter(stages.values())).anatomy.num_blocks
-    for h, number, states in run_layer_major(stages, batches, heads=heads):
+    keeps = sum(getattr(a, "keeps_states", 0) for a in accumulators.values())
+    for h, number, states in run_layer_major(stages, batches, heads=heads, keeps=keeps):
         for accumulator in accumulators.values():
             accumulator.feed(h, batches[number], states)
         tell(batches[number], 1 / (num_blocks + 1), note=f"hidden {h} of {num_blocks}")

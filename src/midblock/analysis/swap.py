@@ -18,6 +18,7 @@ from torch import Tensor
 
 from midblock.analysis.passes import prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
+from midblock.analysis.swap_streamed import swap_block_by_block
 from midblock.capture import RowScores, run_blocks, score_hidden, swap_blocks, why_not_resume
 from midblock.data import Batch, Dataset
 from midblock.errors import SettingsError
@@ -105,7 +106,7 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         DataError: no usable sample.
     """
     chosen = SwapSettings.of(settings, overrides)
-    inputs = prepare(stages, sft, data=data, settings=chosen, names=names)
+    inputs = prepare(stages, sft, data=data, settings=chosen, names=names, streams=True)
     keys, models = inputs.names, list(inputs.stages.values())
     num_blocks = models[0].anatomy.num_blocks
     masks = {m: segment_blocks(m, num_blocks) for m in chosen.all_masks()}
@@ -113,6 +114,11 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         raise SettingsError(f"masks of one length are needed, got {', '.join(masks)}.")
     directions = [d for later, earlier in inputs.pairs for d in ((earlier, later), (later, earlier))]
     nothing = "0" * len(next(iter(masks)))
+    if any(m.streamed is not None for m in models):
+        swaps = {(recipient, donor, mask): blocks for recipient, donor in directions
+                 for mask, blocks in {nothing: [], **masks}.items()}
+        table = inputs.named(_table(swap_block_by_block(inputs, swaps, progress), [nothing, *masks], nothing, chosen))
+        return SwapResult(table, keys, chosen, inputs.counts())
     parts = shared_parts([m.anatomy for m in models])
     runs = _plan(parts, keys, directions, {nothing: [], **masks})
     whole = _drop_inexact_resumes(runs, inputs.stages)

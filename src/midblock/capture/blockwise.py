@@ -31,7 +31,7 @@ from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import first_line, quiet
 from midblock.sizes import size_text
 
-__all__ = ["BlockByBlock", "block_by_block", "run_layer_major"]
+__all__ = ["BlockByBlock", "block_by_block", "room_for_hidden_states", "run_layer_major"]
 
 
 class BlockByBlock:
@@ -93,6 +93,14 @@ class BlockByBlock:
         finally:
             if model.streamed is not None:
                 model.streamed.drop(b)
+
+    @contextlib.contextmanager
+    def blocks(self, b: int) -> Iterator[None]:
+        """Block b of every model is there within the context."""
+        with contextlib.ExitStack() as stack:
+            for name in self._models:
+                stack.enter_context(self.block(b, name))
+            yield
 
     def _read(self, place: tuple[int, str]) -> None:
         b, name = place
@@ -208,8 +216,8 @@ def block_by_block(models: Mapping[str, LoadedModel]) -> Iterator[BlockByBlock]:
             made.close()
 
 
-def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch], *, heads: bool = False
-                    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch], *, heads: bool = False,
+                    keeps: int = 0) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Advance every batch to hidden h before any goes on: yields (h, batch number, states on the models' devices).
 
     Enter ``torch.inference_mode()`` (or ``no_grad``) around all of it.
@@ -218,6 +226,7 @@ def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch],
         models: Name -> model, of equal depth.
         batches: On the CPU.
         heads: Whether the consumer unembeds.
+        keeps: Hidden states of each batch and model that the consumer keeps until the next one comes.
 
     Raises:
         SettingsError: a memory limit that is too small for any pass (says the least).
@@ -226,7 +235,7 @@ def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch],
         CheckpointError: weights that cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        kept = stack.enter_context(_room_for(models, batches, heads))
+        kept = stack.enter_context(room_for_hidden_states(models, batches, heads=heads, keeps=keeps))
         runner = stack.enter_context(block_by_block(models))
         if heads:
             stack.enter_context(runner.heads())
@@ -251,17 +260,31 @@ def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch],
 # -- memory ------------------------------------------------------------------------------------------
 
 
-def _room_for(models: Mapping[str, LoadedModel], batches: Sequence[Batch], heads: bool) -> HiddenStates:
-    """Where hidden states are kept: in memory if they fit under the limit, else on disk."""
+def room_for_hidden_states(models: Mapping[str, LoadedModel], batches: Sequence[Batch], *, heads: bool = False,
+                           keeps: int = 0, states: int | None = None, blocks_at_once: int = 1) -> HiddenStates:
+    """Where hidden states are kept: in memory if they fit under the limit, else on disk.
+
+    Args:
+        models: Name -> model.
+        batches: All of them.
+        heads: Whether heads are in memory beside the blocks.
+        keeps: See `run_layer_major`.
+        states: How many hidden states of each batch exist at most; default one per model.
+        blocks_at_once: Blocks that compute together; one more is read meanwhile.
+
+    Raises:
+        SettingsError: a memory limit below the least that can work (says the least).
+        OutputError: no room on disk.
+    """
     streamed = [m.streamed for m in models.values() if m.streamed is not None]
     limits = [s.memory_limit for s in streamed if s.memory_limit is not None]
-    hidden = hidden_bytes(models, batches)
+    own = hidden_bytes(models, batches)
+    hidden = own if states is None else own // len(models) * states
     now = resident_memory()
-    blocks = sum(sorted((s.block_bytes for s in streamed), reverse=True)[:2]) if len(streamed) > 1 else (
-        2 * sum(s.block_bytes for s in streamed))
+    blocks = (blocks_at_once + 1) * max((s.block_bytes for s in streamed), default=0)
     head = sum(s.part_bytes(s.head) for s in streamed) if heads else 0
     first = max((s.part_bytes("embeddings") for s in streamed), default=0)
-    working = _working_bytes(models, batches, heads)
+    working = _working_bytes(models, batches, heads) + keeps * own
     on_gpu = any(m.device.type != "cpu" for m in models.values())
     least = now + working + (0 if on_gpu else max(blocks, first) + head)
     if limits and least > min(limits):

@@ -35,6 +35,7 @@ class HiddenStates:
     def __init__(self, folder: Path | None = None, size: int = 0) -> None:
         self._kept: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
+        self._free: dict[int, list[int]] = {}
         self._end = 0
         self._file: IO[bytes] | None = None
         if folder is None:
@@ -72,8 +73,11 @@ class HiddenStates:
             self._kept[key] = hidden
             return
         if key not in self._places:
-            self._places[key] = (self._end, hidden.dtype, hidden.shape)
-            self._end += hidden.nbytes
+            if free := self._free.get(hidden.nbytes):
+                place = free.pop()
+            else:
+                place, self._end = self._end, self._end + hidden.nbytes
+            self._places[key] = (place, hidden.dtype, hidden.shape)
         place, dtype, shape = self._places[key]
         if (dtype, shape) != (hidden.dtype, hidden.shape):
             raise ValueError(f"{key}: {hidden.dtype} {tuple(hidden.shape)} in place of {dtype} {tuple(shape)}")
@@ -103,6 +107,8 @@ class HiddenStates:
         return hidden
 
     def drop(self, key: Hashable) -> None:
-        """Forget a tensor; its place in a file is not used again."""
+        """Forget a tensor."""
         self._kept.pop(key, None)
-        self._places.pop(key, None)
+        if (found := self._places.pop(key, None)) is not None:
+            place, dtype, shape = found
+            self._free.setdefault(shape.numel() * dtype.itemsize, []).append(place)

@@ -12,7 +12,7 @@ from midblock.cli.analysis import show
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.settings.base import name_of
-from midblock.settings.load import LoadSettings
+from midblock.settings.load import STREAM_FIELDS, LoadSettings, StreamedLoadSettings
 from midblock.settings.locate import LocateSettings, ScoreSettings
 
 __all__ = ["locate"]
@@ -27,7 +27,7 @@ def locate(
     targets: Annotated[list[str], typer.Argument(
         metavar="MODEL | SWEEP_DIR...", show_default=False,
         help="A model: local folder, *.gguf, hub id, or smollm2. With --validate: folders of finished sweeps.")],
-    settings: LocateSettings, load: LoadSettings,
+    settings: LocateSettings, load: StreamedLoadSettings,
     data: Annotated[str | None, typer.Option(
         "--data", metavar="D", show_default=False,
         help="Data for the scores of hidden states and gradients (a registry name, a file, hf:NAME, arithmetic, "
@@ -51,22 +51,23 @@ def locate(
         if own:
             raise SettingsError(f"{name_of(next(iter(own)))} does not go with --validate: model and data are those of "
                                 "each sweep.")
-        _validate(targets, out, ScoreSettings(**settings.given()), load)
+        _validate(targets, out, ScoreSettings(**settings.given()),
+                  LoadSettings(**{k: v for k, v in load.given().items() if k not in STREAM_FIELDS}))
         return
     if len(targets) != 1:
         raise SettingsError(f"locate takes one model, got {' '.join(targets)}; folders of sweeps need --validate.")
     _locate(targets[0], data, out, settings, load)
 
 
-def _locate(model: str, data: str | None, out: Path, settings: LocateSettings, load: LoadSettings) -> None:
+def _locate(model: str, data: str | None, out: Path, settings: LocateSettings, load: StreamedLoadSettings) -> None:
     from midblock.data import load_data
-    from midblock.models import load_model
+    from midblock.models import load_chain
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.selection.locate import locate as measure
 
     dataset = None if data is None else load_data(data, seed=settings.seed)
-    loaded = load_model(model, **load.model_dump())
+    loaded = load_chain([model], names=[Path(model).name or "base"], **load.model_dump())[0]
     recorded = {"model": model, "data": data, **settings.model_dump(), **load.model_dump()}
     with RunFolder(out, command="locate", settings=recorded) as run, console.progress_bar() as progress:
         run.record_inputs(models={"base": loaded.describe()}, data={} if dataset is None else dataset.describe())

@@ -11,7 +11,7 @@ from midblock.cli import console
 from midblock.cli.analysis import Chain, Names, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, RunOut
-from midblock.settings import ChainLoadSettings, SwapSettings
+from midblock.settings import StreamedChainSettings, SwapSettings
 
 __all__ = ["swap"]
 
@@ -20,7 +20,7 @@ __all__ = ["swap"]
     "midblock swap smollm2 runs/tuned/model --data gsm8k --segments 5 --out runs/swap",
     "midblock swap BASE SFT --data mmlu --mask 01100 --mask 00110",
     "midblock swap BASE SFT --data arithmetic --cumulative --supervised --json")
-def swap(models: Chain, data: Data, settings: SwapSettings, load: ChainLoadSettings,
+def swap(models: Chain, data: Data, settings: SwapSettings, load: StreamedChainSettings,
          mask: Annotated[list[str] | None, typer.Option(
              "--mask", metavar="MASK", show_default=False,
              help="Swap the segments of this mask (repeat for more) instead of each single one.")] = None,

@@ -22,7 +22,7 @@ from midblock.models.placement import require_full_weights
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.saving import save_checkpoint
-from midblock.models.sharing import SharedParts, shared_parts, shared_unembeddings
+from midblock.models.sharing import SharedParts, shared_block, shared_parts, shared_unembeddings
 
 __all__ = [
     "AdapterFile",
@@ -59,6 +59,7 @@ __all__ = [
     "resolve_device",
     "resolve_stages",
     "save_checkpoint",
+    "shared_block",
     "shared_parts",
     "shared_unembeddings",
     "side_of",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +115,12 @@ class LoadedModel:
         if self.streamed is not None:
             raise SettingsError(f"{self.name}: this needs the whole model in memory, and its blocks are read one after "
                                 "another; load it with stream never.")
+
+    def each_block(self) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks in order, with their weights in memory while each is looked at."""
+        for b, block in enumerate(self.anatomy.blocks):
+            with contextlib.nullcontext() if self.streamed is None else self.streamed.part(b):
+                yield b, block
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps of a model."""

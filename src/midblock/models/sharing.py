@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy, text_config
 
-__all__ = ["SharedParts", "shared_parts", "shared_unembeddings"]
+__all__ = ["SharedParts", "shared_block", "shared_parts", "shared_unembeddings"]
 
 # entries of a config that do not change what its model computes
 _NAMES_ONLY = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype",
@@ -59,6 +59,11 @@ def shared_parts(models: Sequence[Anatomy]) -> SharedParts:
                 for b in range(depth)]
     return SharedParts(_first(models, configs, _before_blocks), tuple(zip(*by_block, strict=True)),
                        shared_unembeddings(models))
+
+
+def shared_block(models: Sequence[Anatomy], b: int) -> tuple[int, ...]:
+    """`SharedParts.blocks` of one block, for models whose blocks are not all in memory."""
+    return _first(models, [_config(m) for m in models], lambda m: _state([("", m.blocks[b])]))
 
 
 def shared_unembeddings(models: Sequence[Anatomy]) -> tuple[int, ...]:

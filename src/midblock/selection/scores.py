@@ -40,6 +40,7 @@ class AdjacentStates:
     """
 
     METRICS = ("block_influence", "angular_distance")
+    keeps_states = 1
 
     def __init__(self, stages: Sequence[str], num_blocks: int, samples: Sequence[int]) -> None:
         self.place = {sample: row for row, sample in enumerate(samples)}
@@ -146,13 +147,19 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
     if dataset is not None and chosen.wants("forward"):
         similarity, counts = _forward_scores(table, loaded, dataset, chosen, stage, extra, progress)
     if chosen.wants("weights"):
-        for b, block in enumerate(loaded.anatomy.blocks):
+        for b, block in loaded.each_block():
             try:
                 table.add("block", b, "weight_snr", stage, weight_snr(block), n=1, **{**extra, "data": ""})
             except UndefinedMetricError as error:
                 table.add_undefined("block", b, "weight_snr", stage, str(error), **{**extra, "data": ""})
             progress("weights", b + 1, loaded.anatomy.num_blocks)
-    if dataset is not None and (wanted := chosen.wants("backward")):
+    wanted = chosen.wants("backward")
+    if wanted and loaded.streamed is not None and dataset is not None:
+        if "scores" in chosen.model_fields_set:
+            loaded.require_whole()
+        loaded.note(f"scores that need a backward pass are left out ({', '.join(wanted)}): it needs the whole model")
+        counts["left_out"] = wanted
+    elif dataset is not None and wanted:
         found = gradients(loaded, data=dataset, names=[stage], samples=chosen.gradient_samples,
                           max_length=chosen.max_length, batch_size=chosen.batch_size, seed=chosen.seed,
                           progress=progress)
