@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,8 +26,8 @@ from midblock.errors import OutputError
 from midblock.reading import read_sealed, sealed
 from midblock.results import json_ready
 
-__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_errors", "read_written", "remove",
-           "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json", "write_sealed"]
+__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_errors", "read_written", "recomputed",
+           "remove", "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json", "write_sealed"]
 
 FORMAT_VERSION = 2
 """Of everything that midblock writes and reads back; 2: with digests."""
@@ -173,6 +174,16 @@ def read_written(path: Path, *, advice: str) -> dict[str, Any]:
         why = "update midblock" if isinstance(version, int) and version > FORMAT_VERSION else advice
         raise OutputError(f"{path} has format {version!r}, this midblock reads {FORMAT_VERSION}; {why}.")
     return value
+
+
+def recomputed(why: object, then: str) -> None:
+    """Say that saved work is damaged and what happens instead (a warning of logger ``midblock``).
+
+    Args:
+        why: The error, a sentence.
+        then: The consequence, a sentence (``Its samples are run again.``).
+    """
+    logging.getLogger("midblock").warning("%s %s", why, then)
 
 
 def sha256_of(*parts: bytes | str) -> str:

@@ -4,15 +4,15 @@
     PYTHONPATH=src:tests:tests/campaign python tests/campaign/campaign.py --seed 7 --case 123  # one, shown whole
 
 The rule: exit code 0 or 2; with 2 exactly one line ``Error: ...`` on stderr, else none; no traceback; nothing
-half-written; no other file touched; at most 60 seconds and 4 GB. Cases run in a worker process (one start of the
-libraries for all of them); a case that hangs ends its worker, and the next one goes on.
+half-written; no other file touched; nothing taken silently (`campaign_results`); at most 60 seconds and 4 GB. Cases run
+in a worker process (one start of the libraries for all of them); a case that hangs ends its worker, and the next one
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import resource
@@ -22,14 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from campaign_world import Case, apply, build, case_of
+from campaign_results import WRITTEN, make_references, run_in, taken_silently
+from campaign_world import COMMANDS, Case, apply, build, case_of
 
 SECONDS = 60.0
 BYTES = 4 << 30
@@ -48,9 +48,10 @@ def snapshot(place: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def judge(
-    case: Case, code: int | None, out: str, err: str, before: dict[str, Any], place: Path, seconds: float
+    case: Case, code: int | None, out: str, err: str, before: dict[str, Any], place: Path, seconds: float,
+    reference: Path | None = None,
 ) -> str:
-    """``ok`` (exit 0), ``refused`` (exit 2) or what is wrong."""
+    """``ok`` (exit 0), ``refused`` (exit 2) or what is wrong; ``reference``: see `taken_silently`."""
     from midblock.writing import TEMPORARY
 
     errors = [line for line in err.splitlines() if line.startswith("Error: ")]
@@ -60,13 +61,12 @@ def judge(
         return f"exit {code}"
     if len(errors) != (1 if code == 2 else 0):
         return f"{len(errors)} error lines"
-    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in out + err):
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Cf") and c not in "\n\t\u200c\u200d" for c in out + err):
         return "control characters"
     after = snapshot(place)
-    if any(TEMPORARY in name for name in after):
-        return "half-written"
-    writes = ("out", "stopped", "saved", "runs/evaluate", "runs/sweep")
-    touched = [n for n in before if after.get(n) != before[n] and not n.startswith(writes) and n != case.target]
+    if left := [name for name in after if TEMPORARY in name and name not in before]:
+        return f"half-written {left[0]}"
+    touched = [n for n in before if after.get(n) != before[n] and not n.startswith(WRITTEN) and n != case.target]
     if touched:
         return f"touched {touched[0]}"
     run = place / "out" / "run.json"
@@ -74,38 +74,27 @@ def judge(
         return "status " + json.loads(run.read_text())["status"]
     if seconds > SECONDS:
         return "slow"
+    if code == 0 and reference is not None and (silent := taken_silently(case, place, out, err, reference)):
+        return silent
     return "ok" if code == 0 else "refused"
 
 
 def run_case(seed: int, number: int, world: Path, show: bool = False) -> dict[str, Any]:
     """One case in a copy of the world."""
-    from midblock.cli.app import run
-
     case = case_of(seed, number, world)
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=world.parent) as folder:
         place = Path(folder) / "w"
         shutil.copytree(world, place)
         what = apply(case, seed, number, place)
         before = snapshot(place)
-        out, err = io.StringIO(), io.StringIO()
-        kept, environment = Path.cwd(), dict(os.environ)
         began = time.perf_counter()
-        code: int | None = None
-        os.chdir(place)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = run(case.words)
-        except BaseException:
-            err.write(traceback.format_exc())
-        finally:
-            os.chdir(kept)
-            os.environ.clear()
-            os.environ.update(environment)
+        code, out, err = run_in(place, case.words)
         seconds = time.perf_counter() - began
-        verdict = judge(case, code, out.getvalue(), err.getvalue(), before, place, seconds)
+        verdict = judge(case, code, out, err, before, place, seconds,
+                        world.parent / "references" / str(number % len(COMMANDS)))
         if show:
-            sys.stdout.write(f"{out.getvalue()}\n---\n{err.getvalue()}")
-    told = [line for line in err.getvalue().splitlines() if line.strip()]
+            sys.stdout.write(f"{out}\n---\n{err}")
+    told = [line for line in err.splitlines() if line.strip()]
     return {
         "case": number,
         "verdict": verdict,
@@ -179,6 +168,13 @@ def campaign(
             worker.wait()
 
 
+def make_world(world: Path) -> None:
+    """Build the world, and the results of all commands on it, beside it."""
+    world.mkdir(parents=True)
+    build(world)
+    make_references(world, world.parent / "references")
+
+
 def is_good(result: dict[str, Any]) -> bool:
     """Whether a case ended as it should."""
     return result["verdict"] in ("ok", "refused") and result["peak"] <= BYTES
@@ -203,10 +199,7 @@ def main() -> None:
         if world is None:
             world = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="campaign-"))) / "world"
         if not world.exists():
-            world.mkdir(parents=True)
-            os.environ["MIDBLOCK_CACHE"] = str(world.parent / "cache")
-            build(world)
-        os.environ["MIDBLOCK_CACHE"] = str(world.parent / "cache")
+            make_world(world)
         if chosen.case is not None:
             sys.stdout.write(json.dumps(run_case(chosen.seed, chosen.case, world, show=True), indent=1) + "\n")
             return

@@ -14,47 +14,62 @@ from typing import Any
 
 from campaign_mutations import OPTIONS, damage
 
-FAST = ["--samples", "4", "--max-length", "32", "--quiet"]
-
 
 @contextlib.contextmanager
-def interrupted_after(what: str, done: int) -> Iterator[None]:
-    """Within the context the commands' progress raises KeyboardInterrupt once ``what`` has come so far."""
+def interrupted_after(calls: int) -> Iterator[None]:
+    """Within the context the commands' progress raises KeyboardInterrupt when it is told something for that time."""
+    from midblock import progress
     from midblock.cli import console
 
-    kept = console.progress_bar
+    kept, quiet = console.progress_bar, progress.silent
+    left = calls
 
-    @contextlib.contextmanager
-    def stopping(**options: Any) -> Iterator[Any]:
-        def tell(label: str, count: float, total: float, note: str = "") -> None:
-            if label == what and count >= done:
-                raise KeyboardInterrupt
+    def tell(label: str, count: float, total: float, note: str = "") -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise KeyboardInterrupt
 
-        yield tell
-
-    console.progress_bar = stopping
+    console.progress_bar = lambda **options: contextlib.nullcontext(tell)  # type: ignore[assignment,return-value]
+    progress.silent = tell  # what a quiet sweep tells
     try:
         yield
     finally:
-        console.progress_bar = kept
+        console.progress_bar, progress.silent = kept, quiet
+
+
+_TUNE = "tune m --data d.jsonl --mask 00100 --rank 2 --dtype float32 --batch-size 4 --max-length 32 --quiet"
+_PROFILE = ("profile m m-sft --data d.jsonl --samples 6 --max-length 32 --token-samples 4 --replicates 20 "
+            "--batch-size 2 --quiet")
+_IMPORTANCE = ("importance m --data d.jsonl --max-steps 4 --score-steps 3 --rank 2 --check-every 2 --window 2 "
+               "--batch-size 4 --max-length 32 --quiet")
+_EVALUATE = "evaluate m --task perplexity --data d.jsonl --samples 4 --max-length 32 --quiet"
+_STUDY = "study m m-sft --data d.jsonl --only weights,lens --lens-samples 4 --max-length 32 --quiet"
+CACHE = "cache"
+"""The folder below the world that is midblock's cache: converted models."""
 
 
 def build(folder: Path) -> None:
-    """Fill an empty folder; takes about half a minute.
+    """Fill an empty folder; takes about a minute.
 
-    ``m``, ``m-sft``: a tiny Llama of 5 blocks and a changed copy; ``adapter``: a LoRA of it; ``d.jsonl``,
-    ``chat.jsonl``, ``d.csv``, ``d.json``: rows; ``plan.json``; ``sweep.yaml``; ``runs/*``: finished runs;
-    ``stopped/*``: interrupted ones.
+    ``m``, ``m-sft``: a tiny Llama of 5 blocks and a changed copy; ``shards``: the latter in shards; ``adapter``: a
+    LoRA of it; ``tiny.gguf`` (converted in ``cache``); ``d.*`` and ``chat.jsonl``: rows; ``plan.json``;
+    ``sweep.yaml``, ``study.yaml``; ``rows``: a cache of prefixes; ``runs/*``: finished runs; ``stopped/*``:
+    interrupted ones.
     """
+    import gzip
+
+    import pandas as pd
     import torch
 
     from conftest import build_tiny_tokenizer
     from families import FAMILIES
+    from gguf_helpers import write_gguf
     from midblock.cli.app import run
     from midblock.models import save_checkpoint
 
-    def ok(*words: str, code: int = 0) -> None:
-        found = run([*words])
+    def ok(words: str, code: int = 0) -> None:
+        found = run(words.split())
         assert found == code, (words, found)
 
     model = FAMILIES["llama"](seed=0, num_hidden_layers=5)
@@ -64,14 +79,25 @@ def build(folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     save_checkpoint(model, build_tiny_tokenizer(), folder / "m-sft")
+    model.save_pretrained(folder / "shards", max_shard_size="60KB")
+    build_tiny_tokenizer().save_pretrained(folder / "shards")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 1
+    write_gguf(folder / "tiny.gguf")
     rows = [
         {"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}, of course."} for i in range(12)
     ]
-    (folder / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / "d.jsonl").write_text(lines)
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "d.json").write_text(json.dumps(rows))
+    pd.DataFrame(rows).to_parquet(folder / "d.parquet")
     (folder / "d.csv").write_text(
         "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion'][:5]}\n" for r in rows)
     )
+    for name, right in (("a", 9), ("b", 4)):
+        (folder / f"samples_{name}.jsonl").write_text("".join(
+            json.dumps({"doc_id": n, "doc_hash": f"h{n}", "doc": {"q": str(n)}, "filter": "none", "metrics": ["acc"],
+                        "acc": float(n < right)}) + "\n" for n in range(12)))
     chats = [
         {
             "tools": [{"type": "function", "function": {"name": "w"}}],
@@ -90,111 +116,48 @@ def build(folder: Path) -> None:
         for i in range(6)
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chats))
-    (folder / "sweep.yaml").write_text(
-        json.dumps(
-            {
-                "model": "m",
-                "dtype": "float32",
-                "device": "cpu",
-                "seeds": [0, 1],
-                "train": {"data": "d.jsonl", "split": "all", "max_length": 32},
-                "training": {"steps": 2, "batch_size": 4, "learning_rates": [0.01], "full_learning_rates": [0.003]},
-                "arms": {"baseline": "11111", "singles": 5},
-                "budget": "match:11111@2",
-                "evaluation": [{"task": "perplexity", "data": "chat.jsonl", "name": "answers", "max_length": 32}],
-                "statistics": {"replicates": 100},
-            },
-            indent=1,
-        )
-    )
-    kept = Path.cwd()
+    sweep = {
+        "model": "m",
+        "dtype": "float32",
+        "device": "cpu",
+        "seeds": [0, 1],
+        "train": {"data": "d.jsonl", "split": "all", "max_length": 32},
+        "training": {"steps": 2, "batch_size": 4, "learning_rates": [0.01], "full_learning_rates": [0.003]},
+        "arms": {"baseline": "11111", "singles": 5},
+        "budget": "match:11111@2",
+        "evaluation": [{"task": "perplexity", "data": "chat.jsonl", "name": "answers", "max_length": 32}],
+        "statistics": {"replicates": 100},
+    }
+    (folder / "sweep.yaml").write_text(json.dumps(sweep, indent=1))
+    (folder / "study.yaml").write_text(json.dumps({
+        "pairs": [["m", "m-sft"], ["m-sft", "m"]], "data": ["d.jsonl"], "only": ["weights", "lens"],
+        "lens_samples": 4, "max_length": 32}, indent=1))
+    kept, cache = Path.cwd(), os.environ.get("MIDBLOCK_CACHE")
     os.chdir(folder)
+    os.environ["MIDBLOCK_CACHE"] = str(folder / CACHE)
     try:
-        tune = [
-            "tune",
-            "m",
-            "--data",
-            "d.jsonl",
-            "--mask",
-            "00100",
-            "--rank",
-            "2",
-            "--dtype",
-            "float32",
-            "--batch-size",
-            "4",
-            "--max-length",
-            "32",
-            "--quiet",
-        ]
-        ok(*tune, "--steps", "2", "--out", "runs/tune")
+        ok("inspect tiny.gguf")
+        ok(f"{_TUNE} --steps 2 --out runs/tune --cache disk:rows")
         shutil.copytree("runs/tune/adapter", "adapter")
-        ok(
-            "profile",
-            "m",
-            "m-sft",
-            "--data",
-            "d.jsonl",
-            "--samples",
-            "6",
-            "--token-samples",
-            "4",
-            "--replicates",
-            "20",
-            "--quiet",
-            "--out",
-            "runs/profile",
-        )
-        ok("weights", "m", "m-sft", "--quiet", "--out", "runs/weights")
+        ok(f"{_PROFILE} --out runs/profile")
+        ok("weights m m-sft --quiet --out runs/weights")
         for seed in ("0", "1"):
-            ok(
-                "importance",
-                "m",
-                "--data",
-                "d.jsonl",
-                "--max-steps",
-                "4",
-                "--score-steps",
-                "3",
-                "--rank",
-                "2",
-                "--check-every",
-                "2",
-                "--window",
-                "2",
-                "--batch-size",
-                "4",
-                "--max-length",
-                "32",
-                "--seed",
-                seed,
-                "--apply",
-                "top:0.25",
-                "--quiet",
-                "--out",
-                f"runs/importance-{seed}",
-            )
+            ok(f"{_IMPORTANCE} --seed {seed} --apply top:0.25 --out runs/importance-{seed}")
         shutil.copy(next(Path("runs/importance-0/plans").glob("ila*.json")), "plan.json")
-        ok(
-            "evaluate",
-            "m",
-            "--task",
-            "perplexity",
-            "--data",
-            "d.jsonl",
-            "--samples",
-            "4",
-            "--max-length",
-            "32",
-            "--quiet",
-            "--out",
-            "runs/evaluate",
-        )
-        ok("sweep", "sweep.yaml", "--out", "runs/sweep", "--quiet")
-        with interrupted_after("tune", 3):
-            ok(*tune, "--steps", "6", "--save-steps", "1", "--out", "stopped/tune", code=130)
+        ok(f"{_EVALUATE} --out runs/evaluate")
+        ok("sweep sweep.yaml --out runs/sweep --quiet")
+        ok(f"{_STUDY} --out runs/study")
+        for words, calls in ((f"{_TUNE} --steps 6 --save-steps 1 --out stopped/tune", 4),
+                             (f"{_PROFILE} --out stopped/profile", 4),
+                             (f"{_IMPORTANCE} --out stopped/importance", 5),
+                             ("sweep sweep.yaml --out stopped/sweep --quiet", 8)):
+            with interrupted_after(calls):
+                ok(words, code=130)
     finally:
         os.chdir(kept)
+        os.environ.pop("MIDBLOCK_CACHE")
+        if cache is not None:
+            os.environ["MIDBLOCK_CACHE"] = cache
 
 
 @dataclass(frozen=True)
@@ -206,166 +169,72 @@ class Case:
     """The damaged file; None: an option has a strange value."""
 
 
-def _tune(*more: str) -> list[str]:
-    return [
-        "tune",
-        "m",
-        "--dtype",
-        "float32",
-        "--batch-size",
-        "4",
-        "--max-length",
-        "32",
-        "--quiet",
-        "--steps",
-        "1",
-        *more,
-        "--out",
-        "out",
-    ]
-
-
-_MASKED = ["--mask", "00100", "--rank", "2"]
-_MODEL_FILES = [
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "config.json",
-    "model.safetensors",
+_ONE = "tune m --dtype float32 --batch-size 4 --max-length 32 --quiet --steps 1 --out out"
+_MODEL = ("{m}/config.json {m}/model.safetensors {m}/tokenizer.json {m}/tokenizer_config.json "
+          "{m}/generation_config.json {m}/config.json {m}/model.safetensors")
+_M, _SFT = _MODEL.format(m="m"), _MODEL.format(m="m-sft")
+_F = "--samples 4 --max-length 32 --quiet --out out"
+COMMANDS: list[tuple[str, str]] = [
+    ("inspect m", "m/config.json m/model.safetensors m/config.json"),
+    ("inspect shards", "shards/model.safetensors.index.json shards/*"),
+    ("inspect tiny.gguf", "tiny.gguf cache/converted/*"),
+    ("pairs", ""),
+    ("weights m m-sft --quiet --out out",
+     "m-sft/model.safetensors m/config.json m-sft/config.json m/model.safetensors"),
+    ("weights m m-sft --no-spectra --quiet --out out", "m-sft/model.safetensors"),
+    ("weights m shards --no-spectra --quiet --out out", "shards/model.safetensors.index.json shards/*"),
+    ("weights m adapter --quiet --out out", "adapter/adapter_config.json adapter/adapter_model.safetensors"),
+    (f"lens m m-sft --data d.jsonl {_F}", f"d.jsonl {_SFT}"),
+    (f"lens m --data d.json {_F}", "d.json"),
+    (f"lens m --data d.csv {_F}", "d.csv"),
+    (f"lens m --data d.parquet {_F}", "d.parquet"),
+    (f"lens m --data d.jsonl.gz {_F}", "d.jsonl.gz"),
+    ("weights tiny.gguf tiny.gguf --no-spectra --quiet --out out", "cache/converted/*"),
+    (f"profile m m-sft --data d.jsonl --replicates 20 --token-samples 2 {_F}",
+     "d.jsonl m/config.json m/tokenizer.json"),
+    (f"{_PROFILE} --out stopped/profile --resume", "stopped/profile/*"),
+    (f"swap m m-sft --data d.jsonl {_F}", "m-sft/config.json d.jsonl"),
+    (f"merge m m-sft --alphas 0,1,1,1,0 --data d.jsonl --save saved {_F}", "m-sft/config.json m-sft/model.safetensors"),
+    (f"gradients m --data d.jsonl {_F}", "d.jsonl m/config.json"),
+    (f"steer m m-sft --data d.jsonl {_F}", "d.jsonl m-sft/config.json"),
+    ("correlate runs/profile runs/weights --quiet --out out",
+     "runs/profile/run.json runs/profile/table.csv runs/weights/table.csv runs/weights/run.json"),
+    (f"{_ONE} --mask 00100 --rank 2 --data d.jsonl", f"d.jsonl {_M}"),
+    (f"{_ONE} --mask 00100 --rank 2 --data chat.jsonl", "chat.jsonl chat.jsonl m/tokenizer_config.json"),
+    (f"{_ONE} --plan plan.json --data d.jsonl", "plan.json"),
+    (f"{_TUNE} --steps 2 --cache disk:rows --out out", "rows/*"),
+    (f"{_TUNE} --steps 6 --save-steps 1 --out stopped/tune --resume", "stopped/tune/*"),
+    (f"evaluate m --adapter adapter --task perplexity --data d.jsonl {_F}",
+     "adapter/adapter_config.json adapter/adapter_model.safetensors adapter/adapter_config.json"),
+    (f"evaluate m --task answer_loss --data d.jsonl {_F}", "d.jsonl m/config.json"),
+    (f"{_EVALUATE} --out runs/evaluate --resume", "runs/evaluate/*"),
+    ("compare samples_a.jsonl samples_b.jsonl --quiet --out out", "samples_a.jsonl samples_b.jsonl"),
+    ("sweep sweep.yaml --dry-run", "sweep.yaml sweep.yaml sweep.yaml d.jsonl m/config.json"),
+    ("sweep sweep.yaml --out runs/sweep --resume --quiet", "runs/sweep/* runs/sweep/results/*"),
+    ("sweep sweep.yaml --out stopped/sweep --resume --quiet", "stopped/sweep/*"),
+    (f"importance m --data d.jsonl --max-steps 2 --score-steps 2 --rank 2 {_F}", "d.jsonl m/config.json"),
+    (f"{_IMPORTANCE} --out stopped/importance --resume", "stopped/importance/*"),
+    ("overlap runs/importance-0 runs/importance-1 --quiet --out out",
+     "runs/importance-0/run.json runs/importance-0/table.csv runs/importance-1/table.csv"),
+    (f"locate m {_F}", "m/config.json m/model.safetensors"),
+    ("locate --validate runs/sweep --quiet --out out", "runs/sweep/run.json runs/sweep/table.csv"),
+    (f"{_STUDY} --out runs/study --resume", "runs/study/*"),
+    ("study study.yaml --quiet --out out", "study.yaml"),
+    ("report runs --out report.html", "runs/*/run.json runs/*/table.csv"),
 ]
-COMMANDS: list[tuple[list[str], list[str]]] = [
-    (["inspect", "m"], ["m/config.json", "m/model.safetensors", "m/config.json"]),
-    (
-        ["weights", "m", "m-sft", "--quiet", "--out", "out"],
-        ["m-sft/model.safetensors", "m/config.json", "m-sft/config.json", "m/model.safetensors"],
-    ),
-    (["weights", "m", "m-sft", "--no-spectra", "--quiet", "--out", "out"], ["m-sft/model.safetensors"]),
-    (
-        ["weights", "m", "adapter", "--quiet", "--out", "out"],
-        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
-    ),
-    (
-        ["lens", "m", "m-sft", "--data", "d.jsonl", *FAST, "--out", "out"],
-        ["d.jsonl", *(f"m-sft/{f}" for f in _MODEL_FILES)],
-    ),
-    (["lens", "m", "--data", "d.json", *FAST, "--out", "out"], ["d.json"]),
-    (["lens", "m", "--data", "d.csv", *FAST, "--out", "out"], ["d.csv"]),
-    (
-        [
-            "profile",
-            "m",
-            "m-sft",
-            "--data",
-            "d.jsonl",
-            *FAST,
-            "--replicates",
-            "10",
-            "--token-samples",
-            "2",
-            "--out",
-            "out",
-        ],
-        ["d.jsonl", "m/config.json", "m/tokenizer.json"],
-    ),
-    (["swap", "m", "m-sft", "--data", "d.jsonl", *FAST, "--out", "out"], ["m-sft/config.json", "d.jsonl"]),
-    (
-        ["merge", "m", "m-sft", "--data", "d.jsonl", *FAST, "--out", "out", "--save", "saved"],
-        ["m-sft/config.json", "m-sft/model.safetensors"],
-    ),
-    (["gradients", "m", "--data", "d.jsonl", *FAST, "--out", "out"], ["d.jsonl", "m/config.json"]),
-    (
-        ["gradients", "m", "m-sft", "--data", "d.jsonl", *FAST, "--profile", "runs/profile", "--out", "out"],
-        ["runs/profile/run.json", "runs/profile/table.csv"],
-    ),
-    (["steer", "m", "m-sft", "--data", "d.jsonl", *FAST, "--out", "out"], ["d.jsonl", "m-sft/config.json"]),
-    (
-        ["correlate", "runs/profile", "runs/weights", "--quiet", "--out", "out"],
-        ["runs/profile/run.json", "runs/profile/table.csv", "runs/weights/table.csv", "runs/weights/run.json"],
-    ),
-    (_tune("--data", "d.jsonl", *_MASKED), ["d.jsonl", *(f"m/{f}" for f in _MODEL_FILES)]),
-    (_tune("--data", "chat.jsonl", *_MASKED), ["chat.jsonl", "chat.jsonl", "m/tokenizer_config.json"]),
-    (_tune("--data", "d.jsonl", "--plan", "plan.json"), ["plan.json", "plan.json", "plan.json"]),
-    (
-        [
-            "tune",
-            "m",
-            "--data",
-            "d.jsonl",
-            *_MASKED,
-            "--dtype",
-            "float32",
-            "--batch-size",
-            "4",
-            "--max-length",
-            "32",
-            "--quiet",
-            "--steps",
-            "6",
-            "--save-steps",
-            "1",
-            "--out",
-            "stopped/tune",
-            "--resume",
-        ],
-        ["stopped/tune/*", "stopped/tune/*"],
-    ),
-    (
-        ["evaluate", "m", "--adapter", "adapter", "--task", "perplexity", "--data", "d.jsonl", *FAST, "--out", "out"],
-        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"],
-    ),
-    (
-        ["evaluate", "m", "--task", "answer_loss", "--data", "d.jsonl", *FAST, "--out", "out"],
-        ["d.jsonl", "m/config.json"],
-    ),
-    (
-        ["evaluate", "m", "--task", "perplexity", "--data", "d.jsonl", *FAST, "--out", "runs/evaluate", "--resume"],
-        ["runs/evaluate/*"],
-    ),
-    (["sweep", "sweep.yaml", "--dry-run"], ["sweep.yaml", "sweep.yaml", "sweep.yaml", "d.jsonl", "m/config.json"]),
-    (["sweep", "sweep.yaml", "--out", "runs/sweep", "--resume", "--quiet"], ["runs/sweep/*", "runs/sweep/results/*"]),
-    (
-        [
-            "importance",
-            "m",
-            "--data",
-            "d.jsonl",
-            *FAST,
-            "--max-steps",
-            "2",
-            "--score-steps",
-            "2",
-            "--rank",
-            "2",
-            "--out",
-            "out",
-        ],
-        ["d.jsonl", "m/config.json"],
-    ),
-    (
-        ["overlap", "runs/importance-0", "runs/importance-1", "--quiet", "--out", "out"],
-        ["runs/importance-0/run.json", "runs/importance-0/table.csv", "runs/importance-1/table.csv"],
-    ),
-    (["locate", "m", *FAST, "--out", "out"], ["m/config.json", "m/model.safetensors"]),
-    (
-        ["locate", "--validate", "runs/sweep", "--quiet", "--out", "out"],
-        ["runs/sweep/run.json", "runs/sweep/table.csv"],
-    ),
-]
-_FREE = {"--out", "--quiet", "--no-spectra", "--dry-run", "--resume"}
 
 
 def case_of(seed: int, number: int, world: Path) -> Case:
     """The case of a number; equal in every run with the seed."""
     rng = random.Random(f"{seed}:{number}")
-    words, targets = COMMANDS[number % len(COMMANDS)]
-    words = list(words)
-    if rng.random() < 0.2:
+    command, targets = COMMANDS[number % len(COMMANDS)]
+    words = command.split()
+    if rng.random() < 0.2 or not targets:
         return Case(_strange_option(words, rng), None)
-    target = rng.choice(targets)
-    if target.endswith("/*"):
-        files = sorted(p for p in (world / target[:-2]).rglob("*") if p.is_file() and "figures" not in p.parts)
+    target = rng.choice(targets.split())
+    if "*" in target:
+        files = sorted(p for p in world.glob(f"{target.removesuffix('/*')}/**/*" if target.endswith("/*") else target)
+                       if p.is_file() and not {"figures", ".lock"} & {*p.relative_to(world).parts})
         target = str(rng.choice(files).relative_to(world))
     return Case(words, target)
 

@@ -88,6 +88,17 @@ def test_pickle_loads_when_asked(tmp_path: Path) -> None:
     assert len(loaded.fingerprint) == 64
 
 
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_pickled_adapter_beside_a_model_is_not_read(tmp_path: Path, allow: bool) -> None:
+    folder = saved(tmp_path / "m")
+    tuned = peft.get_peft_model(load_model(folder, device="cpu").model, peft.LoraConfig(target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").rename(folder / "adapter_config.json")
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(UnsafeCheckpointError, match=r"adapter_model\.bin.*--allow-pickle"):
+        load_model(folder, device="cpu", allow_pickle=allow)
+
+
 def test_model_that_does_not_exist() -> None:
     with pytest.raises(ModelNotFoundError, match="nobody/nothing"):
         load_model("nobody/nothing")

@@ -25,6 +25,7 @@ from midblock.models.inference import many_unembeddings
 from midblock.models.state import load_state, save_state
 from midblock.progress import Progress, silent
 from midblock.results import Table
+from midblock.writing import recomputed
 
 __all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare"]
 
@@ -178,12 +179,11 @@ class PassState:
         self._every = every
         self._last = time.monotonic()
         self._pending: list[int] = []
-        self.damaged: list[str] = []
 
     def restore(self, accumulators: Mapping[str, Accumulator]) -> set[int]:
         """Put saved values back; returns the sample numbers that are done.
 
-        A part that is damaged, or of another version, is removed: its samples are run again. `damaged` names it.
+        A part that is damaged, or of another version, is named in a warning and removed: its samples are run again.
         """
         done: set[int] = set()
         for path in sorted(self.folder.glob("part-*.safetensors")):
@@ -192,7 +192,7 @@ class PassState:
                 if state.get("layout") != _LAYOUT:
                     raise OutputError(f"{path} was written by another version of midblock.")
             except OutputError as error:
-                self.damaged.append(str(error))
+                recomputed(error, "Its samples are run again.")
                 path.unlink(missing_ok=True)
                 continue
             samples = state["samples"]
@@ -248,8 +248,6 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         heads: Whether the accumulators read heads out.
     """
     done = state.restore(accumulators) if state else set()
-    for told in state.damaged if state else ():
-        progress("damaged state", 1, 1, f"{told} Its samples are run again.")
     tell = _Tokens(progress, what, batches, len(stages))
     todo = []
     for batch in batches:

@@ -27,7 +27,7 @@ from midblock.progress import Progress, silent
 from midblock.quantities import moved, unchanged
 from midblock.results import Estimate, Table, TableResult
 from midblock.settings import ProfileSettings
-from midblock.writing import read_written, write_sealed
+from midblock.writing import read_written, recomputed, write_sealed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     likeness: list[pd.DataFrame] = []
     for k, number in enumerate(numbers):
         done = state_folder / f"seed-{number}.json" if state_folder else None
-        kept = _read_seed(done, progress) if done is not None and done.is_file() else None
+        kept = _read_seed(done) if done is not None and done.is_file() else None
         if kept is not None:
             table, count, layers = kept
         else:
@@ -171,15 +171,15 @@ def _named(progress: Progress, which: str) -> Progress:
     return tell
 
 
-def _read_seed(path: Path, progress: Progress) -> tuple[Table, dict[str, Any], pd.DataFrame] | None:
-    """What an interrupted run measured with one seed; None where the file is damaged, which is told."""
+def _read_seed(path: Path) -> tuple[Table, dict[str, Any], pd.DataFrame] | None:
+    """What an interrupted run measured with one seed; None where the file is damaged, which is said."""
     try:
         stored = read_written(path, advice="it is measured again")
         rows = [{k: math.nan if v is None and k in ("value", "low", "high") else v for k, v in row.items()}
                 for row in stored["rows"]]
         return Table(rows, stored["reasons"]), stored["counts"], pd.DataFrame(stored["layers"])
     except (OutputError, ValueError, KeyError, TypeError, AttributeError) as error:
-        progress("damaged state", 1, 1, str(error))
+        recomputed(error, "This seed is measured again.")
         return None
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from midblock import extras
-from midblock.errors import DataError
-from midblock.reading import FILE_LIMIT, lines_of, open_file, parse_json
+from midblock.errors import DataError, SettingsError
+from midblock.reading import FILE_LIMIT, lines_of, open_file, parse_json, shortened
 
 __all__ = ["FILE_SUFFIXES", "file_format", "find_split", "read_rows", "splits_in"]
 
@@ -21,7 +23,14 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _LIST_FIELDS = ("messages", "conversations", "choices", "turns", "tools")
 _WHOLE_LIMIT = 16 * FILE_LIMIT  # bytes of a file that can only be read whole
 MAX_ROWS = 2_000_000
-"""Rows of one file; all of them are held in memory, about 1.5 KB each beside their text."""
+"""Rows of one file, unless ``$MIDBLOCK_MAX_ROWS`` says otherwise; all are held, about 1.5 KB each beside their text."""
+
+
+def _max_rows() -> int:
+    given = os.environ.get("MIDBLOCK_MAX_ROWS") or str(MAX_ROWS)
+    if not re.fullmatch(r"[0-9]{1,15}", given, re.ASCII) or int(given) < 1:
+        raise SettingsError(f"MIDBLOCK_MAX_ROWS={shortened(given)} is not a number of rows; write {MAX_ROWS}.")
+    return int(given)
 
 
 def file_format(path: Path) -> str:
@@ -67,16 +76,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         DataError: missing, unreadable, truncated, not UTF-8, not valid JSON or CSV, or a row
-            that is no object. The message names file and line.
+            that is no object. The message names file and line. Or more rows than ``$MIDBLOCK_MAX_ROWS``.
+        SettingsError: ``$MIDBLOCK_MAX_ROWS`` is no number of rows.
     """
     kind = file_format(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind]
+    limit = _max_rows()
     try:
         with open_file(path, error=DataError) as raw, _decompressed(path, raw) as stream:
             for number, row in enumerate(reader(path, stream), start=1):
-                if number > MAX_ROWS:
-                    raise DataError(f"{path} has more than {MAX_ROWS:,} rows, too many to be held in memory; give a "
-                                    f"part of it (shuf -n {MAX_ROWS // 2} draws one).")
+                if number > limit:
+                    raise DataError(f"{path} has more than {limit:,} rows, and all rows are held in memory (about 1.5 "
+                                    f"GB for a million, beside their text). Draw some (shuf -n {limit // 2}), or set "
+                                    f"MIDBLOCK_MAX_ROWS={10 * limit} where there is memory for so many.")
                 yield row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is truncated or corrupt ({error}); fetch it again.") from None

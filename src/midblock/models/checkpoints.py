@@ -28,7 +28,7 @@ from midblock.models.validation import (
 from midblock.writing import atomic_path, cache_dir, sha256_of
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX", "WEIGHTS", "Checkpoint", "checked_folder", "file_digest",
-           "fingerprint",
+           "fingerprint", "has_pickled_adapter",
            "is_adapter_folder", "is_pickled", "weight_files",
            "weights_are_there"]
 
@@ -36,6 +36,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+_PICKLED_ADAPTER = "adapter_model.bin"
 
 _READ_BYTES = 1 << 28  # of one read: systems refuse more than 2 GiB
 
@@ -85,6 +86,12 @@ def checked_folder(folder: Path, spec: str, allow_pickle: bool, *, weights: bool
             f"model {spec!r} has only pickled weights ({pickles[0]}), and reading a pickle can run any "
             "code. Convert it to safetensors, or allow it with --allow-pickle if you trust its source.")
     return folder
+
+
+def has_pickled_adapter(folder: Path) -> bool:
+    """Whether an adapter that is a pickle lies in a model's own folder; transformers would put it on the model."""
+    return (all((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG, _PICKLED_ADAPTER))
+            and not (folder / ADAPTER_WEIGHTS).is_file())
 
 
 def is_pickled(folder: Path) -> bool:

@@ -37,6 +37,7 @@ from midblock.models.anatomy import Anatomy, find_anatomy
 from midblock.models.checkpoints import (
     Checkpoint,
     fingerprint,
+    has_pickled_adapter,
     is_adapter_folder,
     is_pickled,
     weights_are_there,
@@ -203,6 +204,11 @@ def load_model(
             raise UnsafeCheckpointError(
                 f"adapter {str(adapter_folder)!r} has no adapter_model.safetensors, and reading a pickle can run any "
                 "code. Convert it to safetensors, or allow it with --allow-pickle if you trust its source.")
+    if has_pickled_adapter(folder) and not (allow_pickle and is_pickled(folder)):
+        raise UnsafeCheckpointError(
+            f"model {text!r}: the folder holds a pickled adapter beside the model (adapter_model.bin). Move it and "
+            "adapter_config.json into a folder of their own: the model is then read alone, and the adapter with "
+            "--allow-pickle, which can run any code, if you trust its source.")
     config = read_config(folder, text, trust_remote_code)
     choice = dtype if isinstance(dtype, DtypeChoice) else choose_dtype(
         dtype, stored=stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),

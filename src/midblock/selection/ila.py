@@ -157,7 +157,8 @@ def importance(model: LoadedModel | str, *, data: Dataset | str, state_folder: P
         model: A model or a MODEL spec. Its weights are as before afterwards.
         data: A data set or a D spec; the loss counts completions where it has them.
         state_folder: Where progress is kept (``importance.safetensors``, written atomically); a run
-            that finds it there goes on from it, to the result of an uninterrupted one.
+            that finds it there goes on from it, to the result of an uninterrupted one; damaged progress is named in
+            a warning and learned anew.
         save_seconds: Time between two saves; the end of each stage is always saved.
         progress: Told how many steps of each stage are done.
         settings: See `ImportanceSettings`.
@@ -171,7 +172,7 @@ def importance(model: LoadedModel | str, *, data: Dataset | str, state_folder: P
         SettingsError: a setting out of range.
         DataError: no usable row.
         TrainingError: a loss became non-finite; saved progress is kept.
-        OutputError: saved progress is of another run, or cannot be read.
+        OutputError: saved progress is of another run.
     """
     chosen = ImportanceSettings.of(settings, overrides)
     loaded = load_model(model) if isinstance(model, str) else model

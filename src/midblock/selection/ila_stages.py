@@ -28,7 +28,7 @@ from midblock.settings.importance import ImportanceSettings
 from midblock.training import training_steps
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, lean_lora
-from midblock.writing import sha256_of
+from midblock.writing import recomputed, sha256_of
 
 __all__ = ["ScoreSet", "Stages", "loss_slope"]
 
@@ -229,14 +229,17 @@ class Stages:
         """Put saved progress back, if there is any.
 
         Raises:
-            OutputError: it cannot be read, or belongs to another run.
+            OutputError: it belongs to another run.
+
+        Progress that is damaged is named in a warning, and everything is learned anew.
         """
         if self.path is None or not self.path.is_file():
             return
         try:
             tensors, state = load_state(self.path)
         except OutputError as error:
-            raise OutputError(f"cannot resume: {error} Remove it to begin anew.") from None
+            recomputed(error, "Everything is learned anew.")
+            return
         if state["identity"] != self.identity:
             raise OutputError(f"{self.path} belongs to a run with other settings or data; name a new --out folder.")
         self.attachment.load_state({k.split("|", 1)[1]: t for k, t in tensors.items() if k.startswith("adapter|")})
