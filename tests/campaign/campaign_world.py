@@ -259,8 +259,10 @@ def _strange_option(words: list[str], rng: random.Random) -> list[str]:
         }
     )
     flags = {o for p in command.params if getattr(p, "is_flag", False) for o in p.opts}
-    option = rng.choice(known)
     value = rng.choice(OPTIONS)
+    if not known:
+        return [*words, value]
+    option = rng.choice(known)
     if option in flags:
         return [*words, option]
     if option in words:

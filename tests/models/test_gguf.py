@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -19,9 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import midblock
 from gguf_helpers import write_gguf
-from midblock.errors import (
-    CheckpointError,
-)
+from midblock.errors import CheckpointError, OutputError
 from midblock.models import Checkpoint, resolve_checkpoint
 from midblock.models.gguf import precision_of
 from midblock.models.resolve import embedded_gguf
@@ -76,6 +75,46 @@ def test_the_precision_of_a_gguf_is_that_of_its_weights(tmp_path: Path, cache: P
     folder = resolve_checkpoint(tmp_path / "m.gguf")
     assert precision_of(folder) == precision
     assert Checkpoint(folder).main_dtype() == torch.float32  # exactly what is in the file, whatever it is loaded in
+
+
+def _flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: _flip(f / "model.safetensors"), lambda f: (f / "model.safetensors").unlink(),
+    lambda f: os.truncate(f / "tokenizer.json", 40), lambda f: (f / "config.json").write_text("{}"),
+    lambda f: _flip(f / "midblock.json"),
+    lambda f: (f / "midblock.json").write_text("[]"), lambda f: (f / "midblock.json").write_text('{"precision": 1}')])
+def test_a_damaged_conversion_is_said_and_done_again(tmp_path: Path, cache: Path, damage: Callable[[Path], object],
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    folder = resolve_checkpoint(tmp_path / "m.gguf")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    damage(folder)
+    assert resolve_checkpoint(tmp_path / "m.gguf") == folder
+    assert f"{folder} is damaged" in caplog.text
+    assert "m.gguf is converted again." in caplog.text
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    caplog.clear()
+    resolve_checkpoint(tmp_path / "m.gguf")
+    assert not caplog.text
+
+
+def test_a_folder_that_was_not_converted_is_never_removed(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    folder = resolve_checkpoint(tmp_path / "m.gguf")
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds mine\.txt, which midblock did not write; remove the folder"):
+        resolve_checkpoint(tmp_path / "m.gguf")
+    assert (folder / "mine.txt").read_text() == "mine"
+    (folder / "mine.txt").unlink()
+    (folder / "midblock.json").unlink()
+    with pytest.raises(OutputError, match=r"lacks midblock\.json; remove the folder"):
+        resolve_checkpoint(tmp_path / "m.gguf")
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_gguf_with_other_content_is_converted_anew(tmp_path: Path, cache: Path) -> None:

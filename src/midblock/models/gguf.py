@@ -8,24 +8,29 @@ import json
 import logging
 import mmap
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
+from midblock import reading
 from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
 from midblock.models.checkpoints import Checkpoint, file_digest
 from midblock.models.dtypes import DTYPES
 from midblock.models.quiet import first_line, foreign
 from midblock.models.saving import save_checkpoint
-from midblock.reading import open_file, read_json
-from midblock.writing import cache_dir, sha256_of
+from midblock.reading import open_file, read_json, read_sealed, sealed, shortened
+from midblock.writing import cache_dir, recomputed, sha256_of
 
 __all__ = ["convert_gguf", "precision_of"]
 
-_CONVERSION = 2  # raise it when the conversion of a GGUF file changes: older caches are left aside
-_ORIGIN = "midblock.json"  # in a converted folder: the GGUF file, and the dtype that holds its precision
+_CONVERSION = 3  # raise it when the conversion of a GGUF file changes: older caches are left aside
+# in a converted folder: the GGUF file, the dtype that holds its precision, and a digest of every other file
+_ORIGIN = "midblock.json"
+_OWN = re.compile(r"midblock\.json|(generation_)?config\.json|model[\w.-]*\.safetensors(\.index\.json)?|"
+                  r"chat_template\.jinja|(tokenizer|special_tokens|added_tokens)[\w.-]*")
 _LOG = logging.getLogger("midblock")
 # llama.cpp's names of pre-tokenizers that split digits one by one before GPT-2's rule;
 # transformers leaves the digit step out when it reads a tokenizer from GGUF.
@@ -40,7 +45,13 @@ def convert_gguf(path: Path, spec: str) -> Path:
     Weights are stored as float32: dequantised values (scale times integer plus offset) are not
     exactly representable in 16 bits. Their precision is far below that of 16 bits, though, which the
     folder says (`precision_of`), so that ``--dtype auto`` may take either. Safe when several processes do
-    it at once: one converts under a file lock, the others wait, and the folder appears whole by a rename.
+    it at once: one converts under a file lock, the others wait, and the folder appears whole by a rename. A folder
+    whose files are no longer what was written is named in a warning and converted again.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        CheckpointError: it is no whole GGUF file, or of an architecture that transformers cannot read from one.
+        OutputError: the cache cannot be written, or holds a folder in its place that midblock did not write.
     """
     stem = re.sub(r"[^\w.\-]+", "_", path.stem)
     root = cache_dir() / "converted"
@@ -52,17 +63,41 @@ def convert_gguf(path: Path, spec: str) -> Path:
         raise CheckpointError(f"model {spec!r}: {path.name} is one part of a split GGUF file; join the "
                               "parts first (llama.cpp's gguf-split --merge).")
     folder = root / f"{stem}-{sha256_of(str(_CONVERSION), file_digest(path))[:16]}"
-    if folder.is_dir():
+    if folder.is_dir() and _damage(folder) is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{folder.name}.lock"):
-            if not folder.is_dir():  # another process may have made it while this one waited
+            # another process may have made it while this one waited
+            if folder.is_dir() and (damage := _damage(folder)) is not None:
+                _remove_converted(folder, damage)
+                recomputed(f"{folder} is damaged: {damage}.", f"{path.name} is converted again.")
+            if not folder.is_dir():
                 _write_converted(path, folder, spec)
     except OSError as error:
         raise OutputError(f"cannot write the cache folder {root}: {error.strerror or first_line(error)}; "
                           "name another with MIDBLOCK_CACHE.") from error
     return folder
+
+
+def _damage(folder: Path) -> str | None:
+    """What in a converted folder is not what was written; None where all is."""
+    try:
+        digests = read_sealed(folder / _ORIGIN, advice="it is written anew", error=CheckpointError)["digests"]
+        found = {p.name: file_digest(p) for p in folder.iterdir() if p.name != _ORIGIN}
+    except (CheckpointError, KeyError, OSError) as error:
+        return str(error).removesuffix(".")
+    wrong = sorted(name for name in {*digests, *found} if digests.get(name) != found.get(name))
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def _remove_converted(folder: Path, damage: str) -> None:
+    """Remove a marked folder, unless somebody put something else into it."""
+    names = {p.name for p in folder.iterdir() if not (p.is_file() and _OWN.fullmatch(p.name))}
+    if names or not (folder / _ORIGIN).is_file():
+        what = f"holds {shortened(min(names))}, which midblock did not write" if names else f"lacks {_ORIGIN}"
+        raise OutputError(f"{folder} is damaged ({damage}) and {what}; remove the folder.")
+    shutil.rmtree(folder)
 
 
 def _write_converted(path: Path, folder: Path, spec: str) -> None:
@@ -80,8 +115,13 @@ def _write_converted(path: Path, folder: Path, spec: str) -> None:
     if limit and tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = limit
     _split_digits(path, tokenizer)
-    origin = {"file": path.name, "precision": _GGUF_PRECISION.get(_gguf_number(path, b"general.file_type"), "bfloat16")}
-    save_checkpoint(model, tokenizer, folder, files={_ORIGIN: json.dumps(origin)})
+
+    def origin(written: Path) -> str:
+        return json.dumps(sealed({
+            "file": path.name, "precision": _GGUF_PRECISION.get(_gguf_number(path, b"general.file_type"), "bfloat16"),
+            "digests": {p.name: reading.file_digest(p) for p in written.iterdir()}}))
+
+    save_checkpoint(model, tokenizer, folder, files={_ORIGIN: origin})
 
 
 def precision_of(folder: Path) -> torch.dtype:

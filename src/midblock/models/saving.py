@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ __all__ = ["save_checkpoint"]
 
 
 def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
-                    files: Mapping[str, str] | None = None) -> Path:
+                    files: Mapping[str, str | Callable[[Path], str]] | None = None) -> Path:
     """Write a model and its tokenizer as a safetensors folder that appears whole or not at all.
 
     A tied head is stored once and stays tied; a head that training has untied is stored and the
@@ -31,7 +31,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
         model: A transformers model (merge an adapter first).
         tokenizer: Its tokenizer; None writes none.
         folder: Absent or empty.
-        files: Further text files by name.
+        files: Further text files by name; a function makes its text from the folder as written so far.
 
     Returns:
         The folder.
@@ -58,7 +58,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             for name, text in (files or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
+                (temporary / name).write_text(text if isinstance(text, str) else text(temporary), encoding="utf-8")
             _check_written(model, temporary)
             for path in temporary.iterdir():  # safetensors writes files that only their owner can read
                 path.chmod(0o666 & ~umask())
