@@ -20,6 +20,15 @@ from midblock.results import json_ready
 NESTED = [("[", "]"), ('{"a":', "}")]
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that opens and cannot be read is Linux's")
+def test_a_file_that_opens_and_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/proc/self/mem")
+    for read in (reading.read_text, reading.file_digest, reading.read_json, lambda p: [*reading.read_jsonl(p)],
+                 reading.read_yaml, reading.read_csv):
+        with pytest.raises(MidblockError, match="link cannot be read: Input/output error"):
+            read(tmp_path / "link")
+
+
 @pytest.mark.parametrize("levels", [101, 5_000, 100_000])
 @pytest.mark.parametrize(("opened", "closed"), NESTED)
 def test_deep_nesting_is_refused_in_words(tmp_path: Path, levels: int, opened: str, closed: str) -> None:

@@ -37,7 +37,7 @@ from midblock.writing import (
     write_sealed,
 )
 
-__all__ = ["RunFolder", "peak_memory_bytes", "read_run", "read_table"]
+__all__ = ["RunFolder", "check_whole", "peak_memory_bytes", "read_run", "read_table"]
 
 _PACKAGES = ("midblock", "torch", "transformers", "peft", "trl", "accelerate", "datasets",
              "lm-eval", "safetensors", "gguf", "numpy", "scipy", "pandas")
@@ -136,11 +136,28 @@ def read_table(folder: Path | str, *, columns: Collection[str] = (), text: Colle
     if not path.exists():
         raise OutputError(f"{folder} has no {name}; a {run['command']} run writes it when it ends.")
     digest = run.get("digests", {}).get(name)
-    if digest is not None and run["status"] == "finished" and digest != file_digest(path, error=OutputError):
-        raise OutputError(f"{path} was changed after midblock wrote it (its digest does not fit); repeat the run "
-                          "in a new folder.")
+    if digest is not None and run["status"] == "finished":
+        _check_digest(path, digest)
     return read_csv(path, columns=tuple(columns), numbers=tuple(numbers), text=("layer", "mask", *text),
                     error=OutputError)
+
+
+def check_whole(folder: Path | str) -> dict[str, Any]:
+    """``run.json`` of a run folder whose tables are as they were written, where the run is finished.
+
+    Raises:
+        OutputError: as `read_run`; or a table of a finished run is missing or was changed.
+    """
+    run = read_run(folder)
+    for name, digest in run.get("digests", {}).items() if run["status"] == "finished" else ():
+        _check_digest(user_path(folder, error=OutputError) / name, digest)
+    return run
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    if digest != file_digest(path, error=OutputError):
+        raise OutputError(f"{path} was changed after midblock wrote it (its digest does not fit); repeat the run in a "
+                          "new folder.")
 
 
 def _lock(path: Path) -> Any:
@@ -324,9 +341,10 @@ class RunFolder:
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file atomically and return its path."""
+        """Write a text file atomically, keep its digest, and return its path."""
         with atomic_path(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+            self.run["digests"][name] = file_digest(temporary, error=OutputError)
         return self.path / name
 
     def write_json(self, name: str, value: Any) -> Path:

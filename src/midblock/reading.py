@@ -10,6 +10,7 @@ What midblock writes itself carries a digest (`sealed`); `read_sealed` refuses a
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -266,7 +267,7 @@ def read_jsonl(path: Path, *, error: Fault = MidblockError) -> Iterator[tuple[in
 def lines_of(stream: IO[bytes], path: Path, *, error: Fault = MidblockError) -> Iterator[tuple[int, Any]]:
     """As `read_jsonl`, from an open stream (a decompressed one, say)."""
     number = 0
-    while raw := stream.readline(FILE_LIMIT + 1):
+    while raw := _line(stream, path, error):
         number += 1
         if len(raw) > FILE_LIMIT:
             raise error(f"{path}:{number}: the line has more than {FILE_LIMIT:,} bytes; one line is one object.")
@@ -276,6 +277,15 @@ def lines_of(stream: IO[bytes], path: Path, *, error: Fault = MidblockError) -> 
             raise error(f"{path}:{number} is not UTF-8 text ({fault.reason}); convert the file to UTF-8.") from None
         if line:
             yield number, parse_json(line, where=f"{path}:{number}", error=error)
+
+
+def _line(stream: IO[bytes], path: Path, error: Fault) -> bytes:
+    try:
+        return stream.readline(FILE_LIMIT + 1)
+    except gzip.BadGzipFile:
+        raise
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror or fault}.") from None
 
 
 # ---------------------------------------------------------------------------------------------

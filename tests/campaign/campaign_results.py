@@ -3,7 +3,7 @@
 Each command is run once on the undamaged world (`make_references`). A case that ends with exit code 0 is then silent
 where its result differs, nothing was said, and the damaged file is not a valid other input: a row that was changed to
 another text is one, a row without its text is not. What midblock wrote itself is never a valid other input, so there
-the result must be the equal one, whatever was said.
+the result must be the equal one, whatever was said; only a report and a study may leave a run out that they name.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def taken_silently(case: Case, place: Path, out: str, err: str, reference: Path)
     if case.target is None:
         return ""
     changed = _changes(case, place, out, reference)
-    said = _new_lines(err, reference / "stderr")
+    said = _new_lines(err, reference / "stderr") + _new_lines(out, reference / "stdout")
     if not changed:
         return ""
-    if case.target.startswith(_OWN) and case.words[0] != "report":
+    if case.target.startswith(_OWN) and not (said and case.words[0] in ("report", "study")):
         return f"other result: {changed}"
     if said or _is_valid(place / case.target, reference / case.target):
         return ""
@@ -112,7 +112,8 @@ def _is_valid(path: Path, original: Path) -> bool:
         return False
     try:
         if path.name in _DATA:
-            return all(_is_row(row, path.name) for row in _rows(path))
+            rows = _rows(path)
+            return all(_is_row(row, path.name) for row in rows) or all(_is_prompt(row) for row in rows)
         if path.suffix == ".safetensors":
             return _tensors(path) == _tensors(original)
         return _alike(json.loads(path.read_bytes()), json.loads(original.read_bytes()))
@@ -147,8 +148,16 @@ def _is_row(row: Any, name: str) -> bool:
         turns = row.get("messages")
         return isinstance(turns, list) and len(turns) > 1 and all(
             isinstance(t, dict) and t.get("role") in ("system", "user", "assistant", "tool")
-            and isinstance(t.get("content"), str) for t in turns)
+            and _is_content(t.get("content")) for t in turns)
     return all(isinstance(row.get(k), str) and row[k].strip() for k in ("prompt", "completion"))
+
+
+def _is_prompt(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("completion") is None and isinstance(row.get("prompt"), str)
+
+
+def _is_content(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatc
     for limit in (reading, files):
         monkeypatch.setattr(limit, "FILE_LIMIT", 1000)
     monkeypatch.setattr(files, "_WHOLE_LIMIT", 5000)
-    monkeypatch.setattr(files, "MAX_ROWS", 10)
+    monkeypatch.setenv("MIDBLOCK_MAX_ROWS", "10")
     long = "x" * 20_000
     for name, text, words in (("a.jsonl", f'{{"text": "{long}"}}\n', "more than 1,000 bytes"),
                               ("a.jsonl.gz", f'{{"text": "{long}"}}\n', "more than 1,000 bytes"),
@@ -190,6 +190,12 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatc
         with pytest.raises(DataError, match=words):
             load_data(write(tmp_path / name, text))
     assert len(load_data(write(tmp_path / "c.jsonl", lines([{"text": "x"}] * 10)))) == 10
+    monkeypatch.setenv("MIDBLOCK_MAX_ROWS", "11")
+    assert len(load_data(tmp_path / "b.jsonl")) == 11
+    for wrong in ("0", "-1", "x", "1e3", "9" * 400):
+        monkeypatch.setenv("MIDBLOCK_MAX_ROWS", wrong)
+        with pytest.raises(SettingsError, match="is not a number of rows"):
+            load_data(tmp_path / "b.jsonl")
 
 
 def test_what_is_not_a_file(tmp_path: Path, no_data: None) -> None:
@@ -253,6 +259,19 @@ def test_missing_file_and_empty_spec(tmp_path: Path, no_data: None) -> None:
         load_data("gsm9k")
 
 
+def test_odd_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = {"prompt": "p", "completion": "c"}
+    load_data(write(tmp_path / "a.jsonl", lines([pair, pair, {"prompt": "p"}, {"prompt": "p", "completion": 5}])))
+    assert f"1 rows of a were left out (first: {tmp_path / 'a.jsonl'}:4: 'completion' is a int, not text)." \
+        in caplog.text
+    assert f"1 rows of a have a prompt and no completion (first: {tmp_path / 'a.jsonl'}:3), unlike the others" \
+        in caplog.text
+    caplog.clear()
+    load_data(write(tmp_path / "b.jsonl", lines([pair, {"text": "t"}])))
+    load_data(write(tmp_path / "c.jsonl", lines([{"prompt": "p"}, {"prompt": "q"}])))
+    assert not caplog.text
+
+
 def test_malformed_rows_are_named_and_counted(tmp_path: Path) -> None:
     rows = [{"text": "fine words"}, {"text": ""}, {"text": ["no"]}, {"prompt": "p", "completion": ""},
             {"messages": [{"role": "robot", "content": "x"}]}, {"messages": []},
@@ -263,7 +282,7 @@ def test_malformed_rows_are_named_and_counted(tmp_path: Path) -> None:
     assert [e.text for e in data] == ["fine words", "more words"]
     assert [where for where, _ in data.skipped] == [f"{path}:{n}" for n in range(2, 10)]
     assert all(reason for _, reason in data.skipped)
-    assert "8 rows of a skipped" in data.note
+    assert "8 rows of a were left out" in data.note
     assert data.describe()["skipped"] == 8
 
 

@@ -200,10 +200,13 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(folders: Path, tmp_p
     a_run(folders / "cut", "lens", profile_table())
     table = (folders / "cut" / "table.csv")
     table.write_text("\n".join(line.split(",", 1)[1] for line in table.read_text().splitlines()), encoding="utf-8")
+    a_run(folders / "edited", "lens", profile_table())
+    table = (folders / "edited" / "table.csv")
+    table.write_text(table.read_text(encoding="utf-8").replace("0.", "9.", 1), encoding="utf-8")
     made = build_report([folders], tmp_path / "r.html")
-    assert {Path(o["folder"]).name for o in made["left_out"]} == {"stopped", "broken", "cut"}
+    assert {Path(o["folder"]).name for o in made["left_out"]} == {"stopped", "broken", "cut", "edited"}
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert all(name in page for name in ("stopped", "broken", "cut"))
+    assert all(name in page for name in ("stopped", "broken", "cut", "edited"))
 
 
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:

@@ -121,6 +121,21 @@ def test_an_interrupted_study_goes_on_with_the_parts_that_are_left(
                                       pd.read_csv(finished / part / "table.csv"))
 
 
+@pytest.mark.parametrize("name", ["table.csv", "summary.txt"])
+def test_a_damaged_part_is_named_and_run_again(pair: tuple[str, str, str], tmp_path: Path, name: str,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned, rows = pair
+    few = {**SMALL, "only": ("weights", "lens")}
+    study([base, tuned], data=[rows], out=tmp_path / "s", **few)
+    path = tmp_path / "s" / "weights" / name
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("1", "2"), encoding="utf-8")
+    result = study([base, tuned], data=[rows], out=tmp_path / "s", resume=True, **few)
+    assert set(result.seconds) == {"weights"}
+    assert f"{path} was changed after midblock wrote it" in caplog.text
+    assert path.read_text(encoding="utf-8") == before
+
+
 @pytest.mark.parametrize(("chains", "data", "more", "message"), [
     ([["one"]], ["arithmetic"], {}, "at least 2 checkpoints"),
     ([["a", "b"]], [], {}, "need data"),

@@ -93,9 +93,6 @@ def run_analysis(
     if counts.get("truncated"):
         console.warn(f"{counts['truncated']} of the samples were cut at {counts.get('max_length', 'the limit of')} "
                      "tokens.")
-    if dataset is not None and dataset.skipped:
-        where, reason = dataset.skipped[0]
-        console.warn(f"{len(dataset.skipped)} rows of {dataset.name} were left out (first: {where}: {reason}).")
     return run, result
 
 

@@ -156,11 +156,19 @@ class Dataset:
         if self.requested is not None and self.requested > self.available:
             notes.append(f"{self.requested} samples were asked for, {self.name} ({self.split}) has "
                          f"{self.available}: all were used")
+        return "; ".join([*notes, *self.odd_rows()])
+
+    def odd_rows(self) -> list[str]:
+        """What to say of rows that could not be used, and of those that lack the completion that others have."""
+        told = []
         if self.skipped:
             where, reason = self.skipped[0]
-            more = f" and {len(self.skipped) - 1} more" if len(self.skipped) > 1 else ""
-            notes.append(f"{len(self.skipped)} rows of {self.name} skipped ({where}: {reason}{more})")
-        return "; ".join(notes)
+            told.append(f"{len(self.skipped)} rows of {self.name} were left out (first: {where}: {reason})")
+        bare = [e for e in self.examples if e.prompt is not None and e.completion is None]
+        if bare and any(e.completion is not None for e in self.examples):
+            told.append(f"{len(bare)} rows of {self.name} have a prompt and no completion (first: {bare[0].where}), "
+                        "unlike the others; all their text counts")
+        return told
 
     def describe(self) -> dict[str, Any]:
         """What ``run.json`` stores about the data (at most 100 skipped rows by name)."""

@@ -17,6 +17,7 @@ file formats), then on the hub. A name that is in no list but is a folder of
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ from midblock.errors import DataError, SettingsError
 from midblock.reading import user_path
 
 __all__ = ["load_data"]
+
+_LOG = logging.getLogger("midblock")
 
 _PARTS = ("train", "test")
 _HUB_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "auxiliary_train", "all")
@@ -178,6 +181,8 @@ def _dataset(name: str, split: str, source: str, rows: Iterable[tuple[str, dict[
                f"{skipped[0][1]}" if skipped else "it has no rows")
         raise DataError(f"{source}: the data set is empty: {why}.")
     data = Dataset(name, split, source, examples, skipped)
+    for told in data.odd_rows():
+        _LOG.warning("%s.", told)
     return data if part == "all" else data.part(part)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from midblock.errors import MidblockError, OutputError
-from midblock.provenance import read_run
+from midblock.provenance import check_whole
 from midblock.reading import read_csv, read_json, read_jsonl, read_text, user_path
 from midblock.results import BASE_COLUMNS
 
@@ -123,7 +123,7 @@ def _run_folders(folder: Path, deepest: int) -> list[Path]:
 
 
 def _read(folder: Path) -> Run:
-    record = read_run(folder)
+    record = check_whole(folder)
     command = record.get("command")
     if not isinstance(command, str) or not isinstance(record.get("status"), str):
         raise OutputError("its run.json is not one of midblock's")

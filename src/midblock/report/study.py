@@ -16,7 +16,7 @@ from typing import Any
 
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress, silent
-from midblock.provenance import RunFolder, read_run
+from midblock.provenance import RunFolder, check_whole, recomputed
 from midblock.reading import read_yaml, user_path
 from midblock.report.page import build_report
 from midblock.report.save import save_result
@@ -189,10 +189,13 @@ def _run(task: Task, chain: _Chain, result: StudyResult, total: int, number: int
 
 
 def _finished(folder: Path) -> bool:
-    """Whether a run folder holds a finished run; one that cannot be read is run again."""
+    """Whether a run folder holds a finished run; one that is damaged is named, and run again."""
+    if not (folder / "run.json").exists():
+        return False
     try:
-        return read_run(folder).get("status") == "finished"
-    except MidblockError:
+        return check_whole(folder)["status"] == "finished"
+    except MidblockError as error:
+        recomputed(error, "This part is run again.")
         return False
 
 
