@@ -16,13 +16,14 @@ from typing import Any
 
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress, silent
-from midblock.provenance import RunFolder, check_whole, recomputed
+from midblock.provenance import RunFolder, check_whole
 from midblock.reading import read_yaml, user_path
 from midblock.report.page import build_report
 from midblock.report.save import save_result
 from midblock.settings.base import as_keys
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import Part, StudySettings
+from midblock.writing import recomputed
 
 __all__ = ["StudyResult", "plan_study", "read_study", "study"]
 
