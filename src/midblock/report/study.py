@@ -194,7 +194,7 @@ def _finished(folder: Path) -> bool:
     if not (folder / "run.json").exists():
         return False
     try:
-        return check_whole(folder)["status"] == "finished"
+        return bool(check_whole(folder)["status"] == "finished")
     except MidblockError as error:
         recomputed(error, "This part is run again.")
         return False
