@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,19 @@ def test_floor_and_ceiling(config, rate, word):
     assert all(v.startswith(f"{word} than arithmetic") for v in found.values())
     # one arm with room on both sides is enough: the others are known to be worse (or better) than it
     assert missing(config, planted({**dict.fromkeys(ARMS, rate), "00100": 0.5})) == {}
+
+
+def test_the_ceiling_says_how_many_answers_are_left(config):
+    records = planted({"11111": 0.5, "00100": 0.5})
+    for r in records:
+        r.tasks["arithmetic"].scores = [1.0] * 147 + [0.0] * 3
+    assert set(missing(config, records, ["11111", "00100"]).values()) == {
+        "a harder task than arithmetic (every arm answers all but 4 of 150 items)"}
+
+
+def test_two_seeds_are_enough_to_judge(config):
+    two = config.model_copy(update={"seeds": [0, 1]})
+    assert missing(two, planted(PLANTED, seeds=2)) == {}
 
 
 def test_floor_counts_answers_at_the_border(config):
@@ -108,6 +123,40 @@ def test_noise_alone_is_not_a_fall():
     rng = np.random.default_rng(0)
     assert sum(still_falling(rng.normal(2, 0.3, 60)) for _ in range(200)) <= 10
     assert still_falling(np.linspace(3, 1, 60) + rng.normal(0, 0.05, 60))
+
+
+def own_still_falling(losses: list[float]) -> bool:
+    """The rule in words, one number at a time."""
+    size, extra = divmod(len(losses), 4)
+    quarters, at = [], 0
+    for k in range(4):
+        stop = at + size + (k < extra)
+        quarters.append(losses[at:stop])
+        at = stop
+    means = [sum(q) / len(q) for q in quarters]
+    squared = 0.0
+    for q in quarters[2:]:
+        if len(q) < 4:  # too few for a line: half the variance of the steps' differences
+            steps = [b - a for a, b in itertools.pairwise(q)]
+            variance = sum((d - sum(steps) / len(steps)) ** 2 for d in steps) / len(steps) / 2
+        else:
+            middle, mean = (len(q) - 1) / 2, sum(q) / len(q)
+            slope = sum((i - middle) * v for i, v in enumerate(q)) / sum((i - middle) ** 2 for i in range(len(q)))
+            variance = sum((v - mean - slope * (i - middle)) ** 2 for i, v in enumerate(q)) / (len(q) - 2)
+        squared += variance / len(q)
+    fall, whole = means[2] - means[3], means[0] - means[3]
+    return whole > 0 and fall > 0.1 * whole and fall > 2 * squared ** 0.5
+
+
+@pytest.mark.parametrize("steps", [8, 9, 11, 12, 15, 16, 17, 20, 40, 61])
+def test_steepness_is_the_rule_in_words(steps):
+    rng = np.random.default_rng(steps)
+    found = []
+    for _ in range(300):  # falls about a tenth of the whole, noise about half of the fall
+        curve = 2 * np.exp(-rng.uniform(1, 8) * np.linspace(0, 1, steps)) + rng.normal(0, rng.uniform(0, 0.3), steps)
+        found.append(still_falling(curve))
+        assert found[-1] is own_still_falling(curve.tolist())
+    assert 30 < sum(found) < 270
 
 
 @pytest.mark.parametrize("losses", [[3.0, 2.0, 1.0], [1.0] * 7])

@@ -24,6 +24,7 @@ from midblock.tuning import (
     random_block_set,
     require_plan_fits,
 )
+from midblock.tuning.plan import Missing, ModulePlan
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -281,3 +282,117 @@ def test_a_plan_needs_no_weights() -> None:
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(FAMILIES["llama"]().config)
     assert make_plan(find_anatomy(model), mask="0110").params == make_plan(FAMILIES["llama"](), mask="0110").params
+
+
+# ---------------------------------------------------------------------------------------------
+# what a plan says of itself, to the letter
+
+
+def q_and_down(block: int) -> tuple[ModulePlan, ModulePlan]:
+    return (ModulePlan(f"model.layers.{block}.self_attn.q_proj", block, "q", 30, 20),
+            ModulePlan(f"model.layers.{block}.mlp.down_proj", block, "down", 900, 100))
+
+
+def planted_plan(**changes: Any) -> Plan:
+    values = {"method": "lora", "num_blocks": 6, "blocks": (1, 2, 4), "rank": 3, "alpha": 6.0, "scale": "fixed-ratio",
+              "modules": tuple(m for b in (1, 2, 4) for m in q_and_down(b)), "params": 9450, "budget": 9_000,
+              "model_params": 1_000_000, "targets": ("q", "down"), "mask": "011010"}
+    return Plan(**{**values, **changes})
+
+
+FIRST = "blocks 1:3,4 of 6 (mask 011010)  .##.#."
+COUNT = "9,450 trainable parameters, 0.945% of the model's 1,000,000"
+
+
+@pytest.mark.parametrize(("changes", "lines"), [
+    ({}, [f"LoRA of {FIRST}", "rank 3, alpha 6, update scaled by 2",
+          f"{COUNT}; budget 9,000, mismatch +450 (one rank is 3,150)"]),
+    ({"method": "dora", "mask": None}, ["DoRA of blocks 1:3,4 of 6  .##.#.", "rank 3, alpha 6, update scaled by 2",
+                                        f"{COUNT}; budget 9,000, mismatch +450 (one rank is 3,150)"]),
+    ({"scale": "rslora", "rank": 4, "alpha": 8.0, "budget": None},
+     [f"LoRA of {FIRST}", "rank 4, alpha 8, update scaled by 4 (rsLoRA)", COUNT]),
+    ({"method": "full", "rank": None, "alpha": None}, [f"full-rank update of {FIRST}",
+                                                       f"{COUNT}; budget 9,000, mismatch +450"]),
+    ({"budget": None, "missing": (Missing(0, ("q", "k")), Missing(3, ("v",)), Missing(5, ("q", "k")))},
+     [f"LoRA of {FIRST}", "rank 3, alpha 6, update scaled by 2", COUNT,
+      "not reached: blocks 0,5 have no q, k; block 3 has no v"]),
+])
+def test_a_plan_in_words(changes: dict[str, Any], lines: list[str]) -> None:
+    assert planted_plan(**changes).summary().split("\n") == lines
+
+
+def test_the_table_of_a_plan() -> None:
+    assert planted_plan().table().to_dict("records") == [
+        {"block": b, "matrices": "q_proj down_proj", "rank": 3, "parameters": 3150} for b in (1, 2, 4)]
+    full = planted_plan(method="full", rank=None, alpha=None)
+    assert full.table().to_dict("records") == [
+        {"block": b, "matrices": "q_proj down_proj", "rank": "full", "parameters": 90_600} for b in (1, 2, 4)]
+    whole = planted_plan(method="full", rank=None, alpha=None, whole_blocks=True, params=301)
+    assert list(whole.table()["parameters"]) == [100] * 3
+    uneven = planted_plan(modules=(*q_and_down(1), q_and_down(2)[0], *q_and_down(4)))
+    assert list(uneven.table()["parameters"]) == [3150, 150, 3150]
+    assert list(uneven.table()["matrices"]) == ["q_proj down_proj", "q_proj", "q_proj down_proj"]
+
+
+@pytest.mark.parametrize(("changes", "error"), [
+    ({"num_blocks": 4}, "p is not a plan that can be trained: it names blocks 1:3,4 of 4, its matrices are in blocks "
+                        "1:3,4; make it anew."),
+    ({"blocks": [1, 2]}, "p is not a plan that can be trained: it names blocks 1:3 of 6, its matrices are in blocks "
+                         "1:3,4; make it anew."),
+    ({"rank": None}, "p is not a plan that can be trained: method lora with rank None and alpha 6.0; make it anew."),
+    ({"rank": 101}, "p asks for rank 101, but none of its matrices has more than rank 100."),
+    ({"rank": 0, "scale": "x"}, "p is not a plan as midblock writes it (rank must be at least 1, got 0; scale 'x' is "
+                                "not one of fixed-ratio, rslora, fixed-alpha); make one with `midblock tune ... "
+                                "--dry-run --json` or `midblock importance`."),
+])
+def test_why_a_written_plan_cannot_be_used(changes: dict[str, Any], error: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Plan.from_dict({**planted_plan().to_dict(), **changes}, where="p")
+    assert str(caught.value) == error
+
+
+def test_a_written_plan_counts_by_its_own_method() -> None:
+    for method, params in (("lora", 9450), ("dora", 9450 + 3 * 120)):
+        assert Plan.from_dict({**planted_plan(method=method).to_dict(), "params": 1}).params == params
+    full = {**planted_plan(rank=None, alpha=None).to_dict(), "method": "full", "params": 1}
+    assert Plan.from_dict(full).params == 3 * 90_600
+    assert Plan.from_dict({**planted_plan(blocks=(5,), modules=q_and_down(5)).to_dict(), "rank": 100}).rank == 100
+    with pytest.raises(SettingsError, match=r"^this is not a plan"):
+        Plan.from_dict({})
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_rank_of_a_budget_is_the_nearest_of_all(method: str) -> None:
+    """Every budget against every rank, counted one by one; DoRA's magnitudes are paid whatever the rank."""
+    model = FAMILIES["llama"]()
+    counts = {r: make_plan(model, mask="0110", rank=r, method=method).params for r in range(1, 9)}
+    for budget in range(counts[1], counts[8], 97):
+        nearest = min(counts, key=lambda r: (abs(counts[r] - budget), r))
+        assert make_plan(model, mask="0110", budget=budget, method=method).rank == nearest
+    assert make_plan(model, mask="0110", budget=counts[1], method=method).rank == 1
+    with pytest.raises(BudgetError, match=f"which takes {counts[1]:,}; raise"):
+        make_plan(model, mask="0110", budget=counts[1] - 1, method=method)
+    top = make_plan(model, mask="0110", method=method, rank=(full := max(
+        min(m.inputs, m.outputs) for m in make_plan(model, mask="0110", rank=1).modules)))
+    with pytest.raises(BudgetError, match=rf"rank {full} \({top.params:,} parameters\); lower the budget, choose more "
+                                          "blocks or matrices, or train them with method full"):
+        make_plan(model, mask="0110", method=method, budget=top.params + 2 * counts[1])
+
+
+def test_random_blocks_are_different_ones_and_may_be_one_or_all() -> None:
+    for seed in range(20):
+        assert random_block_set(7, 7, seed) == list(range(7))
+        assert len(set(random_block_set(5, 7, seed))) == 5
+    assert {random_block_set(1, 4, seed)[0] for seed in range(50)} == set(range(4))
+    for wrong in (0, 8):
+        with pytest.raises(BlockRangeError, match=f"{wrong} random blocks were asked for, but the model has 7; use 1 "
+                                                  "to 7"):
+            random_block_set(wrong, 7, 0)
+
+
+def test_a_budget_of_rank_one_and_texts_that_are_none() -> None:
+    model = FAMILIES["llama"]()
+    assert budget_of(model, "match:1@1") == make_plan(model, mask="1", rank=1).params
+    with pytest.raises(BudgetError, match=r"900k, 1\.5M\) nor match:MASK@RANK \(match:11111@16\)\."):
+        budget_of(model, "much")
+    assert full_blocks_for_budget(model, 1) == 1
