@@ -158,6 +158,37 @@ class Rates:
         return f"{(work.blocks / self.blocks + work.head / self.head) / seconds:.2f}"
 
 
+class Shares:
+    """What part of the products' rate a training reaches, by the operations that it cannot do without.
+
+    Args:
+        model: A loaded model.
+        rows: The training rows.
+        batch: Rows in a batch.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Any], batch: int) -> None:
+        from midblock.tuning import TrainSettings
+
+        self.rates = Rates(model, batch * sum(map(len, rows)) // len(rows), backward=True)
+        self.tokens = sum(map(len, rows))
+        labelled = sum(b - a for r in rows for a, b in r.supervised)
+        self._head = 4.0 * labelled * model.anatomy.vocab_size * model.anatomy.hidden_size
+        self._model, self._rows, self._settings = model, rows, TrainSettings(batch_size=batch)
+        self._work: dict[tuple[str, bool], Work] = {}
+
+    def of(self, mask: str, *, cached: bool, rate: float) -> str:
+        """Of LoRA on a mask, with or without its prefix cached, at these tokens/s."""
+        from midblock.tuning import make_plan
+        from midblock.tuning.estimate import estimate
+
+        if (mask, cached) not in self._work:
+            flops = estimate(make_plan(self._model, mask=mask), self._model.anatomy, self._rows, self._settings,
+                             dtype=self._model.dtype, cached=cached).epoch_flops
+            self._work[mask, cached] = Work(flops - self._head, self._head)
+        return self.rates.share(self._work[mask, cached], self.tokens / rate)
+
+
 def timed(work: Callable[[], Any], repeats: int, *, warm: bool = True) -> tuple[float, Any]:
     """(median seconds, last result) of a function, after one untimed call."""
     result = work() if warm else None

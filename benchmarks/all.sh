@@ -44,7 +44,7 @@ for name in "${@:-profile lens swap tune sweep weights estimates own_trainer}"; 
       sweep) words=("${sweep[@]}" "${machine[@]}") ;;
       weights) words=("${weights[@]}") ;;
       estimates) words=("${estimates[@]}" "${machine[@]}") ;;
-      own_trainer) words=() ; [ -n "${SMALL:-}" ] && words=(--rows 4 --batch 2 --epochs 2) ;;
+      own_trainer) words=("${machine[@]}") ; [ -n "${SMALL:-}" ] && words=(--rows 4 --batch 2 --epochs 2 "${machine[@]}") ;;
       *) echo "no benchmark $one" >&2; exit 2 ;;
     esac
     begun=$(date +%s)

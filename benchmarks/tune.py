@@ -45,7 +45,6 @@ from midblock.models import LoadedModel, load_model
 from midblock.segments import segment_blocks
 from midblock.tuning import PrefixCache, TrainSettings, attach, make_plan, train
 from midblock.tuning.batching import labels_of
-from midblock.tuning.estimate import estimate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TRL_ALL, TRL_SAME = "TRL + PEFT, all blocks", "TRL + PEFT, blocks of 01100"
@@ -154,28 +153,11 @@ def contender(name: str, model: LoadedModel, rows: list[TokenRow], batch: int, s
     return run_midblock(model, rows, batch, mask, "none" if alone else "memory", 1 if set(mask) == {"1"} else 2)
 
 
-class Shares:
-    """What part of the products' rate a contender reaches, by the operations that its training cannot do without."""
-
-    def __init__(self, model: LoadedModel, rows: list[TokenRow], batch: int) -> None:
-        self.rates = common.Rates(model, batch * sum(map(len, rows)) // len(rows), backward=True)
-        tokens, labelled = sum(map(len, rows)), sum(b - a for r in rows for a, b in r.supervised)
-        head = 4.0 * labelled * model.anatomy.vocab_size * model.anatomy.hidden_size
-        settings = TrainSettings(batch_size=batch)
-        self.tokens = tokens
-        self.work: dict[tuple[str, bool], common.Work] = {}
-        for mask in ("11111", "01100", "00100", "00110", "00001"):
-            for cached in (False, True):
-                # TRL's LoRA of 01100 has fewer parameters: what these few cost is not what is compared
-                flops = estimate(make_plan(model, mask=mask), model.anatomy, rows, settings, dtype=model.dtype,
-                                 cached=cached).epoch_flops
-                self.work[mask, cached] = common.Work(flops - head, head)
-
-    def of(self, name: str, rate: float) -> str:
-        """Of a contender at these tokens/s of its last epoch."""
-        mask = "11111" if name == TRL_ALL else "01100" if name == TRL_SAME else name.split()[1].removesuffix(",")
-        cached = name.startswith("midblock") and name != UNCACHED
-        return self.rates.share(self.work[mask, cached], self.tokens / rate) if (mask, cached) in self.work else ""
+def share_of(shares: common.Shares, name: str, rate: float) -> str:
+    """Share of the products' rate of a contender at these tokens/s of its last epoch."""
+    # TRL's LoRA of 01100 has fewer parameters: what these few cost is not what is compared
+    mask = "11111" if name == TRL_ALL else "01100" if name == TRL_SAME else name.split()[1].removesuffix(",")
+    return shares.of(mask, cached=name.startswith("midblock") and name != UNCACHED, rate=rate)
 
 
 def in_fresh_process(name: str) -> dict[str, Any]:
@@ -219,7 +201,7 @@ def main() -> None:
         result = contender(options.only, model, rows, options.batch, steps)
         print(json.dumps({**result, "memory": common.peak_bytes() / 2**20}))
         return
-    shares = Shares(model, rows, options.batch)
+    shares = common.Shares(model, rows, options.batch)
     print(f"{shares.rates}\n", flush=True)
     del model
     masks = options.masks.split(",")
@@ -233,7 +215,7 @@ def main() -> None:
         print(f"{name}: {result['last']:.0f} tokens/s", file=sys.stderr, flush=True)
         lines.append({"": name, "trainable": result["parameters"], "tokens/s, first epoch": round(result["first"], 1),
                       "tokens/s, cached epoch": round(result["last"], 1),
-                      "share of the products' rate": shares.of(name, result["last"]),
+                      "share of the products' rate": share_of(shares, name, result["last"]),
                       "x TRL all blocks": round(result["last"] / found[TRL_ALL]["last"], 2),
                       "x TRL 01100": round(result["last"] / found[TRL_SAME]["last"], 2) if TRL_SAME in found else None,
                       "padding": f"{result['padding']:.0%}", "peak MiB": round(result["memory"]),

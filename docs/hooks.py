@@ -76,7 +76,8 @@ def api_page() -> str:
     """docs/api.md, and every public name that it does not place itself."""
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     placed = set(re.findall(r"^::: midblock(?:\.\w+)*\.(\w+)$", text, flags=re.MULTILINE))
-    others = [name for name in midblock._EXPORTS if name not in placed]
+    others = [name for name in midblock.__all__
+              if name not in placed and name != "__version__" and name not in midblock._MODULES]
     return text.replace("<!-- others -->", "\n".join(f"::: midblock.{name}" for name in others))
 
 

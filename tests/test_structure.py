@@ -35,8 +35,9 @@ def module_name(path: Path) -> str:
 def exports() -> dict[str, str]:
     """Names that `midblock/__init__.py` exports -> the module that each comes from."""
     import midblock
+    from midblock import lazily
 
-    return {**midblock._EXPORTS, **{name: f"midblock.{name}" for name in midblock._MODULES}}
+    return {**lazily.exports(midblock.__file__), **{name: f"midblock.{name}" for name in midblock._MODULES}}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:

@@ -1,46 +1,36 @@
-"""Measure where fine-tuning acts in a language model, tune only there, and prove the choice."""
+"""Measure where fine-tuning acts in a language model, tune only there, and prove the choice.
+
+Models and data: `load_model`, `load_pair`, `load_chain`, `load_data`, `find_anatomy`, `segment_blocks`.
+
+Where did tuning act? `profile` (and `profile_seeds`), `weights`, `lens`, `swap`, `gradients`, `merge`, `steer`,
+`correlate`; all of a pair in one run: `study`.
+
+Tune some blocks: `tune`; for a trainer of your own `make_plan`, `lora_config`, `FrozenPrefix`, `SupervisedHead`;
+with several processes `RankSampler`.
+
+Was it the right choice? `evaluate`, `evaluate_tasks`, `sweep`; without training `locate` (`validate` says what that is
+worth), and learned `importance`, whose selections `overlap` compares.
+
+Every result has `.frame` (a tidy data frame), `.summary()` (the answer first), `.answer()`, `.figures()`, and shows
+itself in a notebook. The measures are pure functions in `metrics` and `stats`. On the command line each function is
+``midblock NAME``.
+
+Example:
+    >>> import midblock
+    >>> midblock.segment_blocks("01100", num_blocks=10)
+    [2, 3, 4, 5]
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from midblock.lazily import on_first_use
+
 __version__ = "0.1.0"
 
-# name -> module that defines it; resolved on first use so that importing midblock stays light
-_EXPORTS = {
-    "load_model": "midblock.models",
-    "load_pair": "midblock.models",
-    "load_chain": "midblock.models",
-    "find_anatomy": "midblock.models",
-    "load_data": "midblock.data",
-    "segment_blocks": "midblock.segments",
-    "profile": "midblock.analysis.profile",
-    "profile_seeds": "midblock.analysis.stability",
-    "weights": "midblock.analysis.weights",
-    "lens": "midblock.analysis.lens",
-    "swap": "midblock.analysis.swap",
-    "merge": "midblock.analysis.merge",
-    "gradients": "midblock.analysis.gradients",
-    "steer": "midblock.analysis.steer",
-    "correlate": "midblock.analysis.correlate",
-    "tune": "midblock.tuning",
-    "make_plan": "midblock.tuning",
-    "lora_config": "midblock.tuning",
-    "FrozenPrefix": "midblock.tuning",
-    "SupervisedHead": "midblock.tuning",
-    "evaluate": "midblock.evaluation",
-    "evaluate_tasks": "midblock.evaluation",
-    "importance": "midblock.selection.ila",
-    "locate": "midblock.selection.locate",
-    "overlap": "midblock.selection.overlap",
-    "validate": "midblock.selection.validate",
-    "sweep": "midblock.sweeps",
-    "study": "midblock.report.study",
-}
 _MODULES = ("metrics", "stats")
-
-__all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
     from midblock.analysis.correlate import correlate as correlate
@@ -67,18 +57,53 @@ if TYPE_CHECKING:
     from midblock.selection.validate import validate as validate
     from midblock.sweeps import sweep as sweep
     from midblock.tuning import FrozenPrefix as FrozenPrefix
+    from midblock.tuning import RankSampler as RankSampler
     from midblock.tuning import SupervisedHead as SupervisedHead
     from midblock.tuning import lora_config as lora_config
     from midblock.tuning import make_plan as make_plan
     from midblock.tuning import tune as tune
 
+__all__ = [
+    "FrozenPrefix",
+    "RankSampler",
+    "SupervisedHead",
+    "__version__",
+    "correlate",
+    "evaluate",
+    "evaluate_tasks",
+    "find_anatomy",
+    "gradients",
+    "importance",
+    "lens",
+    "load_chain",
+    "load_data",
+    "load_model",
+    "load_pair",
+    "locate",
+    "lora_config",
+    "make_plan",
+    "merge",
+    "metrics",
+    "overlap",
+    "profile",
+    "profile_seeds",
+    "segment_blocks",
+    "stats",
+    "steer",
+    "study",
+    "swap",
+    "sweep",
+    "tune",
+    "validate",
+    "weights",
+]
+
+_get, __dir__ = on_first_use(__name__, __file__, __all__)
+
 
 def __getattr__(name: str) -> Any:
     try:
-        if name in _EXPORTS:
-            return getattr(importlib.import_module(_EXPORTS[name]), name)
-        if name in _MODULES:
-            return importlib.import_module(f"midblock.{name}")
+        return importlib.import_module(f"midblock.{name}") if name in _MODULES else _get(name)
     except ModuleNotFoundError as error:
         from midblock import extras
 
@@ -86,8 +111,3 @@ def __getattr__(name: str) -> Any:
         if absent is None:
             raise
         raise absent from None
-    raise AttributeError(f"module 'midblock' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

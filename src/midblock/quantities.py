@@ -243,7 +243,7 @@ def label_of(name: str, *, unit: str | None = None, change: bool = False) -> str
         words, unit = _KNOWN[name].label, _KNOWN[name].unit if unit is None else unit
     else:
         words = name[:1].upper() + name[1:].replace("_", " ")
-    words += ", change" if change else ""
+    words += ", change" if change and "change" not in words.lower() else ""
     return f"{words} ({unit})" if unit else words
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,18 @@ import pandas as pd
 
 from midblock.reading import printable
 
-__all__ = ["BASE_COLUMNS", "Estimate", "Kind", "Table", "TableResult", "json_ready"]
+__all__ = [
+    "BASE_COLUMNS",
+    "UNNAMED",
+    "Answer",
+    "Estimate",
+    "Kind",
+    "Origin",
+    "Reading",
+    "Table",
+    "TableResult",
+    "json_ready",
+]
 
 Kind = Literal["hidden", "block", "segment", "model"]
 _SHOWN_ROWS = 10  # of a table in a notebook
@@ -69,16 +81,83 @@ class Table:
         return frame.reindex(columns=[*BASE_COLUMNS, *extra])
 
 
-class TableResult:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a reader takes along who reads nothing else."""
+
+    found: str
+    """What was found, with its n and interval; one sentence."""
+    means: str = ""
+    """What that means for the choice of blocks; one sentence."""
+    next: tuple[str, ...] = ()
+    """The words after ``midblock`` of the command to run next; empty where there is none."""
+
+    @property
+    def command(self) -> str:
+        """`next` as a line to paste; empty where there is none.
+
+        Example:
+            >>> Answer("found", next=("inspect", "my model")).command
+            "midblock inspect 'my model'"
+        """
+        return shlex.join(["midblock", *self.next]) if self.next else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a result was measured on, in the words that name it again."""
+
+    models: tuple[str, ...] = ()
+    """MODEL specs in their order."""
+    data: str = ""
+    """D spec."""
+
+    def words(self, command: str, *more: str, models: int | None = None, data: bool = True) -> tuple[str, ...]:
+        """A command on the same models and data; empty where these have no names (they were made in Python).
+
+        Args:
+            command: Its name.
+            *more: Further words.
+            models: How many of the models it takes; default all.
+            data: Whether it takes data.
+
+        Example:
+            >>> Origin(("base", "tuned"), "d.jsonl").words("swap", "--segments", "3")
+            ('swap', 'base', 'tuned', '--data', 'd.jsonl', '--segments', '3')
+        """
+        if not self.models or (data and not self.data):
+            return ()
+        return (command, *self.models[:models], *(("--data", self.data) if data else ()), *more)
+
+
+UNNAMED = Origin()
+"""Of a result on models or data that were made in Python."""
+
+
+class Reading:
+    """A result that speaks: the answer first, then what it rests on."""
+
+    if TYPE_CHECKING:
+        def answer(self) -> Answer:
+            """What was found, what it means for the choice of blocks, and what to run next."""
+
+        def details(self) -> Sequence[str]:
+            """Further lines, each a finding with its numbers."""
+
+    def summary(self) -> str:
+        """The result in words: the answer, the details, and the command to run next."""
+        answer = self.answer()
+        command = f"Next: {answer.command}" if answer.next else ""
+        return "\n".join(line for line in (answer.found, answer.means, *self.details(), command) if line)
+
+
+class TableResult(Reading):
     """What the results of all commands share: a tidy table, a reading in words, and how a notebook shows them."""
 
     if TYPE_CHECKING:  # a field of most results, a property of some
         @property
         def table(self) -> Table:
             """The rows, and the reasons of empty cells."""
-
-        def summary(self) -> str:
-            """The result in words."""
 
     @property
     def frame(self) -> pd.DataFrame:

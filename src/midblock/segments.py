@@ -7,7 +7,7 @@ one digit per segment, the first digit being the segment nearest the embeddings.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from midblock.errors import BlockRangeError
@@ -26,6 +26,7 @@ __all__ = [
     "segment_blocks",
     "segment_bounds",
     "validate_mask",
+    "where_most",
     "zone",
     "zone_means",
 ]
@@ -240,3 +241,24 @@ def zone_means(layers: Iterable[int], values: Iterable[float], last: int) -> dic
         if not math.isnan(value):
             found[zone(depth(layer, last + 1))].append(float(value))
     return {name: math.fsum(part) / len(part) if part else math.nan for name, part in found.items()}
+
+
+_EVEN = 1.25  # zones whose means are within this factor are called even
+
+
+def where_most(means: Mapping[str, float], what: str = "blocks") -> str:
+    """Which zone changed most, in words; about even where the zones are within a quarter of each other.
+
+    Args:
+        means: Zone -> mean change, as `zone_means` gives it.
+        what: What changed.
+
+    Example:
+        >>> where_most({"early": 1.0, "middle": 1.1, "late": 1.2}), where_most({"early": 1.0, "middle": 3.0})
+        ('tuning acted about evenly on all blocks', 'tuning acted most on middle blocks')
+    """
+    defined = {zone: abs(value) for zone, value in means.items() if not math.isnan(value)}
+    most = max(defined, key=lambda zone: defined[zone], default="")
+    if not most or (len(defined) > 1 and defined[most] <= _EVEN * min(defined.values())):
+        return f"tuning acted about evenly on all {what}"
+    return f"tuning acted most on {most} {what}"

@@ -231,7 +231,7 @@ def test_the_summary_names_zones_and_the_largest_block_of_its_table():
     for block, value in enumerate(planted):
         table.add("block", block, "gradient_norm", "sft", value, n=1, matrix="all")
         table.add("block", block, "gradient_norm", "sft", 100.0, n=1, matrix="q")
-    summary = GradientsResult(table, ["sft"], len(planted), GradientSettings()).summary()
+    summary = "\n".join(GradientsResult(table, ["sft"], len(planted), GradientSettings()).details())
     middle = sum(planted[2:9]) / 7
     assert summary == (f"sft: gradient_norm is largest at block 5 (depth 0.50: 9.5); early 7, middle {middle:.4g}, "
                        "late 0.5.")

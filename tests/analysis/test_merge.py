@@ -255,7 +255,7 @@ def test_a_chain_merges_every_comparison():
     assert list(dict.fromkeys(frame["stage"])) == ["sft-base", "dpo-base", "dpo-sft"]
     assert set(frame[(frame.stage == "dpo-sft") & (frame.side == "difference")]["against"]) == {"dpo", "sft"}
     assert len(result.figures()) == 6
-    assert result.summary().count("lowest loss") == 3
+    assert sum("lowest loss" in line for line in result.details()) == 3
     assert len(result.scores()) == 9
 
 

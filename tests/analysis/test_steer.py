@@ -274,7 +274,7 @@ def test_a_chain_steers_each_comparison(pair):
     torch.testing.assert_close(together, result.vectors["dpo-base", 2], rtol=1e-4, atol=1e-5)
     frame = result.frame
     assert set(frame[frame.stage == "dpo-sft"].side) >= {"sft", "dpo", "difference"}
-    assert len(result.summary().splitlines()) == 2 * 3  # the best place, and what the direction speaks for
+    assert len(result.details()) == 2 * 3  # the best place, and what the direction speaks for
     assert len(result.figures()) == 6
 
 

@@ -41,7 +41,7 @@ def test_swap_names_the_least_and_the_most_harmful_segment_of_every_direction(ch
                 table.add("segment", mask, "accuracy", "difference", around(-9 * sign * value), **extra)
                 other = -1 if head == donor else 1  # reversed with the other head
                 table.add("segment", mask, "loss", "difference", around(other * sign * value + shift), **extra)
-    lines = SwapResult(table, ["base", "sft"], SwapSettings(segments=3)).summary().splitlines()
+    lines = SwapResult(table, ["base", "sft"], SwapSettings(segments=3)).details()
     low, high = min(changes, key=changes.get), max(changes, key=changes.get)
     for line, (recipient, donor), best, worst in zip(lines, signs, (low, high), (high, low), strict=True):
         sign = signs[recipient, donor]
@@ -62,7 +62,7 @@ def test_merge_names_the_lowest_loss_and_its_change_from_both_ends():
         for end, own in (("base", 3.0), ("sft", 2.0)):
             table.add("segment", label, "loss", "difference", around(loss - own), **common, against=end)
             table.add("segment", label, "accuracy", "difference", around(loss), **common, against=end)
-    text = MergeResult(table, ["base", "sft"], MergeSettings()).summary()
+    text = "\n".join(MergeResult(table, ["base", "sft"], MergeSettings()).details())
     assert "of 3 merged models, 0.5,0.5 has the lowest loss: 2.1000 nats a token" in text
     assert "-0.9000 [-0.9010, -0.8980] against base" in text
     assert "+0.1000 [+0.0990, +0.1020] against sft" in text
@@ -85,7 +85,7 @@ def test_steer_names_block_and_strength_of_the_lowest_loss(changes, best):
         table.add("block", block, "loss", "difference", around(value), **extra, alpha=alpha)
         table.add("block", block, "accuracy", "difference", around(-10 - value), **extra, alpha=alpha)
         table.add("block", block, "loss", "difference", around(0.0), **extra, alpha=0.0)
-    text = SteerResult(table, ["base", "sft"], SteerSettings(), "mean").summary()
+    text = "\n".join(SteerResult(table, ["base", "sft"], SteerSettings(), "mean").details())
     assert f"at block {best[0]} with strength {best[1]:g} ({changes[best]:+.4f} nats" in text
     assert f"[{changes[best] - 0.001:+.4f}, {changes[best] + 0.002:+.4f}]" in text
     assert "sft itself differs from base by -1.7500 nats" in text
@@ -102,7 +102,7 @@ def test_lens_names_the_largest_kl_and_where_half_of_the_accuracy_is_reached(pea
         for stage, top in (("sft-base", peak),):
             table.add("hidden", h, "kl", "pair", around(1.5 if h == top else 0.1 + 0.01 * h), stage=stage)
             table.add("hidden", h, "top1_agreement", "pair", around(0.9 - 0.1 * h), stage=stage)
-    lines = LensResult(table, ["base", "sft"], 5, LensSettings()).summary().splitlines()
+    lines = LensResult(table, ["base", "sft"], 5, LensSettings()).details()
     assert "base: next-token accuracy 0.4000 [0.3990, 0.4020]" in lines[0]
     assert "half of it is reached at hidden 2 (depth 0.50)" in lines[0]
     assert "half of it is reached at hidden 1 (depth 0.25)" in lines[1]
@@ -121,12 +121,12 @@ def test_weights_names_the_block_that_moved_most_and_the_zones(peak):
                 table.add("block", b, metric, "difference", factor * scale * change, n=4, stage="sft-base",
                           matrix=matrix, tensor=None)
     result = WeightsResult(table, ["base", "sft"], 10)
-    first = result.summary().splitlines()[0]
+    first = result.details()[0]
     assert f"largest in block {peak} (depth {peak / 9:.2f}: 7)" in first
     zones = {"early": changes[:2], "middle": changes[2:8], "late": changes[8:]}  # depth 0.2 and 0.8 are 1.8 and 7.2
     for zone, values in zones.items():
         assert f"{zone} {sum(values) / len(values):.4g}" in first
-    assert "10 of 10 blocks changed" in result.summary()
+    assert "10 of 10 blocks changed" in "\n".join(result.details())
     row = result.regions().set_index(["metric", "matrix"]).loc[("weight_change", "qkvo")]
     assert [row[z] for z in zones] == pytest.approx([sum(v) / len(v) for v in zones.values()])
     assert (row["largest at block"], row["there"]) == (peak, 7.0)
@@ -137,7 +137,7 @@ def test_a_summary_of_no_change_says_so():
     for b in range(3):
         for matrix in ("qkvo", "all"):
             table.add("block", b, "weight_change", "difference", 0.0, n=4, stage="sft-base", matrix=matrix, tensor=None)
-    assert WeightsResult(table, ["base", "sft"], 3).summary() == "sft-base: no weight differs."
+    assert "\n".join(WeightsResult(table, ["base", "sft"], 3).details()) == "sft-base: no weight differs."
 
 
 def test_vectors_do_not_enter_the_summary_of_a_patch():
@@ -148,4 +148,4 @@ def test_vectors_do_not_enter_the_summary_of_a_patch():
     table.add("segment", "1:3", "loss", "difference", around(-0.25), **extra, alpha=1.0)
     result = SteerResult(table, ["base", "sft"], SteerSettings(together=True), "patch all",
                          {("sft-base", 1): torch.ones(2)})
-    assert "at blocks 1:3 at once with strength 1 (-0.2500 nats" in result.summary()
+    assert "at blocks 1:3 at once with strength 1 (-0.2500 nats" in "\n".join(result.details())

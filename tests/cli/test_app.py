@@ -115,9 +115,9 @@ def test_ctrl_c_says_how_to_resume(failing: Callable[[BaseException], None],
                                    capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyboardInterrupt())
     assert run(["fail", "--out", "my runs/a"]) == 130
-    assert "midblock fail --out 'my runs/a' --resume." in capsys.readouterr().err
+    assert "  midblock fail --out 'my runs/a' --resume\n" in capsys.readouterr().err  # no full stop: it is pasted
     assert run(["fail", "--out=a", "--resume"]) == 130
-    assert "midblock fail --out=a --resume." in capsys.readouterr().err
+    assert "  midblock fail --out=a --resume\n" in capsys.readouterr().err
 
 
 def test_ctrl_c_without_a_run_folder_names_no_resume(failing: Callable[[BaseException], None],
@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_clear_line(error: Exception, failing: Callable[[Base
     assert run(["fail", "--out", "o"]) == 2
     err = capsys.readouterr().err
     assert err == ("Error: the disk is full (writing out/x.bin); free some space, then run: "
-                   "midblock fail --out o --resume.\n")
+                   "midblock fail --out o --resume\n")
 
 
 def test_another_os_error_is_a_bug(failing: Callable[[BaseException], None]) -> None:

@@ -129,7 +129,11 @@ def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytes
     assert figures
     assert {p.rsplit(".", 1)[1] for p in figures} == {"svg", "pdf"}
     assert set(done["files"]) >= {"table.csv", "summary.txt", *(f"figures/{f}" for f in figures)}
-    assert Path("out/summary.txt").read_text(encoding="utf-8").strip() in caught.out
+    *told, following = Path("out/summary.txt").read_text(encoding="utf-8").strip().splitlines()
+    assert all(line in caught.out for line in told)
+    last = caught.out.strip().splitlines()[-1]
+    assert last.startswith(following)  # and a folder of its own
+    assert last.startswith("Next: midblock ")
     assert not Path("out/state").exists()
 
 

@@ -69,7 +69,7 @@ def test_for_people_and_with_an_adapter(home, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "lora-base: Frobenius norm of the difference" in captured.out
     assert "4 of 4 blocks changed" in captured.out
-    assert "weights (MB)" in captured.err
+    assert "figures: 100%" in captured.err
     table = pd.read_csv(out / "table.csv")
     q = table[(table.metric == "weight_change") & (table.matrix == "q")]
     factors = AdapterFile(home / "lora")

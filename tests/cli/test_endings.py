@@ -44,7 +44,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path: Path, number: 
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"to continue, run: midblock wait --out {tmp_path / 'out'} --resume." in err
+    assert f"to continue, run:\n  midblock wait --out {tmp_path / 'out'} --resume\n" in err
     assert "Traceback" not in err
     from midblock.provenance import read_run
 

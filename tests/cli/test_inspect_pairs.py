@@ -50,7 +50,7 @@ def test_inspect_for_people(tied: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "LlamaForCausalLM, float32" in out
     assert "tied to the embeddings" in out
-    assert [line.split()[:2] for line in out.splitlines() if "%" in line] == [["10", "0-1"], ["01", "2-3"]]
+    assert [line.split()[:2] for line in out.splitlines() if line.endswith("%")] == [["10", "0-1"], ["01", "2-3"]]
 
 
 def test_inspect_reads_no_weights(tied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_inspect_reads_no_weights(tied: Path, capsys: pytest.CaptureFixture[str]
     save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
     assert run(["inspect", str(tied)]) == 0
     caught = capsys.readouterr()
-    assert caught.err == ""
+    assert "Warning" not in caught.err
     assert "4 segments" in caught.out  # the default of 5 gives way to a shallow model
 
 

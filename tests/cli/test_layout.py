@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from rich.console import Console
 
-from midblock.cli.layout import Grid, fitted, wrapped
+from midblock.cli.layout import Grid, continued, fitted, wrapped
 
 
 def shown(grid: Grid, width: int) -> str:
@@ -110,3 +111,22 @@ def on_terminal(words: list[str], columns: int) -> str:
     os.close(parent)
     assert process.wait(60) == 0
     return b"".join(parts).decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("width", [30, 50, 80, None])
+def test_a_command_can_be_pasted_whatever_the_width(width: int | None) -> None:
+    words = ["midblock", "tune", "my model", "--data", "a long name.jsonl", "--mask", "01100", "--out", "runs/tune"]
+    shown = continued("Next: ", shlex.join(words), width)
+    assert shlex.split(shown.removeprefix("Next: ").replace("\\\n", "")) == words
+    if width is not None:
+        assert all(len(line) <= max(width, 30) for line in shown.splitlines())
+    else:
+        assert "\n" not in shown
+
+
+def test_what_every_row_says_is_said_once() -> None:
+    rows = [["sft-base", f"0{i:04b}", "loss", f"0.1234{i:02d}", "7"] for i in range(12)]
+    text = shown(Grid(["stage", "mask", "metric", "a long heading of values", "n"], rows, [False, False, False, True,
+                                                                                           True]), 30)
+    assert text.count("sft-base") == 1
+    assert "(every row: stage sft-base, metric loss, n 7)" in " ".join(text.split())

@@ -108,3 +108,37 @@ def test_loading_a_hub_model_fetches_every_shard_once(hub: list[str]) -> None:
     assert len(shards) == len(set(shards)) > 1
     want = dict(FAMILIES["llama"](seed=3).bfloat16().named_parameters())
     assert all(torch.equal(p, want[n].float()) for n, p in loaded.model.named_parameters())
+
+
+@pytest.mark.parametrize(("spec", "meant"), [
+    ("smolm2", "smollm2"), ("SmolLM-2", "smollm2"), ("runs/tunde/model", "runs/tuned/model"),
+    ("./runs/tuned/modle", "runs/tuned/model")])
+def test_a_near_miss_is_named(spec: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "tuned" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=f"Did you mean {meant}\\?"):
+        resolve_checkpoint(spec)
+
+
+@pytest.mark.parametrize("spec", ["./nothing/like/it", "no-such-folder/model.gguf"])
+def test_nothing_is_named_where_nothing_is_near(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError) as told:
+        resolve_checkpoint(spec)
+    assert "Did you mean" not in str(told.value)
+
+
+def test_an_id_of_the_hub_may_be_like_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for there first; the folder is named only where it is not found."""
+    (tmp_path / "owner" / "model-1b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def absent(spec: str, **_: object) -> str:
+        asked.append(spec)
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(ModelNotFoundError, match="Did you mean owner/model-1b"):
+        resolve_checkpoint("owner/model-1b-sft")
+    assert asked == ["owner/model-1b-sft"]

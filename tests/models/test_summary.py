@@ -8,7 +8,8 @@ import torch
 from families import FAMILIES
 from midblock.errors import BlockRangeError
 from midblock.models import find_anatomy
-from midblock.models.summary import ModelSummary, summarize
+from midblock.models.skeleton import summarize
+from midblock.models.summary import ModelSummary
 
 
 def summary_of(family: str) -> ModelSummary:

@@ -15,9 +15,9 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.errors import OutputError, SettingsError
 from midblock.selection.choice import chosen_units, make_plans, parse_choice, write_plans
 from midblock.selection.gates import Gates, ScoreOptimizer, gated, update_norms, update_worths
-from midblock.selection.ila import SCORES, ImportanceResult, _table, importance
+from midblock.selection.ila import ImportanceResult, _table, importance
 from midblock.selection.ila_stages import ScoreSet, loss_slope
-from midblock.selection.units import top_units, units_of
+from midblock.selection.units import SCORES, top_units, units_of
 from midblock.settings import ImportanceSettings
 from midblock.tuning import load_plan, make_plan, require_plan_fits
 from midblock.tuning.adapter import attach

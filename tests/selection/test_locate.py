@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from midblock import metrics, stats
 from midblock.analysis.gradients import supervised_batches
 from midblock.capture import run_blocks, run_layer_major
 from midblock.errors import BudgetError, SettingsError
-from midblock.results import Table
+from midblock.results import Origin, Table
 from midblock.segments import segment_blocks
 from midblock.selection.locate import RELIABLE, locate, mask_of, propose, reliability, scores_of, width_for
 from midblock.selection.scores import AdjacentStates, block_scores
@@ -116,10 +117,11 @@ def test_the_proposal_can_be_pasted() -> None:
     own = found.proposal
     assert own.blocks == (2, 3)
     assert own.mask == "0010"
-    assert own.command("smollm2", "gsm8k") == "midblock tune smollm2 --data gsm8k --blocks 2"
+    named = replace(found, origin=Origin(("smollm2",), "my data.jsonl"))
+    assert named.answer().command == "midblock tune smollm2 --data 'my data.jsonl' --blocks 2 --dry-run"
+    assert not found.answer().next  # made in Python: there are no names to paste
     assert make_plan(planted(2), blocks=own.spec, rank=2).blocks == (2,)
     assert make_plan(planted(2), mask=own.mask, rank=2).blocks == (2,)
-    assert "midblock tune" in found.summary()
     assert set(found.figures()) == {"locate-scores", "locate-cka"}
 
 

@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -174,11 +176,12 @@ def test_an_adapter_loads_in_a_fresh_process_by_its_own_name(problems: str, tmp_
     folder_of("llama", tmp_path, tiny_tokenizer)
     monkeypatch.chdir(tmp_path)
     base = load_model("base-llama", dtype="float32")  # a path that holds here only
-    result = tune(base, problems, mask="0110", rank=4, settings=FAST, out=tmp_path / "out", export_base=True)
+    result = tune(base, problems, mask="0110", rank=4, settings=FAST, out=tmp_path / "out", export_base=True,
+                  eval_data=problems)
     assert result.adapter is not None
     name = json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert name == str((tmp_path / "out" / "base").resolve())
-    code = (f"import torch; from peft import AutoPeftModelForCausalLM as M;"
+    code = (f"import sys; sys.modules['midblock'] = None; import torch; from peft import AutoPeftModelForCausalLM as M;"
             f"m = M.from_pretrained({str(result.adapter)!r});"
             "print('SUM', m(torch.arange(3, 13)[None]).logits.double().sum().item())")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
@@ -186,6 +189,16 @@ def test_an_adapter_loads_in_a_fresh_process_by_its_own_name(problems: str, tmp_
     loaded = load_model(result.adapter, dtype="float32").model
     want = loaded(torch.arange(3, 13)[None]).logits.double().sum().item()
     assert float(done.stdout.split("SUM")[1]) == pytest.approx(want, abs=1e-3)
+    card = ModelCard.load(result.adapter / "README.md")
+    assert card.data.base_model == name
+    assert "| learning rate | 0.01 (" in card.text
+    results = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    assert results["held-out loss, after tuning (nats a row)"] == pytest.approx(
+        result.held_out["tuned"].value, abs=1e-6)
+    picture = ElementTree.parse(result.adapter / "depth.svg").getroot()
+    filled = [r.get("fill") != "#e4e4e4" for r in picture.iter("{http://www.w3.org/2000/svg}rect")]
+    assert filled == [b in result.plan.blocks for b in range(result.plan.num_blocks)]
+    assert "](depth.svg)" in card.text
     snippet = re.search(r"```python\n(.*?)```", (result.adapter / "README.md").read_text(), flags=re.DOTALL)
     assert snippet is not None
     names: dict[str, Any] = {}

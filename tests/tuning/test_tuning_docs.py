@@ -47,10 +47,10 @@ def test_the_snippets_for_python(tiny_tokenizer: Any, capsys: pytest.CaptureFixt
     save_checkpoint(FAMILIES["llama"](num_hidden_layers=5, hidden_size=64), tiny_tokenizer, "tiny")
     names: dict[str, Any] = {"base": load_model("tiny"), "rows": [
         TokenRow(i, (5, 6, 7, 8, 9, 2), ((2, 6),)) for i in range(12)]}
-    whole = snippets()[1].replace('"smollm2"', '"tiny"').replace("samples=400", "samples=16, rank=4")
+    whole = snippets()[2].replace('"smollm2"', '"tiny"').replace("samples=400", "samples=16, rank=4")
     exec(f"import midblock\n{whole}", names)
     assert "engagement check: all 8 matrices moved" in capsys.readouterr().out
-    exec(snippets()[2].replace("mask=mask)", "mask=mask, rank=4)"), names)
+    exec(snippets()[3].replace("mask=mask)", "mask=mask, rank=4)"), names)
     assert isinstance(names["trained"], TrainResult)
     assert names["trained"].prefix["rows_from_cache"] == 24
     assert len(names["state"]) == 16

@@ -22,8 +22,8 @@ from midblock import stats
 from midblock.errors import DataError, SettingsError
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.quantities import label_of
-from midblock.results import Estimate, Table, TableResult
+from midblock.quantities import find, known, label_of
+from midblock.results import Answer, Estimate, Table, TableResult
 from midblock.segments import segment_bounds
 from midblock.settings import CorrelateSettings
 from midblock.stats.correlation import Method
@@ -69,6 +69,8 @@ class CorrelationResult(TableResult):
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
     """Folders read, quantities, notes."""
+    families: dict[str, str] = field(default_factory=dict)
+    """Quantity -> its family (`midblock.quantities`): two of one family measure nearly the same."""
 
     def matrix(self, method: Method = "pearson") -> pd.DataFrame:
         """Symmetric matrix of correlations, 1 on the diagonal, NaN where undefined."""
@@ -78,14 +80,42 @@ class CorrelationResult(TableResult):
             square.loc[row["a"], row["b"]] = square.loc[row["b"], row["a"]] = row["r"]
         return square
 
-    def strongest(self, count: int = 10, method: Method = "spearman") -> pd.DataFrame:
-        """The pairs with the largest absolute correlation below 1 (1: one quantity on two scales)."""
+    def strongest(self, count: int = 10, method: Method = "spearman", *, related: bool = False) -> pd.DataFrame:
+        """The pairs with the largest absolute correlation below 1 (1: one quantity on two scales).
+
+        Args:
+            count: How many.
+            method: ``pearson`` or ``spearman``.
+            related: Also pairs of one family (CKA and its debiased form), which go together by construction. They are
+                taken as well where there are no others.
+        """
         part = self.pairs[(self.pairs["method"] == method) & (self.pairs["r"].abs() < 1 - 1e-9)]
+        if not related:
+            apart = part[part["a"].map(self.families.get).fillna(part["a"])
+                         != part["b"].map(self.families.get).fillna(part["b"])]
+            part = apart if len(apart) else part
         order = part["r"].abs().sort_values(ascending=False, kind="stable").index
         return part.loc[order].head(count).drop(columns=["method", "reason"]).reset_index(drop=True)
 
-    def summary(self) -> str:
-        """In words: how many pairs hold up, and the strongest."""
+    def answer(self) -> Answer:
+        """The strongest correlation of two quantities of different families."""
+        shown: Method = "spearman" if (self.pairs["method"] == "spearman").any() else "pearson"
+        best = self.strongest(1, shown)
+        after = ("report", *self.counts["folders"])
+        if best.empty:
+            return Answer("No correlation is defined: every quantity is constant over depth, or one on two scales.",
+                          "Nothing can be said of which measures go together.", after)
+        row, part = best.iloc[0], self.pairs[self.pairs["method"] == shown]
+        interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+        return Answer(
+            f"Of quantities of different families, {_words(row['a'])} and {_words(row['b'])} go together most over "
+            f"depth: {shown} {row['r']:+.2f}{interval}, n = {int(row['n'])} {row['points'].split()[-1]}; "
+            f"{int((part['p_holm'] < 0.05).sum())} of {int(part['r'].notna().sum())} pairs have Holm p < 0.05.",
+            "Neighbouring layers are no independent points: this describes depth profiles, and chooses no block.",
+            after)
+
+    def details(self) -> list[str]:
+        """How many pairs hold up, and the strongest."""
         lines = []
         for method in METHODS:
             part = self.pairs[self.pairs["method"] == method]
@@ -101,7 +131,7 @@ class CorrelationResult(TableResult):
                          f"{row['points'].split()[-1]}, Holm p {row['p_holm']:.2g}.")
         lines.append("Neighbouring layers resemble each other, so that they are no independent points: p values and "
                      "intervals describe the depth profile and are too optimistic as tests.")
-        return "\n".join([*lines, *self.counts.get("notes", [])])
+        return [*lines, *self.counts.get("notes", [])]
 
     def figures(self) -> dict[str, Figure]:
         """One heatmap for each method; a star where Holm p is below 0.05."""
@@ -176,9 +206,9 @@ def correlate(folders: Sequence[Path | str], *, progress: Progress = silent,
                          f"{', '.join(list(prints.values())[:2])}).")
     num_blocks = _one_depth(depths)
     if chosen.metrics is not None:
-        known = {s.metric for s in series}
-        if absent := [m for m in chosen.metrics if m not in known]:
-            raise SettingsError(f"no metric {absent[0]!r} in the tables; there are: {', '.join(sorted(known))}.")
+        there = {s.metric for s in series}
+        if absent := [m for m in chosen.metrics if m not in there]:
+            raise SettingsError(f"no metric {absent[0]!r} in the tables; there are: {', '.join(sorted(there))}.")
         series = [s for s in series if s.metric in chosen.metrics]
     named = _named(series, notes)
     if len(named) < 2:
@@ -199,7 +229,8 @@ def correlate(folders: Sequence[Path | str], *, progress: Progress = silent,
             table.add("model", "depth", row["method"], "pair",
                       Estimate(row["r"], row["low"], row["high"], int(row["n"])), **extra)
     counts = {"folders": list(dict.fromkeys(map(str, folders))), "quantities": list(named), "notes": notes}
-    return CorrelationResult(table, pairs, layers, num_blocks, counts)
+    families = {name: find(s.metric).family if known(s.metric) else s.metric for name, s in named.items()}
+    return CorrelationResult(table, pairs, layers, num_blocks, counts, families)
 
 
 def _words(name: str) -> str:

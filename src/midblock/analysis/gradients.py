@@ -28,7 +28,7 @@ from midblock.errors import DataError
 from midblock.models import LoadedModel, kind_of, require_full_weights, split_fused, text_config
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table, TableResult
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import zone_means
 from midblock.settings import GradientSettings
 from midblock.training import MasterAdamW, Update, training_steps
@@ -137,9 +137,25 @@ class GradientsResult(TableResult):
     settings: GradientSettings
     counts: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    origin: Origin = UNNAMED
 
-    def summary(self) -> str:
-        """In words: where gradients are largest, and where a fine-tune moved the weights."""
+    def answer(self) -> Answer:
+        """Where the gradient is largest."""
+        stage, frame = self.stages[0], self.frame
+        part = frame[(frame["side"] == stage) & (frame["matrix"] == "all") & (frame["metric"] == METRICS[1])]
+        top = part.loc[part["value"].idxmax()]
+        means = zone_means(part["layer"], part["value"], self.num_blocks - 1)
+        interval = "" if math.isnan(top["low"]) else f" [{top['low']:.3g}, {top['high']:.3g}]"
+        return Answer(
+            f"{stage}: the gradient relative to the weights is largest in block {int(top['layer'])} of 0 to "
+            f"{self.num_blocks - 1}: {top['value']:.3g}{interval}, n = {int(top['n'])} batches (mean "
+            + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").",
+            "A large gradient says where the loss pushes, not what tuning there gains; no score is shown to choose "
+            "better than the fixed middle.",
+            self.origin.words("locate", models=1))
+
+    def details(self) -> list[str]:
+        """Where gradients are largest, and where a fine-tune moved the weights."""
         frame = self.frame
         lines = []
         for stage in self.stages:
@@ -153,7 +169,7 @@ class GradientsResult(TableResult):
                 where = f"block {top} (depth {top / max(1, self.num_blocks - 1):.2f}: {part[top]:.4g})"
                 lines.append(f"{stage}: {metric} is largest at {where}; "
                              + ", ".join(f"{name} {value:.4g}" for name, value in zones.items()) + ".")
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Each quantity over depth, and a heatmap of block by matrix."""
@@ -213,7 +229,8 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         losses[key] = _measure(table, key, loaded, batches, chosen, progress)
     for row in table.rows:
         row["data"] = dataset.name
-    return GradientsResult(table, list(by_name), loaded.anatomy.num_blocks, chosen, counts, losses)
+    return GradientsResult(table, list(by_name), loaded.anatomy.num_blocks, chosen, counts, losses,
+                           Origin(tuple(m.spec for m in by_name.values()), dataset.spec))
 
 
 def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batch], settings: GradientSettings,

@@ -29,7 +29,7 @@ from midblock.data import Batch, Dataset
 from midblock.models import LoadedModel, shared_parts, shared_unembeddings
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.settings.lens import LensSettings
 
 if TYPE_CHECKING:
@@ -206,6 +206,10 @@ class _LensSums:
                 self._values[key][:, rows] = value
 
 
+_SAME_NATS = 1e-6
+"""Predictions whose KL divergence is below this are the same."""
+
+
 @dataclass
 class LensResult(TableResult):
     """Read-out of every hidden state, per stage and between stages."""
@@ -221,6 +225,7 @@ class LensResult(TableResult):
     """Tokens that the mean difference of the states speaks for (`lens_tokens.difference_tokens`), per ``stage``."""
     kl_tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Tokens of the data with the largest KL of the last hidden state (`lens_tokens.LargestKL.frame`)."""
+    origin: Origin = UNNAMED
 
     def emergence(self, stage: str, share: float = 0.5) -> int | None:
         """First hidden state whose accuracy reaches ``share`` of the last one's."""
@@ -231,16 +236,44 @@ class LensResult(TableResult):
         reached = part[part["value"] >= share * part["value"].iloc[-1]]
         return int(reached["layer"].iloc[0])
 
-    def summary(self) -> str:
-        """In words: where the prediction emerges, and where the stages part."""
+    def _at(self, metric: str, side: str, layer: int, column: str = "side") -> Estimate:
         frame = self.frame
+        row = frame[(frame["metric"] == metric) & (frame[column] == side) & (frame["layer"] == layer)].iloc[0]
+        return Estimate(row["value"], row["low"], row["high"], int(row["n"]))
+
+    def answer(self) -> Answer:
+        """How well the last hidden state predicts, from where on, and what tuning changed there."""
+        last, first = self.num_hidden - 1, self.stages[0]
+        own, where = self._at("accuracy", first, last), self.emergence(self.stages[-1])
+        at = "" if where is None else (f"Half of the last accuracy is there from hidden {where} of {last} on"
+                                       f"{' (of those read)' if self.settings.every > 1 else ''}. ")
+        means = f"{at}The lens shows where predictions form, not which blocks to tune."
+        base = f"{first} {own.value:.3g} [{own.low:.3g}, {own.high:.3g}]"
+        if len(self.stages) == 1:
+            return Answer(f"Next-token accuracy of the last hidden state: {base}, n = {own.n} samples.", means,
+                          self.origin.words("locate"))
+        pair = comparisons(self.stages)[0]
+        kl = self.frame[(self.frame["metric"] == "kl") & (self.frame["stage"] == side_of(pair))]["value"]
+        if not (kl.abs() > _SAME_NATS).any():
+            return Answer(f"{side_of(pair)}: no change in the predictions of any hidden state read, n = {own.n} "
+                          f"samples; accuracy at the last: {base}.",
+                          "Both models predict the same on these samples: there is nothing to locate.")
+        tuned = self._at("accuracy", pair[0], last)
+        change = self.frame[(self.frame["metric"] == "accuracy") & (self.frame["side"] == "difference")
+                            & (self.frame["stage"] == side_of(pair)) & (self.frame["layer"] == last)].iloc[0]
+        return Answer(f"Next-token accuracy of the last hidden state: {base}, {pair[0]} {tuned.value:.3g}, change "
+                      f"{change['value']:+.3g} [{change['low']:+.3g}, {change['high']:+.3g}], n = {own.n} samples.",
+                      means, self.origin.words("swap"))
+
+    def details(self) -> list[str]:
+        """Where the prediction emerges, and where the stages part."""
+        frame, at = self.frame, self._at
         last = self.num_hidden - 1
-
-        def at(metric: str, side: str, layer: int, column: str = "side") -> Estimate:
-            row = frame[(frame["metric"] == metric) & (frame[column] == side) & (frame["layer"] == layer)].iloc[0]
-            return Estimate(row["value"], row["low"], row["high"], int(row["n"]))
-
         lines = []
+        if self.settings.every > 1:
+            read = sorted(int(h) for h in frame["layer"].unique())
+            lines.append(f"Read: {len(read)} of {self.num_hidden} hidden states (one in {self.settings.every}, and the "
+                         "last). What happens between two of them was not looked at.")
         for stage in self.stages:
             final, where = at("accuracy", stage, last), self.emergence(stage)
             lines.append(f"{stage}: next-token accuracy {final.value:.4f} [{final.low:.4f}, {final.high:.4f}] at the "
@@ -259,7 +292,7 @@ class LensResult(TableResult):
                          f"{int(top['layer'])}; the most likely token agrees on {final.value:.1%} of positions at "
                          "the last.")
             lines += self._token_lines(side_of(pair))
-        return "\n".join(lines)
+        return lines
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """``trace``, ``difference_tokens`` and ``kl_tokens``."""
@@ -368,7 +401,7 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
                       inputs.counts(counted_tokens=int(found.tokens.sum())),
                       _trace_rows(found, inputs.rows, inputs.first.tokenizer),
                       _spoken(differences, found.tokens, inputs, hidden, chosen),
-                      found.largest.frame(inputs.rows, inputs.first.tokenizer))
+                      found.largest.frame(inputs.rows, inputs.first.tokenizer), inputs.origin)
 
 
 def _spoken(differences: MeanDifferences, tokens: Tensor, inputs: Inputs, hidden: Sequence[int],

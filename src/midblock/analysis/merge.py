@@ -26,12 +26,13 @@ from midblock.analysis.passes import draw, encode, load_stages
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
 from midblock.capture import score_batch
 from midblock.data import Dataset
+from midblock.data.registry import task_words
 from midblock.errors import OutputError, PairMismatchError, SettingsError
 from midblock.models import LoadedModel, require_full_weights, save_checkpoint
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table, TableResult
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
 
@@ -290,6 +291,7 @@ class MergeResult(TableResult):
     settings: MergeSettings
     counts: dict[str, Any] = field(default_factory=dict)
     """Samples, tokens and rows cut; folders written."""
+    origin: Origin = UNNAMED
 
     def scores(self) -> pd.DataFrame:
         """One row a model (base, tuned, merged ones): loss, accuracy, perplexity and change of the loss."""
@@ -310,8 +312,31 @@ class MergeResult(TableResult):
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def summary(self) -> str:
-        """In words: the best merged model of each pair against both ends."""
+    def answer(self) -> Answer:
+        """The best merged model against the tuned one."""
+        written = self.counts.get("written", [])
+        if self.frame.empty:
+            return Answer(f"Written: {', '.join(written)}.", "Nothing was scored; give data to compare with both ends.")
+        pair, frame = comparisons(self.stages)[0], self.frame
+        part = frame[(frame["stage"] == side_of(pair)) & (frame["metric"] == "loss")]
+        merged = part[part["side"] == "merged"]
+        best = merged.loc[merged["value"].idxmin()]
+        against = part[(part["layer"] == best["layer"]) & (part["against"] == pair[0])].iloc[0]
+        found = (f"Shares {best['layer']} of {pair[0]} give {best['value']:.4f} nats a token, {against['value']:+.4f} "
+                 f"[{against['low']:+.4f}, {against['high']:+.4f}] against {pair[0]}, n = {int(best['n'])} samples.")
+        if against["high"] < 0:
+            means = f"Better than {pair[0]} itself on this data: its other segments can be taken back."
+        elif against["low"] > 0:
+            means = f"Worse than {pair[0]}: what is taken back there is part of what tuning gained."
+        else:
+            means = f"Not told apart from {pair[0]} on these samples: more are needed to say whether anything is lost."
+        keep = () if written else self.origin.words("merge", "--alphas", str(best["layer"]), "--save", "merged-model",
+                                                    data=False)
+        return Answer(found, means, keep or (("evaluate", written[0], *task_words(self.origin.data)) if written and
+                                             self.origin.data else ()))
+
+    def details(self) -> list[str]:
+        """The best merged model of each pair against both ends."""
         frame = self.frame
         lines = []
         for pair in comparisons(self.stages):
@@ -327,7 +352,7 @@ class MergeResult(TableResult):
             lines.append(f"{side_of(pair)}: of {len(merged)} merged model{'s' if len(merged) > 1 else ''}, "
                          f"{best['layer']} has the lowest loss: {', '.join(words)}; n = {int(best['n'])} samples.")
         lines += [f"Written: {folder}" for folder in self.counts.get("written", [])]
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Paired change of loss and accuracy of every merged model against both ends."""
@@ -399,7 +424,8 @@ def merge(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMo
         save_merged(by_name[pair[1]], by_name[pair[0]], setting, folder, chosen.alpha_rest)
         progress("save", len(counts.setdefault("written", [])) + 1, len(folders), note=folder.name)
         counts["written"].append(str(folder))
-    return MergeResult(table, keys, chosen, counts)
+    spec = "" if data is None else data if isinstance(data, str) else data.spec
+    return MergeResult(table, keys, chosen, counts, Origin(tuple(m.spec for m in by_name.values()), spec))
 
 
 def _all_alphas(alphas: Any) -> list[tuple[float, ...]]:

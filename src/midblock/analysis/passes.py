@@ -24,7 +24,7 @@ from midblock.models.chain import comparisons, resolve_stages, stage_names
 from midblock.models.inference import many_unembeddings
 from midblock.models.state import load_state, save_state
 from midblock.progress import Progress, silent
-from midblock.results import Table
+from midblock.results import Origin, Table
 from midblock.writing import recomputed
 
 __all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare"]
@@ -88,6 +88,11 @@ class Inputs:
         """Batches of the rows, or of some of them, on the CPU."""
         return make_batches(self.rows if rows is None else rows, batch_size=self.batch_size,
                             pad_id=pad_token_id(self.first.tokenizer))
+
+    @property
+    def origin(self) -> Origin:
+        """What is measured, in the words that name it again."""
+        return Origin(tuple(m.spec for m in self.stages.values()), self.dataset.spec)
 
     def named(self, table: Table) -> Table:
         """The table with the data set's name in every row (column ``data``)."""

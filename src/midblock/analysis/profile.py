@@ -19,9 +19,9 @@ from midblock.errors import DataError
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
-from midblock.quantities import FAMILIES, moved, quantities
-from midblock.results import Table, TableResult
-from midblock.segments import zone_means
+from midblock.quantities import FAMILIES, label_of, moved, quantities
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
+from midblock.segments import ZONES, where_most, zone_means
 from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ProfileResult(TableResult):
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Debiased CKA of every hidden state of one stage with every one of another: columns ``stage``, ``layer`` (of the
     earlier stage), ``other`` (of the later) and ``cka_debiased``."""
+    origin: Origin = UNNAMED
 
     @property
     def sums(self) -> dict[str, int]:
@@ -72,8 +73,32 @@ class ProfileResult(TableResult):
                          "there": None if peak is None else peak["value"]})
         return pd.DataFrame(rows)
 
-    def summary(self) -> str:
-        """In words: where the largest change sits, per comparison."""
+    def answer(self) -> Answer:
+        """Where hidden states changed most."""
+        pair = comparisons(self.stages)[0]
+        stage, last, n = side_of(pair), self.num_hidden - 1, self.counts["pooled_samples"]
+        regions = self.regions()
+        part = regions[regions["stage"] == stage].set_index("metric")
+        if part["largest at hidden"].isna().all():
+            return Answer(f"{stage}: no change at any of {self.num_hidden} hidden states, n = {n} samples.",
+                          "Both models compute the same on these samples: there is nothing to locate.")
+        row = part.loc["change_intensity_relative"]
+        if pd.isna(row["largest at hidden"]):
+            row = part.loc[part["largest at hidden"].first_valid_index()]
+        h, frame = int(row["largest at hidden"]), self.frame
+        found = frame[(frame["stage"] == stage) & (frame["metric"] == row.name) & (frame["layer"] == h)].iloc[0]
+        means = {str(zone): row[zone] for zone in ZONES}
+        told = ", ".join(f"{zone} {value:.3g}" for zone, value in means.items() if not pd.isna(value))
+        return Answer(
+            f"{stage}: hidden states moved most at hidden {h} of {last}: {label_of(str(row.name), unit='').lower()} "
+            f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}], n = {int(found['n'])} samples "
+            f"(mean {told}).",
+            f"By that measure {where_most(means, 'hidden states')}. Where states move says what tuning did; swap "
+            "measures which blocks carry it.",
+            self.origin.words("swap"))
+
+    def details(self) -> list[str]:
+        """Where the largest change sits, per comparison."""
         lines = []
         regions = self.regions()
         for pair in comparisons(self.stages):
@@ -94,7 +119,7 @@ class ProfileResult(TableResult):
                          f"middle {middle:.4f}, late {late:.4f}.")
         lines.append("Sample-level intervals are t intervals of the mean; dataset-level ones resample samples "
                      f"({self.settings.resampling} bootstrap, {self.settings.replicates} replicates).")
-        return "\n".join(lines)
+        return lines
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """``layers``."""
@@ -203,7 +228,7 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
               "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
               "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
               "batches": len(batches), "hidden_size": anatomy.hidden_size}
-    return ProfileResult(table, keys, num_hidden, chosen, counts, _layers(pooled, pairs))
+    return ProfileResult(table, keys, num_hidden, chosen, counts, _layers(pooled, pairs), inputs.origin)
 
 
 _LAYER_SAMPLES = 400

@@ -25,7 +25,7 @@ from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, side_of, stage_names
 from midblock.progress import Progress, silent
 from midblock.quantities import moved, unchanged
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.settings import ProfileSettings
 from midblock.writing import read_written, recomputed, write_sealed
 
@@ -53,9 +53,11 @@ class StabilityResult(TableResult):
         """``layers``."""
         return {"layers": self.layers}
     """As of a profile, the mean over the seeds."""
+    origin: Origin = UNNAMED
 
     def _as_profile(self) -> ProfileResult:
-        return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts, self.layers)
+        return ProfileResult(self.table, self.stages, self.num_hidden, self.settings, self.counts, self.layers,
+                             self.origin)
 
     def regions(self) -> pd.DataFrame:
         """As `ProfileResult.regions`, of the means over seeds, and where the change is significant.
@@ -70,9 +72,14 @@ class StabilityResult(TableResult):
                                   zip(regions["stage"], regions["metric"], strict=True)]
         return regions
 
-    def summary(self) -> str:
-        """In words: where the change is, and at how many depths it is there with every seed."""
-        lines = self._as_profile().summary().split("\n")[:-1]
+    def answer(self) -> Answer:
+        """As of a profile; n counts seeds."""
+        own = self._as_profile().answer()
+        return replace(own, found=own.found.replace(" samples", " seeds"))
+
+    def details(self) -> list[str]:
+        """Where the change is, and at how many depths it is there with every seed."""
+        lines = self._as_profile().details()[:-1]
         regions = self.regions()
         level = 1 - self.settings.confidence
         for pair in comparisons(self.stages):
@@ -84,7 +91,7 @@ class StabilityResult(TableResult):
         if share > 0.2:
             lines.append(f"Each seed draws {share:.0%} of the data set, so that the draws share samples: the intervals "
                          "speak about draws from this data set and are too short for new data.")
-        return "\n".join([*lines, f"Intervals are t intervals over the {len(self.seeds)} seeds."])
+        return [*lines, f"Intervals are t intervals over the {len(self.seeds)} seeds."]
 
     def figures(self) -> dict[str, Figure]:
         """The figures of a profile, with means and intervals over the seeds."""
@@ -156,7 +163,8 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     least = {name: int(min(c[name] for c in counts)) for name in ("pooled_samples", "token_samples")}
     total = {**counts[0], **least, "truncated": max(c.get("truncated", 0) for c in counts),
              "seeds": numbers, "share_drawn": min(1.0, wanted / max(1, len(dataset.examples))), "by_seed": counts}
-    found = StabilityResult(Table(), keys, models[0].anatomy.num_blocks + 1, chosen, numbers, total)
+    found = StabilityResult(Table(), keys, models[0].anatomy.num_blocks + 1, chosen, numbers, total,
+                            origin=Origin(tuple(m.spec for m in models), dataset.spec))
     together = pd.concat(likeness)
     if not together.empty:
         together = together.groupby(["stage", "layer", "other"], sort=False, as_index=False).agg(

@@ -35,7 +35,7 @@ from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Kind, Table, TableResult
+from midblock.results import UNNAMED, Answer, Kind, Origin, Table, TableResult
 from midblock.segments import format_blocks
 from midblock.settings.steer import Positions, SteerSettings
 
@@ -138,6 +138,7 @@ class SteerResult(TableResult):
     vectors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """(comparison, block) -> steering vector (d,); empty after patching."""
     counts: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = UNNAMED
     tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
     """What each vector speaks for through the earlier stage's final norm and head (the activation difference lens of
     `midblock.analysis.lens_tokens`): columns ``stage``, ``block``, ``rank``, ``token``, ``id``, ``probability``."""
@@ -146,15 +147,38 @@ class SteerResult(TableResult):
         """``direction_tokens``."""
         return {"direction_tokens": self.tokens}
 
-    def summary(self) -> str:
-        """In words: where, and how strongly, the change moves the base towards the tuned model."""
+    def _best(self, stage: str) -> pd.Series:
+        frame = self.frame
+        change = frame[(frame["stage"] == stage) & (frame["metric"] == "loss") & (frame["side"] == "difference")
+                       & (frame["alpha"].abs() > 0)]
+        return change.loc[change["value"].idxmin()]
+
+    def answer(self) -> Answer:
+        """Where the change helps the base most, and whether beyond chance."""
+        pair = comparisons(self.stages)[0]
+        best, frame = self._best(side_of(pair)), self.frame
+        n = int(best["n"])
+        own = frame[(frame["stage"] == side_of(pair)) & (frame["kind"] == "model")
+                    & (frame["metric"] == "loss")].set_index("side")["value"]
+        gap = own[pair[0]] - own[pair[1]]
+        where = f"block {best['layer']}" if best["kind"] == "block" else f"blocks {best['layer']} at once"
+        found = (f"The {self.what} of {side_of(pair)} put into {pair[1]} at {where}, strength {best['alpha']:g}, "
+                 f"changes the loss most: {best['value']:+.4f} nats a token [{best['low']:+.4f}, {best['high']:+.4f}], "
+                 f"n = {n} samples ({pair[0]} itself {gap:+.4f}).")
+        if best["high"] < 0:
+            return Answer(found, "Part of what tuning changed can be carried there by hidden states alone; swap says "
+                          "which blocks carry it in their weights.", self.origin.words("swap"))
+        return Answer(found, "Nothing here lowers the loss beyond chance on so few samples; take more, or other "
+                      "blocks.", self.origin.words("steer", "--samples", str(8 * n)))
+
+    def details(self) -> list[str]:
+        """Where, and how strongly, the change moves the base towards the tuned model."""
         frame = self.frame
         lines = []
         for later, earlier in comparisons(self.stages):
             part = frame[frame["stage"] == side_of((later, earlier))]
             own = part[(part["kind"] == "model") & (part["metric"] == "loss")].set_index("side")["value"]
-            change = part[(part["metric"] == "loss") & (part["side"] == "difference") & (part["alpha"].abs() > 0)]
-            best = change.loc[change["value"].idxmin()]
+            best = self._best(side_of((later, earlier)))
             where = f"block {best['layer']}" if best["kind"] == "block" else f"blocks {best['layer']} at once"
             gap = f"{later} itself differs from {earlier} by {own[later] - own[earlier]:+.4f} nats"
             lines.append(f"{self.what} of {side_of((later, earlier))} in {earlier}: the loss falls most or rises least "
@@ -166,7 +190,7 @@ class SteerResult(TableResult):
                 words = words[words["block"] == at]
                 lines.append(f"The direction of block {at} speaks for " + ", ".join(
                     f"{t!r} ({p:.2g})" for t, p in zip(words["token"], words["probability"], strict=True)) + ".")
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Paired change of loss and accuracy, by block (a line per strength) or by strength."""
@@ -179,14 +203,14 @@ class SteerResult(TableResult):
                          & (frame["kind"] != "model")]
             suffix = f"-{side_of(pair)}" if len(self.stages) > 2 else ""
             for metric in ("loss", "accuracy"):
-                rows = part[part["metric"] == metric]
+                rows = part[(part["metric"] == metric) & (part["alpha"] != 0)]
                 by_block = (rows["kind"] == "block").all() and rows["layer"].nunique() > 1
                 drawn = rows.assign(strength=rows["alpha"].map(lambda a: f"strength {a:g}"),
                                     place=rows["layer"].map(lambda b: f"block {b}"))
                 made[f"steer-{metric}{suffix}"] = lines(
                     drawn, "layer" if by_block else "alpha", hue="strength" if by_block else "place", zero=True,
                     x_label="block" if by_block else "strength", y_label=f"change of {label_of(metric).lower()}",
-                    title=f"{self.what} of {side_of(pair)} put into {pair[1]}")
+                    title=f"{self.what.capitalize()} of {side_of(pair)} put into {pair[1]}")
         return made
 
 
@@ -261,7 +285,7 @@ class _Variants:
                     add_scores(table, kind, layer, earlier, found, mean, **extra, alpha=alpha)
                     add_changes(table, kind, layer, found, own, mean, **extra, alpha=alpha)
         return SteerResult(self.inputs.named(table), self.inputs.names, self.settings, what, vectors,
-                           self.inputs.counts(scored_samples=len(rows), **counts))
+                           self.inputs.counts(scored_samples=len(rows), **counts), self.inputs.origin)
 
 
 def steer(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,

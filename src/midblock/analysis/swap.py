@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,14 +28,19 @@ from midblock.models.chain import comparisons, side_of
 from midblock.models.inference import many_unembeddings
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
-from midblock.results import Table, TableResult
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import segment_blocks
 from midblock.settings.swap import SwapSettings
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["SwapResult", "swap"]
+
+
+_SAME_NATS = 1e-9
+"""Scores under two heads that differ by less are drawn once."""
 
 
 @dataclass
@@ -45,9 +51,46 @@ class SwapResult(TableResult):
     stages: list[str]
     settings: SwapSettings
     counts: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = UNNAMED
 
-    def summary(self) -> str:
-        """In words: which swap helps or harms most, per recipient and head."""
+    def changes(self, metric: str = "loss", *, recipient: str | None = None, donor: str | None = None) -> pd.DataFrame:
+        """Paired changes of one recipient with its own head, one row a mask.
+
+        Args:
+            metric: ``loss``, ``accuracy`` or ``perplexity``.
+            recipient: Default the first stage.
+            donor: Default the second stage.
+        """
+        recipient, donor = recipient or self.stages[0], donor or self.stages[1]
+        frame = self.frame
+        return frame[(frame["metric"] == metric) & (frame["side"] == "difference") & (frame["head"] == recipient)
+                     & (frame["recipient"] == recipient) & (frame["donor"] == donor)]
+
+    def answer(self) -> Answer:
+        """Which tuned segment, placed in the base, lowers the loss most, and which carry part of the gain."""
+        base, tuned = self.stages[:2]
+        part = self.changes()
+        n = int(part["n"].iloc[0])
+        if not part["value"].abs().gt(0).any():
+            return Answer(f"No change: every segment of {tuned} in {base} leaves the loss as it is, n = {n} samples.",
+                          "Both models compute the same on these samples: there is nothing to locate.")
+        best = part.loc[part["value"].idxmin()]
+        carrying = list(part.loc[part["high"] < 0, "layer"])
+        found = (f"{tuned}'s segment {best['layer']} in {base} changes the loss most: {best['value']:+.4f} nats a "
+                 f"token [{best['low']:+.4f}, {best['high']:+.4f}], n = {n} samples.")
+        again = self.origin.words("swap", "--samples", str(4 * n))
+        if not carrying:
+            return Answer(found, "No swapped segment lowers the loss beyond chance on so few samples; take more.",
+                          again)
+        if len(carrying) == len(part) > 1 and _indistinct(part):
+            means = "Every segment carries part of what tuning gained, none clearly most: no block stands out here."
+        else:
+            means = (f"{', '.join(carrying)} carr{'ies' if len(carrying) == 1 else 'y'} part of what tuning gained: "
+                     "candidates for --mask, which only a sweep can prove.")
+        return Answer(found, means, self.origin.words("tune", "--mask", str(best["layer"]), "--dry-run", models=1))
+
+    def details(self) -> list[str]:
+        """Which swap helps or harms most, per recipient and head."""
         frame = self.frame
         lines = []
         for later, earlier in comparisons(self.stages):
@@ -61,7 +104,7 @@ class SwapResult(TableResult):
                     return f"{row['layer']} ({row['value']:+.4f} nats [{row['low']:+.4f}, {row['high']:+.4f}])"
                 lines.append(f"{donor} segments in {recipient} ({recipient} head): the loss falls most or rises least "
                              f"with {told(best)}, rises most with {told(worst)}; n = {int(best['n'])} samples.")
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Paired change of loss and accuracy by mask, for each recipient and head."""
@@ -71,13 +114,24 @@ class SwapResult(TableResult):
         frame = frame[frame["side"] == "difference"]
         made = {}
         for metric in ("loss", "accuracy"):
-            part = frame[frame["metric"] == metric].assign(
-                series=lambda f: f["donor"] + " in " + f["recipient"] + ", " + f["head"] + " head")
+            part = frame[frame["metric"] == metric]
+            heads = part.groupby(["recipient", "donor", "layer"])["value"].agg(lambda v: float(np.ptp(v)))
+            if (heads < _SAME_NATS).all():  # tied or unchanged heads: one of the two says it
+                part = part[part["head"] == part["recipient"]]
+                part = part.assign(series=part["donor"] + " in " + part["recipient"])
+            else:
+                part = part.assign(series=part["donor"] + " in " + part["recipient"] + ", " + part["head"] + " head")
             made[f"swap-{metric}"] = segment_bars(
                 part, metric=metric, hue="series", label_title="segments swapped (input side first)",
                 value_label=label_of(metric, change=True),
                 title=f"{label_of(metric, unit='')} with segments of another model, against the model as it is")
         return made
+
+
+def _indistinct(part: pd.DataFrame) -> bool:
+    """Whether every interval overlaps that of the best."""
+    best = part.loc[part["value"].idxmin()]
+    return bool((part["low"] <= best["high"]).all())
 
 
 def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None = None, *,
@@ -139,7 +193,7 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
                 done += num_blocks - run.start
                 progress("swap", done, total, note=f"{run.donor} in {run.recipient}")
     table = inputs.named(_table(scores, [nothing, *masks], nothing, chosen))
-    return SwapResult(table, keys, chosen, inputs.counts(**({"not_resumed": whole} if whole else {})))
+    return SwapResult(table, keys, chosen, inputs.counts(**({"not_resumed": whole} if whole else {})), inputs.origin)
 
 
 @dataclass

@@ -36,7 +36,7 @@ from midblock.models import (
     split_fused,
     text_config,
 )
-from midblock.models.summary import model_skeleton
+from midblock.models.skeleton import model_skeleton
 from midblock.segments import format_blocks
 
 __all__ = ["ATTENTION_KINDS", "EXPERT_KINDS", "Operand", "Plan", "Slab", "Stage", "Weight", "correspondence",

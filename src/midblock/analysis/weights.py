@@ -33,8 +33,9 @@ from midblock.errors import SettingsError
 from midblock.models import LoadedModel, split_fused
 from midblock.models.chain import comparisons, side_of, stage_names
 from midblock.progress import Progress, silent
-from midblock.results import Table, TableResult
-from midblock.segments import depth, zone_means
+from midblock.quantities import matrix_order
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
+from midblock.segments import ZONES, depth, format_blocks, where_most, zone_means
 from midblock.settings.weights import WeightsSettings
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class WeightsResult(TableResult):
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
     """Bytes and weights compared, tying, what was left out, notes, whether spectra were taken."""
+    origin: Origin = UNNAMED
 
     def by_block(self, stage: str | None = None, metric: str = "weight_change") -> pd.DataFrame:
         """One row a block, one column a group or kind of matrix, of one comparison.
@@ -81,26 +83,64 @@ class WeightsResult(TableResult):
         part = part[~single_norm]
         wide = part.pivot_table(index="layer", columns="matrix", values="value", aggfunc="mean", sort=False)
         first = [g for g in (*GROUPS, "all") if g in wide]
-        wide = wide[[*first, *(c for c in wide if c not in (*first, "bias"))]]
+        wide = wide[[*first, *matrix_order([c for c in wide if c not in (*first, "bias")])]]
         wide.columns.name = None
         wide.insert(0, "depth", [round(depth(int(b), self.num_blocks), 3) for b in wide.index])
         return wide.reset_index(names="block")
 
     def regions(self) -> pd.DataFrame:
-        """Mean change of early (depth < 0.2), middle and late (> 0.8) blocks, and the largest, per group."""
+        """Mean change of early (depth < 0.2), middle and late (> 0.8) blocks, and the largest, per group.
+
+        Blocks that did not change are left out of the means; a zone without any other is empty.
+        """
         frame = self.frame
         frame = frame[(frame["kind"] == "block") & frame["tensor"].isna() & (frame["side"] == "difference")]
         rows = []
         for (stage, metric, matrix), part in frame.groupby(["stage", "metric", "matrix"], sort=False):
             peak = part.loc[part["value"].idxmax()] if (part["value"] > 0).any() else None
+            moved = part[part["value"] > 0]
             rows.append({"stage": stage, "metric": metric, "matrix": matrix,
-                         **zone_means(part["layer"].astype(int), part["value"], self.num_blocks - 1),
+                         **zone_means(moved["layer"].astype(int), moved["value"], self.num_blocks - 1),
                          "largest at block": None if peak is None else int(peak["layer"]),
                          "there": None if peak is None else float(peak["value"])})
         return pd.DataFrame(rows)
 
-    def summary(self) -> str:
-        """In words: where the weights moved most, absolutely and relative to their size."""
+    def changed(self, stage: str | None = None) -> list[int]:
+        """The blocks in which any weight differs, of one comparison (default the first)."""
+        stage = stage or side_of(comparisons(self.stages)[0])
+        frame = self.frame
+        own = frame[(frame["kind"] == "block") & (frame["stage"] == stage) & (frame["metric"] == "weight_change")
+                    & (frame["value"] > 0)]
+        return sorted({int(b) for b in own["layer"]})
+
+    def answer(self) -> Answer:
+        """Which blocks changed, how much, and where most."""
+        stage = side_of(comparisons(self.stages)[0])
+        blocks = self.changed(stage)
+        if not blocks:
+            outside = self._outside(stage)
+            return Answer(f"{stage}: {f'only {outside} changed, no block' if outside else 'no weight differs'} "
+                          f"(all of {self.num_blocks} blocks compared).",
+                          "There is nothing to locate in the blocks of this pair.")
+        row = self.regions().set_index(["stage", "metric", "matrix"]).loc[(stage, "weight_change_relative", "all")]
+        which = "all" if len(blocks) == self.num_blocks else f"{len(blocks)} of {self.num_blocks}"
+        means = {str(zone): row[zone] for zone in ZONES}
+        told = ", ".join(f"{zone} {value:.3g}" for zone, value in means.items() if not pd.isna(value))
+        return Answer(
+            f"{stage}: {which} blocks changed ({format_blocks(blocks)}), relative to their weights by {told}; most in "
+            f"block {int(row['largest at block'])} ({row['there']:.3g}); every weight was compared.",
+            f"By the weights {where_most(means, 'blocks' if which == 'all' else 'the changed blocks')}. That says what "
+            "tuning moved, not which blocks are best to tune.",
+            self.origin.words("profile", "--data", "arithmetic", data=False))
+
+    def _outside(self, stage: str) -> str:
+        frame = self.frame
+        own = frame[(frame["stage"] == stage) & (frame["metric"] == "weight_change") & (frame["kind"] == "model")
+                    & (frame["value"] > 0)]
+        return ", ".join(own["layer"].unique())
+
+    def details(self) -> list[str]:
+        """Where the weights moved most, absolutely and relative to their size, per comparison."""
         lines = []
         regions = self.regions().set_index(["stage", "metric", "matrix"])
         frame = self.frame
@@ -127,14 +167,13 @@ class WeightsResult(TableResult):
             if len(ranks := ranks.dropna()):
                 lines.append(f"{stage}: mean effective rank of the difference: "
                              + ", ".join(f"{matrix} {rank:.1f}" for matrix, rank in ranks.items()) + ".")
-            blocks = own[(own["kind"] == "block") & (own["matrix"] == "all")]
-            outside = own[(own["kind"] == "model") & (own["value"] > 0)]["layer"].unique()
-            changed = int((blocks["value"] > 0).sum())
-            lines.append(f"{stage}: {changed} of {self.num_blocks} blocks changed; outside them: "
-                         f"{', '.join(outside) if len(outside) else 'nothing'}.")
+            blocks = self.changed(stage)
+            lines.append(f"{stage}: {len(blocks)} of {self.num_blocks} blocks changed"
+                         f"{f' ({format_blocks(blocks)})' if blocks else ''}; outside them: "
+                         f"{self._outside(stage) or 'nothing'}.")
         if self.counts.get("tied"):
             lines.append("The head is tied to the embeddings and stands under their name.")
-        return "\n".join([*lines, *self.counts.get("notes", [])])
+        return [*lines, *self.counts.get("notes", [])]
 
     def figures(self) -> dict[str, Figure]:
         """Change by block and group, absolute and relative, and the relative change as a heatmap."""
@@ -237,7 +276,8 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),
               "bytes": sum(s.source.nbytes for s in chain), "tied": plan.tied, "left_out": plan.left_out,
               "notes": plan.notes, "spectra": spectra}
-    return WeightsResult(table, keys, plan.num_blocks, counts)
+    named = Origin(tuple(s.spec if isinstance(s, LoadedModel) else str(s) for s in specs))
+    return WeightsResult(table, keys, plan.num_blocks, counts, named)
 
 
 def _place(weight: Weight) -> tuple[Literal["block", "model"], int | str]:

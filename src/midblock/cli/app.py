@@ -18,6 +18,7 @@ import typer
 
 from midblock import __version__, extras
 from midblock.cli import console
+from midblock.cli.answers import remember
 from midblock.cli.endings import Ended, check_words, foreseen, signals_end_as_interrupts
 from midblock.errors import MidblockError
 
@@ -93,6 +94,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     if not debug:
         _quiet_third_parties()
     console.reset()
+    remember(words)
     signalled: list[Ended] = []
     console.show_log()
     try:
@@ -117,10 +119,12 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (what := foreseen(error)) is None:
             raise
-        return _fail(f"{what}{_again(words)}.", USER_MISTAKE, debug)
+        return _fail(f"{what}{_again(words) or 'repeat the command.'}", USER_MISTAKE, debug)
     if code == INTERRUPTED:  # of a signal too: typer makes one of every KeyboardInterrupt
         how, code = (f"Ended by {signalled[0].name}", signalled[0].exit_code) if signalled else ("Interrupted", code)
-        console.note(f"{how}; to continue, {_again(words)}.")
+        again = _again(words)
+        console.note(f"{how}; to continue, run:" if again else f"{how}; to go on, repeat the command.",
+                     again.removeprefix("run: "))
     return code if isinstance(code, int) else 0
 
 
@@ -154,8 +158,9 @@ def _can_resume(words: Sequence[str]) -> bool:
 
 
 def _again(words: Sequence[str]) -> str:
+    """How to continue, without a full stop, so that the line can be pasted; empty where there is no way."""
     if not _can_resume(words):
-        return "repeat the command"
+        return ""
     again = [*words, *([] if "--resume" in words else ["--resume"])]
     return f"run: {shlex.join(['midblock', *again])}"
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Out
 from midblock.settings.compare import CompareSettings
@@ -37,11 +38,14 @@ def compare(a: Log, b: Log, settings: CompareSettings, out: Out = None) -> None:
         console.warn(note)
     shown = result.frame[["task", "metric", "n", "a", "b", "difference", "low", "high", "p_holm", "conclusion"]]
     console.print_table(shown, title="A against B")
-    console.say(result.summary())
+    for line in result.details():
+        console.say(line)
     if out is not None:
         with RunFolder(out, command="compare", settings={"a": str(a), "b": str(b), **settings.model_dump()}) as run:
             run.write_table(result.table)
             run.write_table(result.frame, "compare.csv")
             run.write_json("compare.json", {"rows": result.frame, "notes": result.notes})
             run.write_text("summary.txt", result.summary() + "\n")
-    console.emit_json({"rows": result.frame, "notes": result.notes})
+        console.say(f"\nTable and settings: {out}")
+    show_answer(result.answer(), out)
+    console.emit_json({"answer": result.answer(), "rows": result.frame, "notes": result.notes})

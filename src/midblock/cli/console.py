@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -30,13 +31,16 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
 
 __all__ = ["emit_json", "error", "format_figure", "is_json", "is_quiet", "note", "print_table", "progress_bar",
-           "reset", "say", "set_json", "set_quiet", "show_log", "step", "warn"]
+           "reset", "say", "say_command", "set_json", "set_quiet", "show_log", "step", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 _PIPE_WIDTH = 10_000  # a log or a pipe has no width
+_BAR = 12  # columns of a bar
+_BESIDE = _BAR + 4 + 9 + 7 + 5  # columns of bar, percentage, rate, time and gaps
 _LINE_SHARE = 0.1  # without a terminal: a line each tenth of the work ...
+_LEAST_SECONDS = 1.0  # ... but not sooner after the last one
 _LINE_SECONDS = 20.0  # ... or when this long has passed without one
 
 
@@ -70,12 +74,15 @@ def say(text: str = "") -> None:
     """Print text for a person on stdout; nothing under ``--json``."""
     if not is_json():
         text = printable(text, lines=True)
-        width = _terminal_width()
-        if width is not None and any(len(line) > width for line in text.split("\n")):
-            from midblock.cli.layout import wrapped
+        print(_within(text, sys.stdout))
 
-            text = wrapped(text, width)
-        print(text)
+
+def say_command(label: str, line: str) -> None:
+    """Print a command to paste on stdout; where it is too long it goes on after backslashes, as shells read it."""
+    if not is_json():
+        from midblock.cli.layout import continued
+
+        print(continued(label, printable(line), _terminal_width(sys.stdout)))
 
 
 class _Log(logging.Handler):
@@ -124,16 +131,31 @@ def error(text: str) -> None:
     _to_stderr(f"Error: {text}")
 
 
-def note(text: str) -> None:
-    """Print how to go on after an interruption on stderr."""
+def note(text: str, command: str = "") -> None:
+    """Print how to go on after an interruption on stderr, and the command for it on a line of its own."""
     print(file=sys.stderr)
     _to_stderr(text)
+    if command:
+        from midblock.cli.layout import continued
+
+        print(continued("  ", printable(command), _terminal_width(sys.stderr)), file=sys.stderr)
 
 
 def _to_stderr(text: str) -> None:
     first, *rest = printable(text, lines=True).splitlines() or [""]
     # a line of a file's own making must not look like one of the program's
-    print("\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in rest)]), file=sys.stderr)
+    whole = "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in rest)])
+    print(_within(whole, sys.stderr, further="  "), file=sys.stderr)
+
+
+def _within(text: str, stream: Any, further: str = "") -> str:
+    """Text whose lines fit the terminal of a stream, broken at words; as it is where there is none."""
+    width = _terminal_width(stream)
+    if width is None or all(len(line) <= width for line in text.split("\n")):
+        return text
+    from midblock.cli.layout import wrapped
+
+    return wrapped(text, width, further)
 
 
 def emit_json(value: Any) -> None:
@@ -185,7 +207,7 @@ def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
                for name in frame.columns]
     grid = Grid([printable(str(name)) for name in frame.columns],
                 [[format_figure(v) for v in row] for row in frame.itertuples(index=False, name=None)], numeric)
-    width = _terminal_width() or _PIPE_WIDTH
+    width = _terminal_width(sys.stdout) or _PIPE_WIDTH
     console = _console(sys.stdout, width=max(width, grid.total(broken=False)))
     if title:
         say(title)
@@ -194,9 +216,16 @@ def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
         console.print()
 
 
-def _terminal_width() -> int | None:
-    """Columns of the terminal on stdout; None for a file or a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def _terminal_width(stream: Any) -> int | None:
+    """Columns of the terminal behind a stream; None for a file or a pipe."""
+    if not stream.isatty():
+        return None
+    if os.environ.get("COLUMNS", "").isdigit():
+        return shutil.get_terminal_size().columns
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def _console(stream: Any, width: int | None = None) -> Console:
@@ -228,6 +257,9 @@ def progress_bar(*, quiet: bool | None = None) -> Iterator[Progress]:
 
 def _rich_progress() -> RichProgress:
     from rich import progress
+    from rich.cells import cell_len
+    from rich.table import Column
+    from rich.text import Text
 
     class Rate(progress.ProgressColumn):
         """Units done in a second, or nothing before the first is done."""
@@ -236,12 +268,25 @@ def _rich_progress() -> RichProgress:
             speed = task.finished_speed or task.speed
             return f"{format_figure(float(f'{speed:.3g}'))}/s" if speed else ""
 
+    class Note(progress.ProgressColumn):
+        """What is being worked on; nothing where it does not fit whole."""
+
+        def render(self, task: progress.Task) -> Any:
+            longest = max((cell_len(t.description) for t in bar.tasks), default=0)
+            return Text(note if cell_len(note := task.fields["note"]) <= console.width - longest - _BESIDE else "",
+                        style="dim")
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    console = _console(sys.stderr)
     # stdout is left alone: it may be a pipe that carries the result
-    return progress.Progress(
-        progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=24),
-        progress.TaskProgressColumn(), Rate(), progress.TimeRemainingColumn(elapsed_when_finished=True),
-        progress.TextColumn("{task.fields[note]}", style="dim"),
-        console=_console(sys.stderr), redirect_stdout=False, redirect_stderr=True)
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}", table_column=whole()), progress.BarColumn(bar_width=_BAR),
+        progress.TaskProgressColumn(table_column=whole()), Rate(table_column=whole()),
+        progress.TimeRemainingColumn(elapsed_when_finished=True, table_column=whole()), Note(table_column=whole()),
+        console=console, redirect_stdout=False, redirect_stderr=True)
+    return bar
 
 
 class _Bars:
@@ -258,7 +303,7 @@ class _Bars:
             task = self._tasks[what] = self._bar.add_task(printable(what).replace("[", r"\["), total=total, note="")
         elif done < self._bar.tasks[self._index(task)].completed:
             self._bar.reset(task, total=total)  # the same work begins again: a new epoch, a new seed
-        self._bar.update(task, completed=done, total=total, note=printable(note).replace("[", r"\["))
+        self._bar.update(task, completed=done, total=total, note=printable(note))
 
     def _index(self, task: TaskID) -> int:
         return self._bar.task_ids.index(task)
@@ -287,7 +332,9 @@ class PlainProgress:
         self._done = done
         share = min(done / total, 1.0) if total else 1.0
         finished = share >= 1.0 and self._shown < 1.0
-        if not (finished or share - self._shown >= _LINE_SHARE or now - self._last >= _LINE_SECONDS):
+        since = now - self._last
+        if not (finished or (share - self._shown >= _LINE_SHARE and since >= _LEAST_SECONDS)
+                or since >= _LINE_SECONDS):
             return
         self._shown, self._last = share, now
         seconds = now - self._started

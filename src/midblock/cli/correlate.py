@@ -42,5 +42,9 @@ def correlate(
         run.write_table(result.layers, "layers.csv")
         save_result(run, result, fields={"counts": result.counts}, progress=progress)
     shown: Literal["pearson", "spearman"] = "spearman" if "spearman" in settings.methods else "pearson"
-    console.print_table(result.strongest(15, shown), title=f"Strongest correlations over depth ({shown})")
+    rows = result.strongest(12, shown)
+    console.print_table(
+        rows[["a", "b"]].assign(r=[f"{r.r:+.2f} [{r.low:+.2f}, {r.high:+.2f}]" for r in rows.itertuples()],
+                                n=rows["n"], p_holm=rows["p_holm"]).rename(columns={"p_holm": "Holm p"}),
+        title=f"Strongest correlations over depth between families of quantities ({shown})")
     show(run, result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midblock.cli import console
+from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.settings.demo import DemoSettings
@@ -55,6 +56,7 @@ def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("de
     """
     from midblock.models import load_model
     from midblock.provenance import RunFolder
+    from midblock.report.findings import answer_of
     from midblock.report.page import build_report
     from midblock.report.study import study
     from midblock.sweeps import parse_config, sweep
@@ -77,7 +79,9 @@ def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("de
                         tell=console.step, only=("weights", "profile", "lens", "swap"), samples=sizes.profile,
                         token_samples=sizes.tokens, lens_samples=sizes.lens, swap_samples=sizes.swap, max_length=128,
                         seed=settings.seed)
-        console.say(studied.summary())
+        console.say(studied.answer().found)
+        for line in studied.details():
+            console.say(line)
         console.say(f"\n== 3. Tune {MASKS[0]} and {MASKS[1]} with equal budgets on {sizes.tune} problems")
         swept = sweep(parse_config(_sweep_of(sizes, dtype, device, settings.seed)), out=run.path / "sweep", loaded=base,
                       progress=progress)
@@ -87,9 +91,9 @@ def demo(settings: DemoSettings, load: ChainLoadSettings, out: RunOut = Path("de
                             title="midblock demo: SmolLM2-135M-Instruct tuned on arithmetic")
         seconds = round(time.perf_counter() - started, 1)
         run.update(results={"sft": trained, "findings": made["findings"], "arms": swept.overview(), "seconds": seconds})
-    console.say("\n" + "\n".join(made["findings"]["answer"]))
     console.say(f"\nDone in {seconds:.0f} s. Open {run.path / 'report.html'} in a browser; everything else is beside "
                 "it, one folder a command.")
+    show_answer(answer_of(made["findings"]), out)
     console.emit_json({"run": run.run, "results": run.run["results"], "report": str(run.path / "report.html")})
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Model, Out, Resume
 from midblock.settings.evaluate import EvaluateSettings, ServingSettings
@@ -44,7 +45,7 @@ def evaluate(
     every token weighs the same) with a bootstrap interval over texts. With --out: run.json,
     table.csv, and results.json and samples_TASK.jsonl in lm-evaluation-harness's own shapes.
     """
-    from midblock.evaluation import evaluate_tasks
+    from midblock.evaluation.suite import evaluate_tasks
 
     if check_serving is not None:
         _check_serving(check_serving, model, settings, load, serving, task, out)
@@ -57,10 +58,13 @@ def evaluate(
     frame = found.frame.rename(columns={"data": "task"})
     columns = ["task", "metric", "side", "value", "low", "high", "n", *(["p"] if "p" in frame else [])]
     console.print_table(frame[columns], title="Scores with 95% intervals")
-    console.say(found.summary())
+    for line in found.details():
+        console.say(line)
     if out is not None:
         console.say(f"\nTable, samples and settings: {out}")
+    show_answer(found.answer(), out)
     console.emit_json({
+        "answer": found.answer(),
         "results": {side: {t: {"metric": r.metric, "value": r.estimate.value, "low": r.estimate.low,
                                "high": r.estimate.high, "n": r.n, "higher_is_better": r.higher_is_better,
                                "seconds": r.seconds, "notes": r.notes, "data": r.data} for t, r in of_side.items()}
@@ -90,6 +94,8 @@ def _check_serving(url: str, model: str, settings: EvaluateSettings, load: LoadS
         with RunFolder(out, command="check-serving", settings=recorded) as run:
             run.write_table(found.tokens, "tokens.csv")
             save_result(run, found, fields={"verdict": found.verdict})
-    console.say(found.summary())
+    for line in found.details():
+        console.say(line)
+    show_answer(found.answer())
     console.emit_json({"verdict": found.verdict, "served": found.served, "share": found.share, "table": found.frame,
                        "run": None if run is None else run.run})

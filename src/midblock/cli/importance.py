@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,4 +69,11 @@ def importance(
 
         console.print_table(pd.DataFrame([{"plan": n, **p} for n, p in plans.items()]),
                             title="Plans at equal parameters, for tune --plan and arms.plans of a sweep")
-    show(run, result, plans=plans)
+    show(run, result, answer=_with_plan(result, plans), plans=plans)
+
+
+def _with_plan(result: Any, plans: dict[str, Any]) -> Any:
+    """The answer; where plans were written, the next command trains the first of them."""
+    answer = result.answer()
+    words = result.origin.words("tune", "--plan", next(iter(plans.values()))["file"], models=1) if plans else ()
+    return replace(answer, next=words) if words else answer

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Model
 from midblock.settings.load import TrustSettings
@@ -32,6 +33,7 @@ def inspect(
     import pandas as pd
 
     from midblock.models.summary import summarize_model
+    from midblock.results import Answer
 
     found = summarize_model(model, **trust.model_dump())
     parts = found.segments(min(5, found.num_blocks) if segments is None else segments)
@@ -42,3 +44,9 @@ def inspect(
         pd.DataFrame([{"mask": p.mask, "blocks": f"{p.first}-{p.stop - 1}", "parameters": p.parameters,
                        "share": f"{p.share:.1%}"} for p in parts]),
         f"{len(parts)} segments (the first digit of a mask is nearest the embeddings)")
+    middle = parts[len(parts) // 2]
+    show_answer(Answer(
+        f"{model}: {found.num_blocks} blocks, {found.parameters:,} parameters, in {len(parts)} segments.",
+        f"A mask has a digit for each segment: {middle.mask} is blocks {middle.first} to {middle.stop - 1}, "
+        f"{middle.share:.0%} of the blocks' parameters. Which to tune is to be measured.",
+        ("tune", model, "--data", "arithmetic", "--mask", middle.mask, "--dry-run")))

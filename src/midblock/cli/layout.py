@@ -7,6 +7,7 @@ repeat its leading column, and at last becomes one record a row, whose values th
 from __future__ import annotations
 
 import itertools
+import shlex
 import textwrap
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Grid", "fitted", "wrapped"]
+__all__ = ["Grid", "continued", "fitted", "wrapped"]
 
 _GAP = 3  # columns between cells
 _LEAST_HEADING = 6  # a heading is not broken into shorter lines than this
@@ -76,6 +77,12 @@ def fitted(grid: Grid, width: int) -> list[Table | str]:
     """What to print, part by part, so that nothing is cropped at ``width`` columns."""
     if grid.total(broken=True) <= width:
         return [grid.table(width)]
+    same = [c for c in range(1 if grid.right[:1] == [True] else 0, len(grid.headings))
+            if len(grid.rows) > 1 and len({r[c] for r in grid.rows}) == 1]
+    if same and len(grid.headings) - len(same) >= 2:  # what every row says is said once
+        told = ", ".join(f"{grid.headings[c]} {grid.rows[0][c] or 'empty'}" for c in same)
+        rest = [c for c in range(len(grid.headings)) if c not in same]
+        return [wrapped(f"(every row: {told})", width), *fitted(grid.columns(rest), width)]
     if len(grid.rows) <= _TURNED_ROWS and len(grid.headings) > 2:
         turned = grid.turned()
         if turned.total(broken=True) <= width:
@@ -111,8 +118,33 @@ def _records(grid: Grid) -> str:
     return "\n" + "\n\n".join(blocks) + "\n"
 
 
-def wrapped(text: str, width: int) -> str:
+def continued(label: str, line: str, width: int | None) -> str:
+    """A command after its label, broken before words with a backslash, so that it can be pasted as it stands.
+
+    Example:
+        >>> print(continued("Next: ", "midblock swap base tuned --data d.jsonl", 30))
+        Next: midblock swap base \\
+            tuned --data d.jsonl
+    """
+    words = [shlex.quote(word) for word in shlex.split(line)]
+    lines, now = [], label + words[0]
+    for i, word in enumerate(words[1:], start=1):
+        mark = 0 if i == len(words) - 1 else 2  # the backslash
+        if width is not None and len(now) + 1 + len(word) + mark > width:
+            lines.append(now + " \\")
+            now = "    " + word
+        else:
+            now += " " + word
+    return "\n".join([*lines, now])
+
+
+def wrapped(text: str, width: int, further: str = "") -> str:
     """Prose broken at words only, line by line; a line's own indent is kept for what it is broken into.
+
+    Args:
+        text: Lines.
+        width: Columns.
+        further: Goes before every line but the first that one is broken into.
 
     Example:
         >>> print(wrapped("budget 1,843,200 of 134,515,008", 20))
@@ -122,6 +154,6 @@ def wrapped(text: str, width: int) -> str:
     lines = []
     for line in text.split("\n"):
         indent = line[:len(line) - len(line.lstrip())]
-        lines += textwrap.wrap(line, max(width, len(indent) + 20), subsequent_indent=indent, break_long_words=False,
-                               break_on_hyphens=False, drop_whitespace=True) or [""]
+        lines += textwrap.wrap(line, max(width, len(indent) + 20), subsequent_indent=indent + further,
+                               break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [""]
     return "\n".join(lines)

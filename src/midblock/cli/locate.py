@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.analysis import show
+from midblock.cli.analysis import loading, show
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.settings.base import name_of
@@ -61,18 +61,21 @@ def locate(
 
 def _locate(model: str, data: str | None, out: Path, settings: LocateSettings, load: StreamedLoadSettings) -> None:
     from midblock.data import load_data
+    from midblock.models.resolve import resolve_checkpoint
+
+    resolve_checkpoint(model, trust_remote_code=load.trust_remote_code, allow_pickle=load.allow_pickle)
+    dataset = None if data is None else load_data(data, seed=settings.seed)
+    loading([model])
     from midblock.models import load_chain
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.selection.locate import locate as measure
 
-    dataset = None if data is None else load_data(data, seed=settings.seed)
     loaded = load_chain([model], names=[Path(model).name or "base"], **load.model_dump())[0]
     recorded = {"model": model, "data": data, **settings.model_dump(), **load.model_dump()}
     with RunFolder(out, command="locate", settings=recorded) as run, console.progress_bar() as progress:
         run.record_inputs(models={"base": loaded.describe()}, data={} if dataset is None else dataset.describe())
         result = measure(loaded, data=dataset, settings=settings, progress=progress)
-        result.model, result.data = model, data or "D"  # as the next command wants them
         run.write_table(result.proposal_table(), "proposals.csv")
         save_result(run, result, fields={"counts": result.counts, "proposal": result.proposal.to_dict()},
                     progress=progress)

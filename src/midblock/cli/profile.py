@@ -45,5 +45,5 @@ def profile(models: Chain, data: Data, settings: StabilitySettings, load: Stream
                                load=load, settings=settings, measure=measure)
     if result.counts["pooled_samples"] < settings.samples:
         console.warn(f"only {result.counts['pooled_samples']} of the {settings.samples} samples asked for were usable.")
-    console.print_table(result.regions(), title=f"Change by depth ({ZONES_TITLE})")
+    console.print_table(result.regions().drop(columns="side"), title=f"Change by depth ({ZONES_TITLE})")
     show(run, result, regions=result.regions())

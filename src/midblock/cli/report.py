@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.settings.report import ReportSettings
 
@@ -27,12 +28,14 @@ def report(
     The page opens from disk without a network and makes no request. Every figure has its data table, its definition
     and downloads; unfinished or damaged runs are named in it and left out.
     """
+    from midblock.report.findings import answer_of
     from midblock.report.page import build_report
 
     made = build_report(folders, settings.out, title=settings.title)
     for one in made["left_out"]:
         console.warn(f"{one['folder']} is left out: {one['reason']}")
-    for line in made["findings"]["answer"][:3]:
+    for line in made["findings"]["answer"][1:3]:
         console.say(line)
     console.say(f"\nReport of {len(made['runs'])} runs ({made['bytes'] / 1e6:.1f} MB): {made['path']}")
+    show_answer(answer_of(made["findings"]))
     console.emit_json(made)

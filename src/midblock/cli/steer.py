@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from midblock.cli import console
-from midblock.cli.analysis import Chain, Names, run_analysis, show
+from midblock.cli.analysis import Chain, Names, changes_table, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, RunOut
 from midblock.errors import SettingsError
@@ -53,9 +53,8 @@ def steer(models: Chain, data: Data, settings: SteerSettings, load: ChainLoadSet
                                load=load, settings=settings, measure=measure)
     frame = result.frame
     changes = frame[(frame["side"] == "difference") & (frame["kind"] != "model") & (frame["alpha"] != 0)]
-    console.print_table(changes[["stage", "layer", "alpha", "metric", "value", "low", "high", "n"]]
-                        .rename(columns={"layer": "blocks", "value": "change"}),
-                        title=f"Change when {result.what} is put into the base")
+    console.print_table(changes_table(changes, {"stage": "pair", "layer": "blocks", "alpha": "strength"}),
+                        title=f"Change when {result.what} is put into the base (nats a token; share of tokens)")
     if "generations" in found:
         for row in found["generations"].itertuples():
             console.say(f"{row.model} {f'+ {row.alpha:g} at blocks {row.blocks}' if row.blocks else 'unchanged'}: "

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Resume, RunOut
 from midblock.settings.load import ChainLoadSettings
@@ -45,6 +46,7 @@ def study(
     from midblock.errors import SettingsError
     from midblock.report.study import plan_study, read_study
     from midblock.report.study import study as run_study
+    from midblock.results import Answer
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         if settings.given() or data:
@@ -56,13 +58,16 @@ def study(
         tasks = plan_study(chains, sources, out, settings)
         frame = pd.DataFrame([{"part": t.part, "models": " ".join(chains[t.chain]), "data": t.data or "",
                                "folder": str(t.folder)} for t in tasks])
-        console.print_table(frame, title="Dry run: nothing is measured")
+        console.print_table(frame, title="Dry run")
+        show_answer(Answer(f"Nothing was measured: {len(tasks)} parts would be.", next=in_earnest()))
         console.emit_json(frame)
         return
     with console.progress_bar() as progress:
         result = run_study(chains, data=sources, out=out, resume=resume, load=load, progress=progress,
                            tell=console.step, settings=settings)
-    console.say(result.summary())
-    console.say(f"\nReport: {result.report}\nNext: {result.findings['command']}")
+    for line in result.details():
+        console.say(line)
+    console.say(f"\nReport: {result.report}")
+    show_answer(result.answer(), out)
     console.emit_json({"folder": str(result.folder), "report": str(result.report), "findings": result.findings,
                        "seconds": result.seconds, "failed": result.failed})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from midblock.cli import console
-from midblock.cli.analysis import Chain, Names, run_analysis, show
+from midblock.cli.analysis import Chain, Names, changes_table, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, RunOut
 from midblock.settings import StreamedChainSettings, SwapSettings
@@ -40,9 +40,9 @@ def swap(models: Chain, data: Data, settings: SwapSettings, load: StreamedChainS
     run, result = run_analysis("swap", models, names=names, data=data, seed=settings.seed, out=out, resume=False,
                                load=load, settings=chosen, measure=measure)
     frame = result.frame
-    changes = frame[(frame["side"] == "difference")].assign(
-        what=lambda f: f["donor"] + " in " + f["recipient"] + ", " + f["head"] + " head")
-    console.print_table(changes[["what", "layer", "metric", "value", "low", "high", "n"]]
-                        .rename(columns={"layer": "mask", "value": "change"}),
-                        title="Change when segments are swapped")
+    own = frame[(frame["side"] == "difference") & (frame["head"] == frame["recipient"])]
+    console.print_table(changes_table(own.assign(swapped=own["donor"] + " in " + own["recipient"]),
+                                      {"swapped": "swapped", "layer": "mask"}),
+                        title="Change when segments are swapped, under the model's own head (nats a token; share of "
+                              "tokens)")
     show(run, result)

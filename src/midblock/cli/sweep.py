@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import loading
+from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Out, Resume
 from midblock.reading import printable
@@ -53,40 +56,55 @@ def sweep(
     fails is reported with its reason and does not stop the others.
     """
     from midblock.errors import SettingsError
-    from midblock.sweeps import dry_run as plan_only
-    from midblock.sweeps import load_config
-    from midblock.sweeps import sweep as run
+    from midblock.sweeps.config import load_config
 
     loaded = load_config(config, overrides or [], note=console.warn)
     options = trust.model_dump()
+    if not dry_run and out is None:
+        raise SettingsError("a sweep writes every run as it ends; name a folder with --out DIR, or look at the plan "
+                            "with --dry-run.")
+    loading([loaded.model])
+    from midblock.sweeps.run import dry_run as plan_only
+    from midblock.sweeps.run import sweep as run
+
     if dry_run:
         _show_plan(plan_only(loaded, **options))
         return
-    if out is None:
-        raise SettingsError("a sweep writes every run as it ends; name a folder with --out DIR, or look at the plan "
-                            "with --dry-run.")
+    assert out is not None
     with _live() as (progress, listener):
         result = run(loaded, out=out, resume=resume, given={"config": str(config), "set": overrides or []},
                      progress=progress, listener=listener, **options)
-    _show_result(result, out)
+    _show_result(result, out, config)
 
 
 def _show_plan(plan: SweepPlan) -> None:
+    from midblock.results import Answer
+
     shown = plan.frame.assign(GB=plan.frame["peak_bytes"] / 1e9).drop(columns=["peak_bytes"])
     console.print_table(shown, title="Arms (seconds: estimate for one run)")
     console.print_table(plan.detectable, title="Smallest difference of two arms that these items and seeds detect")
-    console.say(plan.summary())
+    found, *details = plan.summary().splitlines()
+    for line in details:
+        console.say(line)
+    show_answer(Answer(found, "Nothing was trained. Differences smaller than those above would most likely be missed.",
+                       in_earnest()))
     console.emit_json({"arms": plan.frame, "detectable": plan.detectable, "runs": [j.key for j in plan.jobs],
                        "seconds": plan.total_seconds, "comparisons": plan.comparisons})
 
 
-def _show_result(result: SweepResult, out: Path) -> None:
+def _show_result(result: SweepResult, out: Path, config: Path) -> None:
     for record in result.failed:
         console.warn(f"{record.key} failed: {record.reason}")
     console.print_table(result.overview(), title="Arms: means over seeds with 95% intervals"
                         if result.config.statistics.confidence == 0.95 else "Arms: means over seeds with intervals")
-    console.say(result.summary())
+    answer = result.answer()
+    for line in result.details():
+        console.say(line)
     console.say(f"\nTable, comparisons, samples, figures and verdict: {out}")
+    words = [str(config) if w == "config.yaml" else w for w in answer.next]
+    if words[-2:] == ["--out", "NEW"]:  # a folder of its own is chosen here
+        words = words[:-2]
+    show_answer(replace(answer, next=tuple(words)), out)
     stats = result.statistics
     console.emit_json({"scores": stats.scores, "comparisons": stats.comparisons, "ranking": stats.ranking,
                        "inverted_u": stats.inverted_u, "pareto": stats.pareto,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import loading
+from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Data, Model, Resume
 from midblock.errors import SettingsError
@@ -48,13 +50,21 @@ def tune(
     completion (or the assistant) says. Afterwards a check proves that only the chosen weights moved.
     """
     from midblock.tuning.plan import load_plan
-    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
 
     plan = None if plan_file is None else load_plan(plan_file)
     if plan is not None and (settings.ways or settings.rank or settings.budget):
         raise SettingsError("--plan says where to train and at which rank; leave out --mask, --blocks, "
                             "--random-blocks, --rank and --budget.")
-    # where most mistakes are: told before anything is loaded
+    from midblock.data import load_data
+    from midblock.models.resolve import resolve_checkpoint
+
+    # where most mistakes are: told before torch is imported
+    resolve_checkpoint(model, trust_remote_code=load.trust_remote_code, allow_pickle=load.allow_pickle,
+                       weights=not dry_run)
+    load_data(data, split="train")
+    loading([model])
+    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
+
     store = prefix_cache(settings.cache, settings.cache_limit)
     solved = plan_of_spec(model, settings, plan, trust_remote_code=load.trust_remote_code,
                           allow_pickle=load.allow_pickle)
@@ -90,23 +100,25 @@ def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSe
     if result.rows.truncated:
         console.warn(f"{result.rows.truncated} of {len(result.rows)} samples were longer than --max-length "
                      f"{settings.max_length} tokens and were cut; their ends, EOS included, were not learned.")
-    console.say(result.summary())
+    for line in result.details():
+        console.say(line)
     console.say(f"\nAdapter: {result.adapter}" if result.adapter else "")
     if result.merged:
         console.say(f"Merged checkpoint: {result.merged} (logits differ from the trained model's by up to "
                     f"{result.merge_difference:.3g}"
                     + ("" if loaded.dtype.itemsize > 2 else "; half precision rounds merged weights and sums anew")
                     + ")")
-    task = f"--task {data}" if data in ("arithmetic", "gsm8k") else f"--task answer_loss --data {data}"
-    console.say(f"Table, figures and settings: {run.path}\nScore it: midblock evaluate "
-                f"{result.adapter or result.merged} {task}")
-    console.emit_json({"run": run.run, "summary": result.summary(), "plan": result.plan.to_dict(),
+    console.say(f"Table, figures and settings: {run.path}")
+    answer = result.answer()
+    show_answer(answer, run.path)
+    console.emit_json({"run": run.run, "answer": answer, "summary": result.summary(), "plan": result.plan.to_dict(),
                        "results": result.describe(), "table": result.frame})
 
 
 def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSettings) -> None:
     """The plan and its estimates, from the model's config alone: no weight is read."""
     from midblock.data import load_data
+    from midblock.results import Answer
     from midblock.tuning.estimate import forecast
 
     costs, rows = forecast(model, plan, load_data(data, split="train"), settings, load)
@@ -115,4 +127,9 @@ def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: Lo
     steps = settings.num_steps(len(rows))
     console.say(f"Data: {rows.summary()}; {steps} steps")
     console.print_table(costs, "Estimates, from the rate of this machine's products")
+    show_answer(Answer(
+        f"Nothing was trained: this plan has {plan.params:,} trainable parameters ({plan.share:.3%}) and takes {steps} "
+        "steps; times are estimates.",
+        "The estimate for all blocks at the same budget stands beside it.",
+        in_earnest()))
     console.emit_json({"plan": plan.to_dict(), "data": rows.describe(), "steps": steps, "estimates": costs})

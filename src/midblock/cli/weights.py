@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from midblock.cli import console
-from midblock.cli.analysis import Chain, Names, show, split_names
+from midblock.cli.analysis import Chain, Names, loading, show, split_names
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.segments import ZONES_TITLE
@@ -26,26 +26,31 @@ def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/w
     is the column qkvo) and relative to the base; norms, MLP, embeddings and head as well. A
     tuned checkpoint may be a PEFT LoRA adapter of the base.
     """
-    from midblock.analysis.weights import weights as measure
     from midblock.errors import SettingsError
-    from midblock.models import fingerprint, is_adapter_folder, pair_warning, resolve_checkpoint
-    from midblock.models.chain import comparisons, side_of, stage_names
-    from midblock.provenance import RunFolder
-    from midblock.report import save_result
-    from midblock.writing import sha256_of
+    from midblock.models.stages import comparisons, side_of, stage_names
 
     if len(models) < 2:
         raise SettingsError(f"weights compares at least 2 checkpoints, got only {' '.join(models)}; give a base and "
                             "a tuned one.")
     keys = stage_names(len(models), split_names(names))
+    from midblock.models.checkpoints import fingerprint, is_adapter_folder
+    from midblock.models.pairs import pair_warning
+    from midblock.models.resolve import resolve_checkpoint
+    from midblock.provenance import RunFolder
+    from midblock.writing import sha256_of
+
     for tuned in models[1:]:
         if note := pair_warning(models[0], tuned):
             console.warn(note)
     RunFolder.check_free(out)
     folders = [resolve_checkpoint(m) for m in models]
+    loading(models)
+    from midblock.analysis.weights import weights as measure
+    from midblock.report import save_result
+
     recorded = {"models": models, "names": keys, **dict(settings)}
     with RunFolder(out, command="weights", settings=recorded) as run, console.progress_bar() as progress:
-        result = measure(folders, names=keys, progress=progress, settings=settings)
+        result = measure(models, names=keys, progress=progress, settings=settings)
         # hashed after the comparison, while the system still holds the files
         described = {}
         for key, spec, folder in zip(keys, models, folders, strict=True):
@@ -54,8 +59,10 @@ def weights(models: Chain, settings: WeightsSettings, out: RunOut = Path("runs/w
                               "fingerprint": sha256_of(fingerprint(folders[0]), own) if adapter else own}
         run.record_inputs(models=described, data={})
         save_result(run, result, fields={"counts": result.counts}, progress=progress)
-    for pair in comparisons(keys):
-        stage = side_of(pair)
-        console.print_table(result.by_block(stage), title=f"{stage}: Frobenius norm of the difference")
-    console.print_table(result.regions(), title=f"Change by depth ({ZONES_TITLE})")
+    for stage in map(side_of, comparisons(keys)):
+        if result.changed(stage):
+            console.print_table(result.by_block(stage), title=f"{stage}: Frobenius norm of the difference")
+    moved = result.regions().dropna(subset=["largest at block"])
+    if len(moved):
+        console.print_table(moved, title=f"Change by depth ({ZONES_TITLE}), means over the blocks that changed")
     show(run, result, regions=result.regions())

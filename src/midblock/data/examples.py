@@ -71,6 +71,7 @@ class Dataset:
         available: Number of usable rows before sampling.
         requested: Number of rows asked for; None if all were.
         seed: Seed of the sampling; None if there was none.
+        spec: The D spec that `load_data` was given; empty where the data set was made in Python.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Dataset:
     available: int = 0
     requested: int | None = None
     seed: int | None = None
+    spec: str = ""
 
     def __post_init__(self) -> None:
         if not self.fingerprint:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-__all__ = ["DATASETS", "DatasetInfo", "HubSplit"]
+__all__ = ["DATASETS", "DatasetInfo", "HubSplit", "task_words"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,26 @@ _INFOS = (
         "pydocs", "English prose from the reference text that CPython ships",
         "perplexity (retention) without any download", "PSF-2.0"),
 )
+
+_TASKS = ("gsm8k", "mmlu", "toxigen", "wikitext", "arithmetic", "pydocs")
+"""Data sets that are a task of their own for `midblock evaluate`."""
+
+
+def task_words(spec: str, *, answers: bool = True) -> tuple[str, ...]:
+    """The words of ``midblock evaluate`` that score on a D spec.
+
+    Args:
+        spec: The data.
+        answers: Whether its rows have completions; texts are scored by their perplexity.
+
+    Example:
+        >>> task_words("arithmetic@3"), task_words("mine.jsonl"), task_words("mine.jsonl", answers=False)[1]
+        (('--task', 'arithmetic@3'), ('--task', 'answer_loss', '--data', 'mine.jsonl'), 'perplexity')
+    """
+    if spec.partition("@")[0].lower() in _TASKS:
+        return ("--task", spec)
+    return ("--task", "answer_loss" if answers else "perplexity", "--data", spec)
+
 
 DATASETS: Mapping[str, DatasetInfo] = MappingProxyType({info.name: info for info in _INFOS})
 """Every data set known by name, in the order in which to show them."""

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def load_data(spec: str | os.PathLike[str], *, split: str | None = None, samples
     text = os.fspath(spec).strip()
     if not text:
         raise DataError("the data spec is empty; name a data set (such as gsm8k or arithmetic) or a file.")
-    return _resolve(text, split).sample(samples, seed)
+    return replace(_resolve(text, split), spec=text).sample(samples, seed)
 
 
 def _resolve(text: str, split: str | None) -> Dataset:

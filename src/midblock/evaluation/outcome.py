@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from midblock.errors import DataError, OutputError
-from midblock.results import Estimate, Table, json_ready
+from midblock.results import Answer, Estimate, Table, TableResult, json_ready
 from midblock.stats import (
     bootstrap_weights,
     mcnemar_exact,
@@ -27,6 +27,9 @@ from midblock.stats import (
 )
 from midblock.writing import atomic_path, read_written, sha256_of, write_json, write_sealed
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Comparison", "EvalResult", "compare", "file_name", "lm_eval_results", "perplexity_interval",
            "read_result", "sample_line", "write_lm_eval_files", "write_result"]
 
@@ -35,7 +38,7 @@ _REPLICATES = 2000
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class EvalResult(TableResult):
     """Scores of one model on one task.
 
     Attributes:
@@ -93,17 +96,38 @@ class EvalResult:
                 math.log(e.value), math.log(e.low), math.log(e.high), self.n))
 
     @property
-    def frame(self) -> pd.DataFrame:
+    def table(self) -> Table:
         """The tidy table of this result alone."""
         table = Table()
         self.add_to(table, "base")
-        return table.frame()
+        return table
+
+    def figures(self) -> dict[str, Figure]:
+        """The score with its interval."""
+        from midblock.figures import segment_bars
+
+        frame = self.frame
+        return {f"evaluate-{self.metric}": segment_bars(frame[frame["metric"] == self.metric], metric=self.metric,
+                                                        label="data", label_title="task", counted="items",
+                                                        title="Score with its 95% interval")}
 
     def summary(self) -> str:
         """One line for people."""
         e = self.estimate
         interval = "" if math.isnan(e.low) else f" [{e.low:.4g}, {e.high:.4g}]"
         return f"{self.task}: {self.metric} {e.value:.4g}{interval} (n={self.n}, {self.seconds:.0f} s)"
+
+    def answer(self) -> Answer:
+        """The score."""
+        return Answer(f"{self.told()}.", "One score alone says nothing of a block; compare two on the same items.")
+
+    def details(self) -> list[str]:
+        """What a reader should know."""
+        return list(self.notes)
+
+    def told(self) -> str:
+        """The score in words, without the time that it took."""
+        return self.summary().rpartition(",")[0] + ")"
 
 
 @dataclass(frozen=True)

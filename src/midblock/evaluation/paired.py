@@ -35,7 +35,7 @@ from scipy import stats as scipy_stats
 
 from midblock.errors import DataError
 from midblock.reading import parse_json, printable, read_json, read_jsonl, user_path
-from midblock.results import Estimate, Table
+from midblock.results import Answer, Estimate, Reading, Table
 from midblock.settings.compare import CompareSettings
 from midblock.stats import compare_arms, holm, paired_permutation
 
@@ -215,7 +215,7 @@ def _grades(scorer: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 @dataclass(frozen=True)
-class LogComparison:
+class LogComparison(Reading):
     """Result of `compare_logs`.
 
     Attributes:
@@ -231,10 +231,20 @@ class LogComparison:
     notes: list[str]
     settings: CompareSettings
 
-    def summary(self) -> str:
-        """One line for each row that says something, and one for the rest."""
-        lines = [_told(row, self.settings) for _, row in self.frame.iterrows()]
-        return "\n".join(lines[:10] + ([f"{len(lines) - 10} more rows in the table."] if len(lines) > 10 else []))
+    def answer(self) -> Answer:
+        """What the first row says, and how many rows say that A and B differ."""
+        told = self.frame["conclusion"]
+        apart = int(told.isin(["better", "worse"]).sum())
+        alike = int(told.isin(["as good", "no worse"]).sum())
+        open_rows = len(told) - apart - alike
+        means = f"Of {len(told)} rows (Holm-adjusted) {apart} tell A from B, {alike} show A no worse within the margin"
+        means += f", {open_rows} are open: more items are needed there." if open_rows else "."
+        return Answer(f"{_told(self.frame.iloc[0], self.settings)}.", means)
+
+    def details(self) -> list[str]:
+        """One line for each further row that says something, and one for the rest."""
+        lines = [_told(row, self.settings) for _, row in self.frame.iloc[1:].iterrows()]
+        return lines[:9] + ([f"{len(lines) - 9} more rows in the table."] if len(lines) > 9 else [])
 
     @property
     def table(self) -> Table:

@@ -15,7 +15,6 @@ import numpy as np
 
 from midblock.data import DATASETS, Dataset, load_data
 from midblock.errors import DataError, SettingsError
-from midblock.evaluation.likelihood import score_tokens
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.sandbox import ISOLATION, ProgramTest, require_sandbox, run_tests
 from midblock.evaluation.tasks import (
@@ -84,6 +83,8 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
     if width > limit:
         raise SettingsError(f"rows of {width} tokens were asked for, {loaded_model.name} takes at most "
                             f"{limit}; use a smaller {name_of('max_length')}.")
+    from midblock.evaluation.likelihood import score_tokens  # torch: not needed to refuse an option
+
     return score_tokens(loaded_model, task, dataset, batch_size=rows, max_length=width, chat=chosen.chat,
                         progress=progress)
 

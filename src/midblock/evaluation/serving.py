@@ -33,7 +33,7 @@ from midblock.errors import DataError, ServingError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.reading import parse_json, shortened
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import Answer, Estimate, Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import ServingSettings
 from midblock.settings.load import LoadSettings
@@ -101,20 +101,24 @@ class ServingCheck(TableResult):
             table.add("model", "all", f"{a}_{b}_rms_nats", "pair", self.distance(a, b), n=n)
         return table
 
-    def summary(self) -> str:
-        """The verdict and what it rests on."""
+    def answer(self) -> Answer:
+        """The verdict and the share that it rests on."""
         s, told = self.share, {
             "applied": "the adapter is applied",
             "not applied": "the adapter is NOT applied: the server answers as the base does",
             "something else": "neither the base nor the base with this adapter (another adapter, scaling or dtype)"}
         too_much = self.verdict == "something else" and s.low > _SHARE[1]
         times = f"; the adapter counts {s.value:.1f} times: compare alpha and rank" if too_much else ""
-        return (f"{self.served}: {told[self.verdict]}{times}.\nShare of the adapter's change in the served "
-                f"log-probabilities: {s.value:.3f} [{s.low:.3f}, {s.high:.3f}] ({s.n} texts, {len(self.tokens)} "
-                f"{'of their' if self.echoed else 'written'} tokens; 1 applied, 0 not).\n"
-                "Root mean square differences in nats per token: "
+        return Answer(f"{self.served}: {told[self.verdict]}{times}.",
+                      f"Share of the adapter's change in the served log-probabilities: {s.value:.3f} [{s.low:.3f}, "
+                      f"{s.high:.3f}] ({s.n} texts, {len(self.tokens)} {'of their' if self.echoed else 'written'} "
+                      "tokens; 1 applied, 0 not).")
+
+    def details(self) -> list[str]:
+        """How far apart the three are."""
+        return ["Root mean square differences in nats per token: "
                 f"served to tuned {self.distance('served', 'tuned'):.4f}, served to base "
-                f"{self.distance('served', 'base'):.4f}, tuned to base {self.distance('tuned', 'base'):.4f}.")
+                f"{self.distance('served', 'base'):.4f}, tuned to base {self.distance('tuned', 'base'):.4f}."]
 
     def figures(self) -> dict[str, Figure]:
         """The three distances as bars."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from midblock.evaluation.outcome import (
 )
 from midblock.evaluation.run import check_options, evaluate, options_of
 from midblock.evaluation.tasks import TASKS, find_task, task_data
-from midblock.models import LoadedModel, load_model
+from midblock.models.checkpoints import is_adapter_folder
+from midblock.models.resolve import resolve_checkpoint
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
-from midblock.results import Table, TableResult
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.load import LoadSettings
@@ -33,7 +35,11 @@ from midblock.writing import sha256_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from midblock.models import LoadedModel
+
 __all__ = ["TasksResult", "evaluate_tasks"]
+
+_LOG = logging.getLogger("midblock")
 
 
 @dataclass
@@ -48,6 +54,8 @@ class TasksResult(TableResult):
     """The tidy table: one row per task, metric and side."""
     run: dict[str, Any] | None
     """``run.json``; None where nothing was written."""
+    origin: Origin = UNNAMED
+    """What was scored: a MODEL spec and the folder of its adapter where it has one; data that is no task's own."""
 
     @property
     def notes(self) -> list[str]:
@@ -55,7 +63,30 @@ class TasksResult(TableResult):
         return [f"{result.task} ({side}): {note}" for side, found in self.results.items()
                 for result in found.values() for note in result.notes]
 
-    def summary(self) -> str:
+    def answer(self) -> Answer:
+        """The first task's score, and whether it differs from the base's."""
+        side, found = next(iter(self.results.items()))
+        task, result = next(iter(found.items()))
+        model, adapter = self.origin.models[:1], self.origin.models[1:]
+        again = ("evaluate", *model, *(("--adapter", *adapter) if adapter else ()), "--compare-base", "--task", task,
+                 *(("--data", self.origin.data) if self.origin.data else ()), "--samples", str(4 * result.n))
+        if task not in self.differences:
+            return Answer(f"{side}: {result.told()}.",
+                          "One score alone says nothing of a block; compare it with the base or another adapter on the "
+                          "same items.",
+                          again if adapter else ())
+        d = self.differences[task]
+        e, better = d.estimate, "higher" if result.higher_is_better else "lower"
+        found_text = (f"{side} against its base on {task}: {d.metric} {e.value:+.3g} [{e.low:+.3g}, {e.high:+.3g}], "
+                      f"n = {d.n} items, p {d.p:.2g} ({better} is better).")
+        if e.low <= 0 <= e.high or d.p >= 0.05:
+            return Answer(found_text, "These items do not show a difference; take more before a block is judged by it.",
+                          again if model else ())
+        gain = (e.value > 0) == result.higher_is_better
+        return Answer(found_text, f"Tuning these blocks {'helped' if gain else 'harmed'} here. Whether other blocks do "
+                      "better needs them tuned at the same budget and scored on the same items (midblock sweep).")
+
+    def details(self) -> list[str]:
         """One line per score and per difference."""
         lines = [f"{side}: {result.summary()}" for side, found in self.results.items() for result in found.values()]
         for task, d in self.differences.items():
@@ -63,7 +94,7 @@ class TasksResult(TableResult):
             within = e.low <= 0 <= e.high if e.low == e.low else True
             lines.append(f"{task}: {d.metric} {e.value:+.4g} [{e.low:.4g}, {e.high:.4g}] against the base (n={d.n}, "
                          f"p {d.p:.3g}){': no difference is shown' if within else ''}.")
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Each metric by task and side."""
@@ -111,13 +142,24 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
     datasets = {task: task_data(task, chosen.data, samples=chosen.samples, seed=chosen.seed) for task in tasks}
     if out is not None and not resume:
         RunFolder.check_free(out)
+    if isinstance(model, str):  # a wrong name is told before torch is imported
+        trust: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code, "allow_pickle": loading.allow_pickle}
+        alone = chosen.adapter is None and not is_adapter_folder(resolve_checkpoint(model, **trust))
+        for named_too in filter(None, (chosen.adapter, chosen.base)):
+            resolve_checkpoint(str(named_too), **trust)
+        if chosen.compare_base and alone:
+            raise _no_base(model)
+        _LOG.info("Loading %s ...", " and ".join([model, *([str(chosen.adapter)] if chosen.adapter else [])]))
+    from midblock.models.load import load_model
+
     loaded: LoadedModel | None = load_model(model, adapter=chosen.adapter, **loading.model_dump()) \
         if isinstance(model, str) else model
     assert loaded is not None
     if chosen.compare_base and loaded.adapter is None:
-        raise SettingsError(f"{name_of('compare_base')} compares an adapter with its base, but {loaded.spec} was given "
-                            f"without one; add {name_of('adapter')} A, or name the base with {name_of('base')} MODEL.")
+        raise _no_base(loaded.spec)
     other = str(loaded.folder) if chosen.compare_base else chosen.base
+    named = Origin((loaded.spec, *((str(chosen.adapter),) if chosen.adapter else ())),
+                   chosen.data if isinstance(chosen.data, str) else "")
     side = _side_of(loaded, other)
     recorded = {"model": loaded.spec if not isinstance(model, str) else model, "tasks": tasks,
                 **chosen.model_dump(), **loading.model_dump()}
@@ -141,7 +183,12 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
         table = _table(results, differences)
         if run is not None:
             _write(run, table, results, str(recorded["model"]), loading)
-    return TasksResult(results, differences, table, None if run is None else run.run)
+    return TasksResult(results, differences, table, None if run is None else run.run, named)
+
+
+def _no_base(spec: str) -> SettingsError:
+    return SettingsError(f"{name_of('compare_base')} compares an adapter with its base, but {spec} was given without "
+                         f"one; add {name_of('adapter')} A, or name the base with {name_of('base')} MODEL.")
 
 
 def _scoring_of(task: str, chosen: EvaluateSettings, *, alone: bool) -> ScoringSettings:

@@ -136,7 +136,7 @@ def _bar_axes(ax: Axes, tall: float, names: list[str], title: str, value_label: 
         size = min(8.0, 72 * 0.8 * (tall - 1.2) / max(len(names), 1))
         ax.set_yticks(range(len(names)), [wrap(short_name(name), 32) for name in names], fontsize=size)
         ax.set_ylim(len(names) - 0.4, -0.6)
-        ax.set_ylabel(title)
+        ax.set_title(title, loc="left", fontsize=7.5, color=GREY)  # beside few bars there is no room for it
         ax.set_xlabel(value_label)
         ax.grid(visible=False, axis="y")
         if limits:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from midblock.errors import SettingsError
 from midblock.figures.style import (
@@ -32,7 +33,7 @@ from midblock.quantities import find, known, label_of, matrix_order, unchanged
 __all__ = ["depth_lines", "lines"]
 
 _CHANGES = ("difference", "pair")
-_MARGINS = {"left": 0.82, "right": 0.12, "top": 0.3, "bottom": 0.45}
+_MARGINS = {"left": 0.92, "right": 0.12, "top": 0.3, "bottom": 0.45}
 """Inches around a panel: its axis label and ticks, n above it."""
 _COUNTED = {"weight": "", "gradient": "batches"}
 """What n counts, by level of the metric: entries of a matrix are not worth a note."""
@@ -81,9 +82,13 @@ def depth_lines(frame: pd.DataFrame, metrics: Sequence[str] | None = None, *, ti
     counts: list[str] = []
     for place, (ax, (metric, rows, is_change)) in enumerate(zip(axes, panels, strict=True)):
         _panel(ax, rows, keys, hue, is_change)
-        ax.set_ylabel(wrap(label_of(metric, change=is_change and bool((rows["side"] == "difference").any())), 26))
+        name = wrap(label_of(metric, change=is_change and bool((rows["side"] == "difference").any())), 26)
+        # all labels of a column in one line, as far from their panels as the margin lets them
+        ax.set_ylabel(name, fontsize=9.0 if name.count("\n") < 2 else 7.5)
+        ax.yaxis.set_label_coords(-0.54 / (ax.get_position().width * fig.get_figwidth()), 0.5)
         ax.set_xlim(-0.02 * last - 0.3, last * 1.02 + 0.3)
         integer_axis(ax)
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=4))  # ticks take most of the time of drawing many small panels
         for block in shade:
             centre = block + (drawn_kind == "hidden")
             ax.axvspan(centre - 0.5, centre + 0.5, color="#f0e6c8", alpha=0.6, linewidth=0, zorder=0,
@@ -256,7 +261,7 @@ def lines(frame: pd.DataFrame, x: str, y: str = "value", hue: str | None = None,
         ax.axhline(0.0, color=GREY, linewidth=0.9, zorder=1)
     if log_x:
         ax.set_xscale("log")
-    elif pd.api.types.is_integer_dtype(frame[x]):
+    elif (whole := numbers(frame[x].to_numpy())).size and (whole[np.isfinite(whole)] % 1 == 0).all():
         integer_axis(ax)
     if log_y:
         ax.set_yscale("log")

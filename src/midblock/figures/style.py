@@ -154,6 +154,7 @@ def count_note(frame: pd.DataFrame, counted: str = "samples") -> str:
     if not n.size:
         return ""
     low, high = int(n.min()), int(n.max())
+    counted = counted.removesuffix("es" if counted.endswith("ches") else "s") if high == 1 else counted
     return f"n = {low} {counted}" if low == high else f"n = {low} to {high} {counted}"
 
 
@@ -165,7 +166,7 @@ def note(ax: Axes, text: str) -> None:
 
 def integer_axis(ax: Axes) -> None:
     """Ticks at whole numbers only."""
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
 
 
 def labelled(axes: Sequence[Axes]) -> dict[str, Any]:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from midblock.models.adapters import AdapterFile, base_weight, layer_factors, merged_weight
-from midblock.models.anatomy import Anatomy, check_unembed, find_anatomy, text_config
-from midblock.models.chain import (
-    check_fit,
-    comparisons,
-    load_chain,
-    load_pair,
-    resolve_stages,
-    side_of,
-    stage_names,
-)
-from midblock.models.checkpoints import Checkpoint, fingerprint, is_adapter_folder
-from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
-from midblock.models.load import LoadedModel, check_finite_weights, load_model, load_tokenizer
-from midblock.models.matrices import Projection, attention_of, kind_of, projections, split_fused
-from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
-from midblock.models.placement import require_full_weights
-from midblock.models.quiet import quiet
-from midblock.models.resolve import resolve_checkpoint
-from midblock.models.saving import save_checkpoint
-from midblock.models.sharing import SharedParts, shared_block, shared_parts, shared_unembeddings
+from typing import TYPE_CHECKING
+
+from midblock.lazily import on_first_use
+
+if TYPE_CHECKING:
+    from midblock.models.adapters import AdapterFile, base_weight, layer_factors, merged_weight
+    from midblock.models.anatomy import Anatomy, check_unembed, find_anatomy, text_config
+    from midblock.models.chain import (
+        check_fit,
+        comparisons,
+        load_chain,
+        load_pair,
+        resolve_stages,
+        side_of,
+        stage_names,
+    )
+    from midblock.models.checkpoints import Checkpoint, fingerprint, is_adapter_folder
+    from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
+    from midblock.models.load import LoadedModel, check_finite_weights, load_model, load_tokenizer
+    from midblock.models.matrices import Projection, attention_of, kind_of, projections, split_fused
+    from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
+    from midblock.models.placement import require_full_weights
+    from midblock.models.resolve import resolve_checkpoint
+    from midblock.models.saving import save_checkpoint
+    from midblock.models.sharing import SharedParts, shared_block, shared_parts, shared_unembeddings
 
 __all__ = [
     "AdapterFile",
@@ -53,7 +57,6 @@ __all__ = [
     "merged_weight",
     "pair_warning",
     "projections",
-    "quiet",
     "require_full_weights",
     "resolve_checkpoint",
     "resolve_device",
@@ -68,3 +71,5 @@ __all__ = [
     "stages_of",
     "text_config",
 ]
+
+__getattr__, __dir__ = on_first_use(__name__, __file__, __all__)

@@ -27,50 +27,10 @@ from midblock.models.matrices import kind_of
 from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
+from midblock.models.stages import comparisons, side_of, stage_names
 from midblock.sizes import parse_bytes, size_text
 
 __all__ = ["check_fit", "comparisons", "load_chain", "load_pair", "resolve_stages", "side_of", "stage_names"]
-
-_DEFAULT_NAMES = ("base", "sft", "dpo", "rlvr")
-
-
-def stage_names(count: int, names: Sequence[str] | None = None) -> list[str]:
-    """Names of ``count`` stages: the given ones, else base, sft, dpo, rlvr, stage5 ...
-
-    Raises:
-        SettingsError: the wrong number of names, a repeated name, or one with ``|`` in it.
-
-    Example:
-        >>> stage_names(2)
-        ['base', 'sft']
-    """
-    if names is None:
-        return [*_DEFAULT_NAMES, *(f"stage{i}" for i in range(5, count + 1))][:count]
-    if len(names) != count or len(set(names)) != count or any("|" in n or not n for n in names):
-        raise SettingsError(f"{count} checkpoints need {count} different stage names without '|'; "
-                            f"got {list(names)}.")
-    return list(names)
-
-
-def comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(later, earlier) pairs: each stage with the first and with the one before.
-
-    Example:
-        >>> comparisons(["base", "sft", "dpo"])
-        [('sft', 'base'), ('dpo', 'base'), ('dpo', 'sft')]
-    """
-    pairs = []
-    for i in range(1, len(names)):
-        pairs.append((names[i], names[0]))
-        if i > 1:
-            pairs.append((names[i], names[i - 1]))
-    return pairs
-
-
-def side_of(pair: tuple[str, str]) -> str:
-    """The ``stage`` cell of a comparison: ``sft-base``."""
-    return f"{pair[0]}-{pair[1]}"
-
 
 def resolve_stages(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedModel | str | None,
                    names: Sequence[str] | None, *, least: int = 2) -> list[LoadedModel]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from midblock import reading
 from midblock.errors import CheckpointError, OutputError, UnsafeCheckpointError
@@ -27,6 +26,10 @@ from midblock.models.validation import (
 )
 from midblock.writing import atomic_path, cache_dir, sha256_of
 
+if TYPE_CHECKING:  # names and headers are read without torch
+    import torch
+    from torch import Tensor
+
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "INDEX", "WEIGHTS", "Checkpoint", "checked_folder", "file_digest",
            "fingerprint", "has_pickled_adapter",
            "is_adapter_folder", "is_pickled", "weight_files",
@@ -40,11 +43,16 @@ _PICKLED_ADAPTER = "adapter_model.bin"
 
 _READ_BYTES = 1 << 28  # of one read: systems refuse more than 2 GiB
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
+
+@functools.cache
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -229,9 +237,9 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor, from the header."""
         kind = self._entry(name)["dtype"]
-        if kind not in _DTYPES:
+        if kind not in _dtypes():
             raise CheckpointError(f"{self._where[name]}: {name} has the dtype {kind}, which cannot be read.")
-        return _DTYPES[kind]
+        return _dtypes()[kind]
 
     @property
     def nbytes(self) -> int:
@@ -259,6 +267,8 @@ class Checkpoint:
 
     def main_dtype(self) -> torch.dtype:
         """The floating-point dtype that most bytes of the checkpoint are stored in."""
+        import torch
+
         sums: dict[torch.dtype, int] = {}
         for name in self._entries:
             dtype = self.dtype(name)
@@ -283,6 +293,8 @@ class Checkpoint:
             CheckpointError: the file is gone, or shorter than its header says.
         """
         path, offset = self.location(name)
+        import torch
+
         data = torch.empty(self.nbytes_of(name), dtype=torch.uint8)
         left = data.numpy().data
         with reading.open_file(path, error=CheckpointError) as stream:

@@ -9,20 +9,22 @@ import logging
 import mmap
 import re
 import shutil
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock
 
 from midblock import reading
 from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
 from midblock.models.checkpoints import Checkpoint, file_digest
-from midblock.models.dtypes import DTYPES
 from midblock.models.quiet import first_line, foreign
-from midblock.models.saving import save_checkpoint
 from midblock.reading import open_file, read_json, read_sealed, sealed, shortened
 from midblock.writing import cache_dir, recomputed, sha256_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["convert_gguf", "precision_of"]
 
@@ -32,6 +34,7 @@ _ORIGIN = "midblock.json"
 _OWN = re.compile(r"midblock\.json|(generation_)?config\.json|model[\w.-]*\.safetensors(\.index\.json)?|"
                   r"chat_template\.jinja|(tokenizer|special_tokens|added_tokens)[\w.-]*")
 _LOG = logging.getLogger("midblock")
+_TOLD_SECONDS = 5.0
 # llama.cpp's names of pre-tokenizers that split digits one by one before GPT-2's rule;
 # transformers leaves the digit step out when it reads a tokenizer from GGUF.
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell")
@@ -101,11 +104,14 @@ def _remove_converted(folder: Path, damage: str) -> None:
 
 
 def _write_converted(path: Path, folder: Path, spec: str) -> None:
+    _LOG.info("converting %s to safetensors (once, about a minute) ...", path.name)
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _LOG.info("converting %s to safetensors (once)", path.name)
-    # transformers draws this progress bar with plain tqdm, which no setting of its turns off
-    with contextlib.redirect_stderr(io.StringIO()), foreign(lambda error: CheckpointError(
+    from midblock.models.saving import save_checkpoint
+
+    # transformers draws its progress bar with plain tqdm, which no setting of its turns off: it is read instead
+    with contextlib.redirect_stderr(_Relay(path.name)), foreign(lambda error: CheckpointError(
             f"model {spec!r}: {path.name} cannot be converted ({type(error).__name__}: {first_line(error)}); the file "
             "is damaged, or transformers knows no GGUF of its architecture.")):
         model = AutoModelForCausalLM.from_pretrained(
@@ -124,12 +130,32 @@ def _write_converted(path: Path, folder: Path, spec: str) -> None:
     save_checkpoint(model, tokenizer, folder, files={_ORIGIN: origin})
 
 
+class _Relay(io.StringIO):
+    """Takes what a progress bar draws, and tells the log how far it is, every few seconds."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._stream, self._told = name, sys.stderr, time.monotonic()
+
+    def write(self, text: str) -> int:
+        found = re.search(r"(\d+)/(\d+)", text)
+        if found and time.monotonic() - self._told >= _TOLD_SECONDS:
+            self._told = time.monotonic()
+            with contextlib.redirect_stderr(self._stream):
+                _LOG.info("converting %s: %s of %s tensors", self._name, *found.groups())
+        return len(text)
+
+
 def precision_of(folder: Path) -> torch.dtype:
     """The dtype that holds a checkpoint's weights as exactly as they are known, from its headers.
 
     It is the one that most of its bytes are stored in; of a converted GGUF file that of its own weights, and
     bfloat16 where they are quantised.
     """
+    import torch
+
+    from midblock.models.dtypes import DTYPES
+
     if (folder / _ORIGIN).is_file():
         return DTYPES.get(str(read_json(folder / _ORIGIN, error=CheckpointError).get("precision")), torch.float32)
     return Checkpoint(folder).main_dtype()

@@ -6,8 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
-import torch
-
 from midblock.errors import MidblockError
 
 __all__ = ["first_line", "foreign", "quiet"]
@@ -53,9 +51,11 @@ def foreign(refusal: Callable[[Exception], MidblockError]) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (MidblockError, MemoryError, torch.OutOfMemoryError):
+    except (MidblockError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch for files that need none
+            raise
         raise refusal(error) from error
 
 

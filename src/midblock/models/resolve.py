@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -46,7 +48,9 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
     path = Path(text).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelNotFoundError(f"model {text!r}: there is no such file.")
+            near = _near(text)
+            raise ModelNotFoundError(f"model {text!r}: there is no such file."
+                                     + (f" Did you mean {near}?" if near else ""))
         return convert_gguf(path, text)
     if path.is_dir():
         return checked_folder(path, text, allow_pickle, weights=weights)
@@ -55,11 +59,35 @@ def resolve_checkpoint(spec: str | Path, *, revision: str | None = None, allow_p
             f"model {text!r} is a file but not a .gguf file; name the folder that holds it, a .gguf "
             "file, a hub id, or smollm2.")
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", text) or text.startswith((".", "-")):
+        near = _near(text)
         raise ModelNotFoundError(
-            f"model {text!r}: there is no such folder, and it is not a hub id; name a folder, a .gguf "
-            "file, a hub id such as allenai/OLMo-2-0425-1B, or smollm2.")
+            f"model {text!r}: there is no such folder, and it is not a hub id. "
+            + (f"Did you mean {near}?" if near else
+               "Name a folder, a .gguf file, a hub id such as allenai/OLMo-2-0425-1B, or smollm2."))
+    if "/" not in text and (near := _near(text)):  # an id of the hub may well be like the name of a folder
+        raise ModelNotFoundError(f"model {text!r}: there is no such folder. Did you mean {near}?")
     folder = _download(text, revision, allow_pickle, trust_remote_code, weights)
     return checked_folder(folder, text, allow_pickle, weights=weights)
+
+
+def _near(text: str) -> str:
+    """The name that was probably meant: the embedded model, or what lies beside a path; empty where nothing is near."""
+    if "/" not in text and difflib.get_close_matches(text.lower(), ["smollm2"], n=1, cutoff=0.75):
+        return "smollm2"
+    path = Path(text).expanduser()
+    beside = path.parent
+    while not beside.is_dir() and beside != beside.parent:
+        path, beside = beside, beside.parent
+    if path.parent == Path() and "/" not in text:
+        known: list[str] = []
+    else:
+        known = [p.name for p in itertools.islice(beside.iterdir(), 10_000)] if beside.is_dir() else []
+    close = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
+    if not close:
+        return ""
+    rest = Path(text).expanduser().relative_to(path)
+    meant = beside / close[0] / rest
+    return str(meant) if meant.exists() else ""
 
 
 def embedded_gguf() -> Path:
@@ -116,7 +144,11 @@ def _not_found_on_hub(spec: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return start + f"the hub has no revision {revision!r} of it."
     if isinstance(error, RepositoryNotFoundError):
-        return start + "the hub has none of that name (or it is private)."
+        near = _near(spec)
+        return (start + "the hub has none of that name (or it is private)."
+                + (f" Did you mean {near}?" if near else ""))
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    near = _near(spec)
     return start + (f"it is not in the local hub cache and the hub cannot be reached ({reason}). "
-                    "Name a folder or a .gguf file, or use smollm2, which needs no network.")
+                    + (f"Did you mean {near}?" if near else
+                       "Name a folder or a .gguf file, or use smollm2, which needs no network."))

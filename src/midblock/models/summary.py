@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import logging
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from torch import nn
+from pydantic import TypeAdapter, ValidationError
 
-from midblock.errors import CheckpointError
-from midblock.models.adapters import base_of_adapter
-from midblock.models.anatomy import Anatomy, find_anatomy, text_config
+from midblock import __version__
+from midblock.errors import MidblockError, OutputError
 from midblock.models.checkpoints import is_adapter_folder
-from midblock.models.load import model_class, read_config, stored_dtype
-from midblock.models.matrices import kind_of
-from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
+from midblock.models.validation import read_header
 from midblock.segments import all_masks_single, depth, segment_bounds
+from midblock.writing import cache_dir, read_written, sha256_of, write_sealed
 
-__all__ = ["ModelSummary", "SegmentSummary", "summarize", "summarize_model"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ModelSummary", "SegmentSummary", "summarize_model"]
+
+_LOG = logging.getLogger("midblock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class ModelSummary:
 
     def frame(self) -> pd.DataFrame:
         """One row a block: its depth, kind where known, parameters, and parameters by part."""
+        import pandas as pd
+
         parts = list(dict.fromkeys(name for block in self.blocks for name in block))
         rows = []
         for b, block in enumerate(self.blocks):
@@ -135,81 +140,39 @@ def summarize_model(spec: str | Path, *, trust_remote_code: bool = False, allow_
         UnsafeCheckpointError: pickled weights or remote code that nobody asked for.
         ArchitectureError: no such architecture, or its parts cannot be found.
     """
+    kept = None if trust_remote_code else _kept(spec, allow_pickle, revision)
+    if kept is not None and kept.is_file():
+        # a damaged or older file is no summary: it is made anew
+        with contextlib.suppress(MidblockError, ValidationError):
+            return TypeAdapter(ModelSummary).validate_python(read_written(kept, advice="remove it"))
+    _LOG.info("counting the parameters of %s (remembered for the next time) ...", spec)
+    from midblock.models.anatomy import find_anatomy
+    from midblock.models.skeleton import model_skeleton, summarize
+
     model, stored, _ = model_skeleton(spec, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
                                       revision=revision)
-    return summarize(model, find_anatomy(model), name=str(spec), dtype=str(stored).removeprefix("torch."))
+    found = summarize(model, find_anatomy(model), name=str(spec), dtype=str(stored).removeprefix("torch."))
+    if kept is not None:
+        with contextlib.suppress(OutputError):  # a cache that cannot be written only costs time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed(kept, asdict(found))
+    return found
 
 
-def model_skeleton(spec: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False,
-                   revision: str | None = None) -> tuple[nn.Module, torch.dtype, Path]:
-    """A model without weights (on the meta device), the dtype it is stored in, and its folder.
+def _kept(spec: str | Path, allow_pickle: bool, revision: str | None) -> Path | None:
+    """Where the summary of a checkpoint is remembered: building the model's skeleton takes seconds of imports.
 
-    Of a hub id no weight is fetched; its dtype is then the config's word.
-
-    Arguments and errors as for `summarize_model`.
+    The name holds the config's content, the files' sizes and times, and the versions that read them. None where a base
+    model is elsewhere, or where nothing is there that could be told apart.
     """
-    name = str(spec)
-    folder = resolve_checkpoint(name, revision=revision, allow_pickle=allow_pickle,
-                                trust_remote_code=trust_remote_code, weights=False)
-    if is_adapter_folder(folder):
-        folder = base_of_adapter(folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, weights=False)
-    config = read_config(folder, name, trust_remote_code)
-    stored = stored_dtype(folder, config)
-    remote = {"trust_remote_code": True} if trust_remote_code else {}
-    with foreign(lambda error: CheckpointError(
-            f"model {name!r}: transformers cannot build it from its config ({type(error).__name__}): "
-            f"{first_line(error)}")), torch.device("meta"):
-        model = model_class(config, name, trust_remote_code).from_config(config, **remote)
-    return model, stored, folder
-
-
-def summarize(model: nn.Module, anatomy: Anatomy, *, name: str, dtype: str) -> ModelSummary:
-    """Count the parameters of a model, which may be on the meta device.
-
-    Args:
-        model: The model that ``anatomy`` was found in.
-        anatomy: Its parts.
-        name: What to call it.
-        dtype: Number format of its checkpoint.
-    """
-    owner: dict[int, str] = {}  # each tensor belongs to the first part that holds it
-    sizes: Counter[str] = Counter()
-    blocks: list[dict[str, int]] = []
-    for index, block in enumerate(anatomy.blocks):
-        parts: Counter[str] = Counter()
-        for parameter_name, parameter in block.named_parameters():
-            if id(parameter) not in owner:
-                owner[id(parameter)] = f"block {index}"
-                parts[_part(block, parameter_name)] += parameter.numel()
-        blocks.append(dict(parts))
-    for part, module in (("embeddings", anatomy.embeddings), ("head", anatomy.head),
-                         ("final_norm", anatomy.final_norm), ("other", model)):
-        for parameter in module.parameters() if module is not None else ():
-            if id(parameter) not in owner:
-                owner[id(parameter)] = part
-                sizes[part] += parameter.numel()
-    config = text_config(model)
-    kinds = getattr(config, "layer_types", None)
-    return ModelSummary(
-        model=name, architecture=type(anatomy.causal_lm).__name__, dtype=dtype,
-        num_blocks=anatomy.num_blocks, hidden_size=anatomy.hidden_size, vocab_size=anatomy.vocab_size,
-        tied=anatomy.tied, parameters=sum(sizes.values()) + sum(sum(b.values()) for b in blocks),
-        embedding_parameters=sizes["embeddings"], head_parameters=sizes["head"],
-        final_norm_parameters=sizes["final_norm"], other_parameters=sizes["other"],
-        paths={"blocks": anatomy.blocks_path, "embeddings": anatomy.embeddings_path,
-               "final_norm": anatomy.final_norm_path, "head": anatomy.head_path},
-        blocks=tuple(blocks),
-        layer_types=tuple(map(str, kinds)) if kinds and len(kinds) == anatomy.num_blocks
-        and len(set(kinds)) > 1 else None)
-
-
-def _part(block: nn.Module, parameter_name: str) -> str:
-    """The child of a block that a parameter belongs to; its norms are one part."""
-    if kind_of(parameter_name) == "norm":
-        return "norms"
-    path: list[str] = []
-    for name in parameter_name.split(".")[:-1]:
-        path.append(name)
-        if not isinstance(block.get_submodule(".".join(path)), nn.ModuleList):
-            break
-    return ".".join(path) or parameter_name
+    folder = resolve_checkpoint(str(spec), revision=revision, allow_pickle=allow_pickle, weights=False)
+    config = folder / "config.json"
+    if is_adapter_folder(folder) or not config.is_file():
+        return None
+    marks = [str(spec), __version__, metadata.version("transformers"), config.read_text(encoding="utf-8")]
+    for path in sorted(folder.glob("*.safetensors*")):
+        if path.suffix == ".safetensors":
+            read_header(path)  # a damaged file is told before anything else
+        told = path.stat()
+        marks += [path.name, str(told.st_size), str(told.st_mtime_ns), str(told.st_ino)]
+    return cache_dir() / "summaries" / f"{sha256_of(*marks)[:32]}.json"

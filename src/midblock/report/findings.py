@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -13,13 +13,13 @@ from midblock.quantities import find
 from midblock.reading import printable
 from midblock.report.charts import Chart
 from midblock.report.collect import Run
-from midblock.segments import zone_means
+from midblock.results import Answer
+from midblock.segments import where_most, zone_means
 
-__all__ = ["Findings", "findings_of"]
+__all__ = ["Findings", "answer_of", "findings_of"]
 
 _WHERE = ("weight_change_relative", "change_intensity_relative", "cosine")
 _NEXT = "Next: "  # how a verdict names the command to run
-_EVEN = 1.25  # zones whose means are within this factor are called even
 _KEY_METRICS = ("cosine", "weight_change_relative", "accuracy", "cka_debiased", "loss", "effective_rank")
 
 
@@ -38,6 +38,13 @@ class Findings:
     limits: list[str]
     command: str
     key: list[str]
+
+
+def answer_of(findings: Mapping[str, Any]) -> Answer:
+    """The first finding, the first limit, and what to run next, of `Findings` as they are kept."""
+    answer, limits = findings["answer"], findings["limits"]
+    return Answer(answer[0] if answer else "No finding: none of these runs has a reading.", limits[0] if limits else "",
+                  tuple(shlex.split(findings["command"])[1:]))
 
 
 def findings_of(runs: Sequence[Run], charts: Sequence[Chart]) -> Findings:
@@ -71,19 +78,10 @@ def _where(runs: Sequence[Run]) -> list[str]:
             means = zone_means(layers.astype(int), away, int(layers.max()))
             what = "blocks" if (rows["kind"] == "block").all() else "hidden states"
             found.append(f"{run.pair}{f' on {run.data}' if run.data else ''}: by {find(metric).label.lower()}, "
-                         f"{_acted(means, what)} (mean change "
+                         f"{where_most(means, what)} (mean change "
                          + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").")
             break
     return found
-
-
-def _acted(means: dict[str, float], what: str) -> str:
-    """Which zone moved most; "about evenly" where the zones are within a quarter of each other."""
-    defined = {zone: value for zone, value in means.items() if not math.isnan(value)}
-    most = max(defined, key=lambda zone: defined[zone])
-    if defined[most] <= _EVEN * min(defined.values()):
-        return f"tuning acted about evenly on all {what}"
-    return f"tuning acted most on {most} {what}"
 
 
 def _readings(runs: Sequence[Run]) -> list[str]:

@@ -18,8 +18,10 @@ from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder, check_whole
 from midblock.reading import read_yaml, user_path
+from midblock.report.findings import answer_of
 from midblock.report.page import build_report
 from midblock.report.save import save_result
+from midblock.results import Answer, Reading
 from midblock.settings.base import as_keys
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import Part, StudySettings
@@ -42,7 +44,7 @@ class Task:
 
 
 @dataclass
-class StudyResult:
+class StudyResult(Reading):
     """What a study made.
 
     Attributes:
@@ -59,11 +61,14 @@ class StudyResult:
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def summary(self) -> str:
-        """The findings, and which parts failed."""
-        lines = list(self.findings["answer"])
-        lines += [f"Not measured: {name}: {reason}" for name, reason in self.failed.items()]
-        return "\n".join(lines)
+    def answer(self) -> Answer:
+        """The first finding, the first limit, and what to run next."""
+        return answer_of(self.findings)
+
+    def details(self) -> list[str]:
+        """The other findings, and which parts failed."""
+        return [*self.findings["answer"][1:],
+                *(f"Not measured: {name}: {reason}" for name, reason in self.failed.items())]
 
 
 @as_keys()

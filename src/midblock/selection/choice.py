@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from midblock.errors import BudgetError, SettingsError
-from midblock.selection.ila import SCORES, ImportanceResult
-from midblock.selection.units import best_units, top_count
+from midblock.selection.ila import ImportanceResult
+from midblock.selection.units import SCORES, best_units, top_count
 from midblock.settings.base import name_of
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan

@@ -27,11 +27,12 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.data import Dataset, load_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.results import Estimate, Table, TableResult
+from midblock.quantities import label_of
+from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.segments import zone_means
 from midblock.selection.gates import Gates
 from midblock.selection.ila_stages import ScoreSet, Stages
-from midblock.selection.units import top_units, units_of
+from midblock.selection.units import SCORES, top_units, units_of
 from midblock.settings.importance import ImportanceSettings
 from midblock.tuning.adapter import attach
 from midblock.tuning.plan import ModulePlan, Plan
@@ -40,16 +41,10 @@ from midblock.tuning.planning import make_plan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SCORES", "ImportanceResult", "importance"]
+__all__ = ["ImportanceResult", "importance"]
 
-SCORES = {
-    "ila_score": "s of ILA: the update counts sigmoid(s)",
-    "taylor": "|<gradient, update>| at the tuned weights, nats",
-    "taylor_base": "|<gradient, update>| at the base weights, nats",
-    "update_norm": "Frobenius norm of the update",
-    "random": "seeded random numbers",
-}
-"""Metric -> what it is. The first is ILA's; the others are its controls."""
+TOP = 0.3
+"""Share of the units whose choice is compared with the controls'."""
 
 
 @dataclass
@@ -69,6 +64,7 @@ class ImportanceResult(TableResult):
     settings: ImportanceSettings
     data: str
     counts: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = UNNAMED
 
     @property
     def units(self) -> list[str]:
@@ -89,8 +85,32 @@ class ImportanceResult(TableResult):
         chosen = set(units)
         return [m for m in self.plan.modules if self.unit_of[m.name] in chosen]
 
-    def summary(self) -> str:
-        """In words: how training stopped, where the scores are high, and what the controls say."""
+    def _agreement(self) -> tuple[dict[str, float], float]:
+        """Jaccard overlap of the top units with each control's, and of two random choices."""
+        mine = np.isin(self.units, top_units(self.scores(), TOP))
+        found = {m: stats.set_overlap(mine, np.isin(self.units, top_units(self.scores(m), TOP)))
+                 for m in SCORES if m != "ila_score"}
+        return {m: o.jaccard for m, o in found.items()}, next(iter(found.values())).expected
+
+    def answer(self) -> Answer:
+        """Where the scores are high, and whether the controls would have chosen the same."""
+        frame = self.frame
+        own = frame[(frame["metric"] == "ila_score") & frame["final"]]
+        by_block = own.groupby("layer")["value"].mean()
+        best = by_block.sort_values(ascending=False, kind="stable").index[:5]
+        zones = zone_means(by_block.index, by_block, self.plan.num_blocks - 1)
+        agree, chance = self._agreement()
+        closest = max((m for m in agree if m != "random"), key=lambda m: agree[m])
+        return Answer(
+            f"Highest mean scores: blocks {', '.join(map(str, best))} (mean "
+            + ", ".join(f"{zone} {value:.2f}" for zone, value in zones.items())
+            + f"); n = {len(self.units)} scores learned in {len(self.final.losses)} steps.",
+            f"The top {TOP:.0%} share {agree[closest]:.2f} (Jaccard) with {label_of(closest, unit='').lower()}, a "
+            f"cheaper control, and {chance:.2f} with a random choice; train it against both before you trust it.",
+            self.origin.words("importance", "--resume", "--apply", f"top:{TOP:g}", models=1))
+
+    def details(self) -> list[str]:
+        """How training stopped, where the scores are high, and what the controls say."""
         last = self.curve[-1]
         lines = [f"Stage 1: LoRA of rank {self.plan.rank} on {len(self.plan.modules)} matrices; loss of the probe "
                  f"batches {self.curve[0][1]:.3f} -> {last[1]:.3f} nats in {last[0]} steps; {self.stopped}.",
@@ -107,17 +127,11 @@ class ImportanceResult(TableResult):
         if own["matrix"].nunique() > 1:
             kinds = own.groupby("matrix")["value"].mean().sort_values(ascending=False)
             lines.append("Mean score by matrix: " + ", ".join(f"{k} {v:.2f}" for k, v in kinds.items()) + ".")
-        share = 0.3
-        mine = np.isin(self.units, top_units(self.scores(), share))
-        told = []
-        for metric in SCORES:
-            if metric != "ila_score":
-                found = stats.set_overlap(mine, np.isin(self.units, top_units(self.scores(metric), share)))
-                told.append(f"{metric} {found.jaccard:.2f}")
-                expected = found.expected
-        lines.append(f"Jaccard overlap of the top {share:.0%} with the controls' ({', '.join(told)}); two random "
+        agree, expected = self._agreement()
+        told = [f"{metric} {value:.2f}" for metric, value in agree.items()]
+        lines.append(f"Jaccard overlap of the top {TOP:.0%} with the controls' ({', '.join(told)}); two random "
                      f"choices have {expected:.2f}.")
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Block by matrix for every score, and the two loss curves."""
@@ -190,7 +204,8 @@ def importance(model: LoadedModel | str, *, data: Dataset | str, state_folder: P
         run.restore()
         run.finish()
     table = _table(plan, unit_of, run.sets, chosen, dataset.name)
-    return ImportanceResult(table, plan, unit_of, run.sets, run.curve, run.stopped, chosen, dataset.name, counts)
+    return ImportanceResult(table, plan, unit_of, run.sets, run.curve, run.stopped, chosen, dataset.name, counts,
+                            Origin((loaded.spec,), dataset.spec))
 
 
 def _table(plan: Plan, unit_of: Mapping[str, str], sets: Sequence[ScoreSet], settings: ImportanceSettings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from midblock.data import Dataset, load_data
 from midblock.errors import BlockRangeError, BudgetError, SettingsError
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.results import Table, TableResult
+from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bounds
 from midblock.selection.scores import block_scores
 from midblock.settings.base import name_of
@@ -49,10 +49,6 @@ class Proposal:
     def spec(self) -> str:
         """As ``--blocks`` reads it."""
         return format_blocks(range(*self.blocks))
-
-    def command(self, model: str, data: str) -> str:
-        """The `tune` command that trains it."""
-        return f"midblock tune {model} --data {data} --blocks {self.spec}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -206,10 +202,9 @@ class LocateResult(TableResult):
     """The chosen rule."""
     similarity: npt.NDArray[np.float64] | None
     """Debiased CKA between hidden 0..L."""
-    model: str
-    data: str
     num_blocks: int
     counts: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = UNNAMED
 
     @property
     def reliability(self) -> dict[str, float]:
@@ -226,11 +221,28 @@ class LocateResult(TableResult):
         return pd.DataFrame([{"rule": name, "blocks": p.spec, "mask": p.mask, "reason": p.reason}
                              for name, p in self.proposals.items()])
 
-    def summary(self) -> str:
-        """The proposal, its reason, the command, and how far the other rules agree."""
+    def answer(self) -> Answer:
+        """The proposal, and how far the scores can be trusted."""
+        own, told = self.proposal, self.reliability
+        noisy = [name for name, r in told.items() if r < RELIABLE]
+        samples = self.counts.get("rows")
+        n = f", n = {samples} samples" if samples else ", from the weights alone"
+        found = f"Proposal (rule {self.rule}): tune blocks {own.spec} of {self.num_blocks} (mask {own.mask}){n}."
+        if told and len(noisy) == len(told):
+            means = "With so few samples every score of states or gradients is noise: none of them may choose blocks."
+        elif noisy:
+            means = f"{len(noisy)} of {len(told)} scores are noise at this many samples ({', '.join(noisy)}); none " \
+                    "is shown to choose better than the fixed middle."
+        else:
+            means = "None of these scores is shown to choose better than the fixed middle; `locate --validate` " \
+                    "checks them on your sweeps."
+        where = self.origin if self.counts else replace(self.origin, data="arithmetic")  # scored by its weights alone
+        return Answer(found, means, where.words("tune", "--blocks", own.spec, "--dry-run", models=1))
+
+    def details(self) -> list[str]:
+        """The proposal's reason, how far the other rules agree, and which scores are noise."""
         own = self.proposal
-        lines = [f"Proposal ({self.rule}): blocks {own.spec} of {self.num_blocks}, mask {own.mask}: {own.reason}.",
-                 f"  {own.command(self.model, self.data)}"]
+        lines = [f"{self.rule}: {own.reason}."]
         inside = set(range(*own.blocks))
         others = [(n, p) for n, p in self.proposals.items() if n not in (self.rule, "random", "uniform")]
         if others:
@@ -247,7 +259,7 @@ class LocateResult(TableResult):
             lines.append("No score is trusted by default: none has been shown to choose better than the fixed middle "
                          "(docs/results.md). Check on your own sweeps with `midblock locate --validate SWEEP_DIR`.")
         lines += [f"{name}: {reason}" for name, reason in self.refused.items()]
-        return "\n".join(lines)
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Scores over depth, and CKA between all hidden states."""
@@ -255,7 +267,7 @@ class LocateResult(TableResult):
 
         frame = self.frame
         made = {"locate-scores": depth_lines(frame, list(dict.fromkeys(frame["metric"])),
-                                             title=f"Scores per block, {self.model}")}
+                                             title="Scores per block without training")}
         if self.similarity is not None and np.isfinite(self.similarity).any():
             names = list(range(self.num_blocks + 1))
             made["locate-cka"] = heatmap(self.similarity, names, names, title="CKA between hidden states",
@@ -310,5 +322,5 @@ def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progr
             if name == chosen.rule:
                 raise
             refused[name] = str(error)
-    return LocateResult(table, proposals, refused, chosen.rule, similarity, loaded.spec,
-                        "D" if data is None else data if isinstance(data, str) else data.name, blocks, counts)
+    return LocateResult(table, proposals, refused, chosen.rule, similarity, blocks, counts,
+                        Origin((loaded.spec,), "" if dataset is None else dataset.spec))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,8 @@ import pandas as pd
 from midblock import stats
 from midblock.errors import OutputError, SettingsError
 from midblock.provenance import read_run, read_table
-from midblock.results import Estimate, Table, TableResult
-from midblock.selection.ila import SCORES
-from midblock.selection.units import top_units
+from midblock.results import Answer, Estimate, Table, TableResult
+from midblock.selection.units import SCORES, top_units
 from midblock.settings.base import name_of
 from midblock.settings.locate import BLOCK_SCORES
 from midblock.settings.overlap import OverlapSettings
@@ -137,6 +136,8 @@ class OverlapResult(TableResult):
     labels: list[str]
     share: float
     units: int
+    folders: tuple[str, ...] = ()
+    """The run folders that were compared."""
 
     def matrix(self, column: str = "jaccard") -> npt.NDArray[np.float64]:
         """Symmetric matrix of a column of ``pairs`` over all selections; 1 on the diagonal."""
@@ -157,8 +158,21 @@ class OverlapResult(TableResult):
                          **{m: _shown(own.loc[m]) for m in ("jaccard", "chance_jaccard", "corrected")}})
         return pd.DataFrame(rows)
 
-    def summary(self) -> str:
-        """What this model shows, what chance gives, and what that makes of the claim."""
+    def answer(self) -> Answer:
+        """The overlap of the first group of pairs beside chance, and what that makes of the claim."""
+        frame = self.frame
+        group = next(iter(self.pairs["group"]))
+        own = frame[frame["layer"] == group].set_index("metric")
+        part = self.pairs[self.pairs["group"] == group]
+        alone = stats.random_share_jaccard(self.share)
+        return Answer(
+            f"Selections that differ in {group} overlap by {_shown(own.loc['jaccard'])} (Jaccard, top {self.share:.0%} "
+            f"of {self.units} units, n = {len(part)} pairs), by chance {own.loc['chance_jaccard', 'value']:.2f}.",
+            self._claim(alone, stats.chance_corrected(CLAIM, alone)),
+            ("report", *self.folders) if self.folders else ())
+
+    def details(self) -> list[str]:
+        """What this model shows and what chance gives, per group of pairs."""
         alone = stats.random_share_jaccard(self.share)
         lines = [f"Top {self.share:.0%} of {self.units} units. Two random selections of that share have a Jaccard "
                  f"overlap of {alone:.2f} and share {self.share:.0%} of their units."]
@@ -170,9 +184,7 @@ class OverlapResult(TableResult):
                 f"Pairs that differ in {group} ({len(part)}): Jaccard {_shown(own.loc['jaccard'])}, "
                 f"{own.loc['chance_jaccard', 'value']:.2f} by chance; corrected {_shown(own.loc['corrected'])}; "
                 f"{int((part['p_holm'] < 0.05).sum())} of {len(part)} above chance (Holm).")
-        corrected = stats.chance_corrected(CLAIM, alone)
-        lines.append(self._claim(alone, corrected))
-        return "\n".join(lines)
+        return lines
 
     def _claim(self, alone: float, corrected: float) -> str:
         told = (f'The claim to test is "about 90% overlap across data sets". At this share {CLAIM:.0%} would be '
@@ -230,7 +242,7 @@ def overlap(folders: Sequence[Path | str], *, settings: OverlapSettings | None =
         found = [s for s in found if s.method == "ila_score"]
     if chosen.steps == "last":
         found = [s for s in found if (s.folder, *s.key) in _last_steps(found)]
-    return overlap_of(found, settings=chosen)
+    return replace(overlap_of(found, settings=chosen), folders=tuple(map(str, folders)))
 
 
 def _last_steps(selections: Sequence[Selection]) -> set[tuple[Any, ...]]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from midblock.settings.importance import Unit
-from midblock.tuning.plan import Plan
 
-__all__ = ["best_units", "top_count", "top_units", "units_of"]
+if TYPE_CHECKING:
+    from midblock.tuning.plan import Plan
+
+__all__ = ["SCORES", "best_units", "top_count", "top_units", "units_of"]
+
+SCORES = {
+    "ila_score": "s of ILA: the update counts sigmoid(s)",
+    "taylor": "|<gradient, update>| at the tuned weights, nats",
+    "taylor_base": "|<gradient, update>| at the base weights, nats",
+    "update_norm": "Frobenius norm of the update",
+    "random": "seeded random numbers",
+}
+"""Metric -> what it is. The first is ILA's; the others are its controls."""
 
 
 def units_of(plan: Plan, unit: Unit) -> dict[str, str]:

@@ -25,7 +25,7 @@ from midblock.errors import OutputError, SettingsError, UndefinedMetricError
 from midblock.models import load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import read_run, read_table
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import Answer, Estimate, Origin, Table, TableResult
 from midblock.selection.evidence import LEAST_SWEEPS, Evidence, fixed_middle, judge, segment_means
 from midblock.selection.locate import scores_of
 from midblock.selection.scores import block_scores
@@ -244,13 +244,19 @@ class ValidateResult(TableResult):
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def summary(self) -> str:
-        """The verdict, and what it rests on."""
+    def answer(self) -> Answer:
+        """The verdict, what it rests on, and the location by the supported rule."""
         count = sum(len(s.cases) for s in self.sweeps)
-        lines = [f"{count} cases (sweep x task x method x K x seed) from {len(self.sweeps)} sweep"
-                 f"{'s' if len(self.sweeps) > 1 else ''}, {self.evidence.sweeps} of them independent (model and data).",
-                 self.verdict]
-        return "\n".join([*lines, *self.notes])
+        first = self.sweeps[0]
+        return Answer(self.verdict,
+                      f"n = {count} cases (sweep x task x method x K x seed) from {len(self.sweeps)} sweep"
+                      f"{'s' if len(self.sweeps) > 1 else ''}, {self.evidence.sweeps} of them independent (model and "
+                      "data).",
+                      Origin((first.model,), first.data).words("locate", "--rule", self.best))
+
+    def details(self) -> list[str]:
+        """What was left out."""
+        return list(self.notes)
 
     def figures(self) -> dict[str, Figure]:
         """Rank correlation and regret of every score."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from midblock.figures import lines as line_figure
 from midblock.figures import scatter_pareto, segment_bars
 from midblock.provenance import RunFolder
 from midblock.quantities import label_of
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import Answer, Estimate, Table, TableResult
 from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import BASE
 from midblock.sweeps.claims import claims
@@ -107,6 +108,19 @@ class SweepResult(TableResult):
     def claims(self) -> pd.DataFrame:
         """The paper's findings as hypotheses, each with what this sweep says of it."""
         return claims(self.statistics, self.infos, self.config.statistics.alpha)
+
+    def answer(self) -> Answer:
+        """The verdict's first line, what it rests on, and the command that helps further."""
+        first, *rest = self.summary().splitlines()
+        following = next((line for line in rest if line.startswith("Next: midblock ")), "")
+        return Answer(first, next((line for line in rest if line != following), ""),
+                      tuple(shlex.split(following.removeprefix("Next: midblock "))))
+
+    def details(self) -> list[str]:
+        """The verdict's further lines."""
+        answer = self.answer()
+        return [line for line in self.summary().splitlines()[1:]
+                if line != answer.means and not line.startswith("Next: ")]
 
     def summary(self) -> str:
         """The verdict in plain language: the answer, then at most ten lines."""

@@ -50,7 +50,7 @@ class Outline:
 def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
     """Anatomy and tokenizer of the sweep's model without reading its weights."""
     from midblock.models import choose_dtype, load_tokenizer, resolve_device, text_config
-    from midblock.models.summary import model_skeleton
+    from midblock.models.skeleton import model_skeleton
 
     model, stored, folder = model_skeleton(config.model, trust_remote_code=trust_remote_code,
                                            allow_pickle=allow_pickle)

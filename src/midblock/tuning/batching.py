@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from midblock.data import TokenRow
+from midblock.errors import SettingsError
 from midblock.settings.tune import Order
 from midblock.writing import sha256_of
 
-__all__ = ["BatchOrder", "batch_plan", "collator", "labels_of"]
+__all__ = ["BatchOrder", "RankSampler", "batch_plan", "collator", "labels_of"]
 
 
 def batch_plan(lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> list[list[int]]:
@@ -55,6 +56,57 @@ class BatchOrder(Sampler[int]):
         random.Random(f"midblock order {self._seed} {self.epoch}").shuffle(order)
         for number in (*order, *range(self._full, len(self._batches))):
             yield from self._batches[number]
+
+
+class RankSampler(Sampler[int]):
+    """Keeps every row on one process, so that each process's prefix cache holds the rows that it will see again.
+
+    accelerate deals the batches of one sampler out in turn: the first to process 0, the second to process 1 ...
+    Batches come here in that order, each from its process's own rows, shuffled anew in every epoch. A process whose
+    rows do not fill the last batch repeats some of its own, as `torch.utils.data.DistributedSampler` does.
+
+    Args:
+        rows: How many rows there are.
+        batch_size: Of one process (``per_device_train_batch_size``).
+        processes: How many (``accelerator.num_processes``, ``args.world_size``).
+        seed: Of the order.
+
+    Raises:
+        SettingsError: fewer rows than processes, or a number below 1.
+
+    Example:
+        >>> sampler = RankSampler(6, batch_size=1, processes=2)
+        >>> [i % 2 for i in sampler]  # rows 0, 2, 4 belong to process 0
+        [0, 1, 0, 1, 0, 1]
+    """
+
+    def __init__(self, rows: int, batch_size: int, processes: int, seed: int = 0) -> None:
+        if min(batch_size, processes) < 1 or rows < processes:
+            raise SettingsError(f"{rows} rows cannot be dealt to {processes} processes in batches of {batch_size}; "
+                                "there must be a row for each.")
+        self._own = [list(range(p, rows, processes)) for p in range(processes)]
+        self._batch, self._seed = batch_size, seed
+        self._rounds = -(-max(map(len, self._own)) // batch_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order the next iteration takes; trainers call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rounds * self._batch * len(self._own)
+
+    def __iter__(self) -> Iterator[int]:
+        dealt = []
+        for rank, own in enumerate(self._own):
+            order = own.copy()
+            random.Random(f"midblock rank {self._seed} {self.epoch} {rank}").shuffle(order)
+            whole = self._rounds * self._batch
+            dealt.append((order * -(-whole // len(order)))[:whole])
+        self.epoch += 1  # for loops that do not say which epoch it is
+        for start in range(0, self._rounds * self._batch, self._batch):
+            for order in dealt:
+                yield from order[start:start + self._batch]
 
 
 def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from midblock.errors import OutputError, SettingsError
 from midblock.sizes import parse_bytes
 from midblock.tuning.cache_folder import CacheFolder, DamagedRowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["PrefixCache"]
 

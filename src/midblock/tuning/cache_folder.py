@@ -16,16 +16,17 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from midblock.errors import OutputError
 from midblock.reading import read_json, user_path
 from midblock.writing import atomic_path, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["CacheFolder", "DamagedRowError", "row_bytes"]
 
@@ -40,6 +41,8 @@ class DamagedRowError(Exception):
 
 def row_bytes(row: Tensor) -> bytes:
     """The bytes of a tensor, for a digest."""
+    import torch
+
     return row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
@@ -220,6 +223,8 @@ class CacheFolder:
             OutputError: the file cannot be written.
         """
         path = self._path(namespace, key)
+        from safetensors.torch import save
+
         content = save({"hidden": row}, metadata={"namespace": namespace, "key": key, "sha256": _digest(row)})
         with self._locked():
             if path.exists():

@@ -31,7 +31,7 @@ from midblock.models import (
     text_config,
 )
 from midblock.models.products import block_shapes, product_rate
-from midblock.models.summary import model_skeleton
+from midblock.models.skeleton import model_skeleton
 from midblock.provenance import peak_memory_bytes
 from midblock.settings import LoadSettings, TuneSettings
 from midblock.settings.tune import REFERENCE_RANK, LoopSettings

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midblock.errors import AdapterError, OutputError
-from midblock.models import LoadedModel, merged_weight, quiet, save_checkpoint
+from midblock.models import LoadedModel, merged_weight, save_checkpoint
+from midblock.models.quiet import quiet
 from midblock.reading import printable, read_json
+from midblock.results import Estimate
 from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.peft_config import target_names
@@ -78,7 +80,7 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
         write_json(temporary / "adapter_config.json", config)
         attachment.plan.save(temporary / PLAN_FILE)
         if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            _write_card(temporary, card, attachment.plan)
         temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError as error:
@@ -157,8 +159,8 @@ def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path |
         written = save_checkpoint(base.model, base.tokenizer, folder)
     if plan is not None:
         plan.save(written / PLAN_FILE)
-    if card is not None:
-        (written / "README.md").write_text(card, encoding="utf-8")
+    if card is not None and plan is not None:
+        _write_card(written, card, plan)
     return written
 
 
@@ -166,16 +168,53 @@ def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path |
 # model card
 
 
+_PICTURE = "depth.svg"
+
+
+def _write_card(folder: Path, card: str, plan: Plan) -> None:
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / _PICTURE).write_text(depth_picture(plan), encoding="utf-8")
+
+
+def depth_picture(plan: Plan) -> str:
+    """The blocks from input (left) to output as an SVG picture, the trained ones filled."""
+    step, height = 16, 26
+    width = step * plan.num_blocks
+    blocks = "".join(f'<rect x="{step * b + 1}" y="1" width="{step - 2}" height="{height - 2}" rx="2" '
+                     f'fill="{"#0072B2" if b in plan.blocks else "#e4e4e4"}"/>' for b in range(plan.num_blocks))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + 16}" role="img" '
+            f'font-family="sans-serif" font-size="10" fill="#6e6e6e">{blocks}'
+            f'<text x="1" y="{height + 12}">block 0</text>'
+            f'<text x="{width - 1}" y="{height + 12}" text-anchor="end">{plan.num_blocks - 1}</text></svg>\n')
+
+
 def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, Any], check: str,
-               results: str = "", merged: bool = False) -> str:
-    """Text of a ``README.md``: what was trained where, on what, and what was measured."""
+               held_out: Mapping[str, Estimate] | None = None, merged: bool = False) -> str:
+    """Text of a ``README.md``: what was trained where, on what, and what was measured.
+
+    Args:
+        plan: What was trained.
+        base_name: The base as it is found again: a hub id, or a folder.
+        data: What it was trained on, in words.
+        training: Facts of the training.
+        check: What the engagement check found.
+        held_out: Mean held-out loss ``base``, ``tuned`` and their ``difference``; also written as results that the
+            hub reads.
+        merged: Whether the card is of a merged checkpoint.
+    """
     kind = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full-rank update"}[plan.method]
+    what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
+    measured: dict[str, Any] = {}
+    if held_out:
+        measured = {"model_name": what, "eval_results": [EvalResult(
+            task_type="text-generation", dataset_type=data, dataset_name=data, metric_type="loss",
+            metric_name=f"held-out loss, {side} tuning (nats a row)", metric_value=round(found.value, 6))
+            for side, found in (("before", held_out["base"]), ("after", held_out["tuned"]))]}
     about = ModelCardData(base_model=base_name, library_name="transformers" if merged else "peft",
-                          tags=["midblock", plan.method])
+                          tags=["midblock", plan.method], **measured)
     head = ["---", about.to_yaml(), "---", ""]
     rows = "\n".join(f"| {r['block']} | {r['matrices']} | {r['rank']} | {r['parameters']:,} |"
                      for r in plan.table().to_dict("records"))
-    what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
     usage = ("```python\nfrom transformers import AutoModelForCausalLM\n\n"
              "model = AutoModelForCausalLM.from_pretrained(\"this folder\")\n```"
              if merged or plan.method == "full" else
@@ -186,15 +225,19 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
     body = [
         f"# {what}", "",
         f"Trained blocks {format_blocks(plan.blocks)} of {plan.num_blocks}"
-        + (f" (mask `{plan.mask}`)" if plan.mask else "") + ". From input to output, `#` trained:", "",
-        f"    {plan.depth_map()}", "", plan.summary().split("\n", 1)[1].replace("\n", "  \n"), "",
+        + (f" (mask `{plan.mask}`)" if plan.mask else "") + ":", "",
+        f"![Depth from input to output, the trained blocks filled: {plan.depth_map()}]({_PICTURE})", "",
+        plan.summary().split("\n", 1)[1].replace("\n", "  \n"), "",
         "## Use", "", usage, ""]
     if (note := vllm_note(plan)) and not merged:
         body += [note + ".", ""]
     body += ["## Training", "", "| | |", "|---|---|", f"| data | {_cell(data)} |", facts, "", check + ".", "",
              "## Trained matrices", "", "| block | matrices | rank | parameters |", "|---|---|---|---|", rows, ""]
-    if results:
-        body += ["## Results", "", results, ""]
+    if held_out:
+        change = held_out["difference"]
+        body += ["## Results", "", f"Held-out loss {held_out['base'].value:.4f} before and "
+                 f"{held_out['tuned'].value:.4f} after: {change.value:+.4f}, 95% interval [{change.low:+.4f}, "
+                 f"{change.high:+.4f}], {change.n} rows.", ""]
     body += ["Made with midblock."]
     return "\n".join([*head, *body]) + "\n"
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from midblock import stats
 from midblock.capture import score_batch
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
+from midblock.data.registry import task_words
 from midblock.errors import DataError, SettingsError
 from midblock.extras import require
 from midblock.models import LoadedModel, find_anatomy, load_model, save_checkpoint
-from midblock.models.summary import model_skeleton
+from midblock.models.skeleton import model_skeleton
 from midblock.progress import Progress, silent
-from midblock.results import Estimate, Table, TableResult
+from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
+from midblock.segments import format_blocks
 from midblock.settings import PlanSettings, Settings, TuneSettings, name_of
 from midblock.tuning.adapter import Attachment, attach
 from midblock.tuning.cache import PrefixCache
@@ -86,9 +88,34 @@ class TuneResult(TableResult):
     """Merged weights by name until they are written."""
     tuned_logits: Tensor | None = field(default=None, repr=False)
     """Logits of the check's tokens until the merged weights are compared with them."""
+    origin: Origin = UNNAMED
 
-    def summary(self) -> str:
-        """A few lines for people."""
+    def answer(self) -> Answer:
+        """How far the loss fell, what the check proved, and how to score the result."""
+        run, plan = self.training, self.plan
+        where = f"blocks {format_blocks(plan.blocks)} of {plan.num_blocks}"
+        if self.held_out:
+            base, tuned, change = (self.held_out[k] for k in ("base", "tuned", "difference"))
+            found = (f"Tuned {where}: held-out loss {base.value:.3f} -> {tuned.value:.3f} nats a row, change "
+                     f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}], n = {change.n} rows.")
+        else:
+            found = (f"Tuned {where}: training loss {run.losses[0]:.3f} -> {run.final_loss():.3f} nats a token in "
+                     f"{len(run.steps)} steps, n = {len(self.rows)} rows; no held-out rows were scored (--eval-data).")
+        made = self.adapter or self.merged
+        words: tuple[str, ...] = ()
+        if made is not None and self.origin.data:
+            words = ("evaluate", str(made), *(("--compare-base",) if self.adapter else ()),
+                     *task_words(self.origin.data, answers=self.answers))
+        return Answer(found, "Only the chosen weights moved (checked). Whether these blocks are a good choice shows "
+                      "beside all blocks at an equal budget, on the same items.", words)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the rows have completions, or are texts learned in full."""
+        return any(row.supervised for row in self.rows.rows)
+
+    def details(self) -> list[str]:
+        """What was trained, how fast, and what the check found."""
         run = self.training
         lines = [self.plan.summary(), f"data: {self.rows.summary()}"]
         speed = f"{run.tokens_per_second:,.0f} tokens/s"
@@ -103,7 +130,7 @@ class TuneResult(TableResult):
             lines.append(f"held-out loss {base.value:.3f} -> {tuned.value:.3f}, change {change.value:+.3f} "
                          f"[{change.low:+.3f}, {change.high:+.3f}] (n={change.n})")
         lines.append(self.check.summary())
-        return "\n".join([*lines, *self.notes])
+        return [*lines, *self.notes]
 
     def figures(self) -> dict[str, Figure]:
         """Loss over steps, and the size of the update over depth."""
@@ -184,7 +211,9 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
                         save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to,
                         **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
-        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes))
+        spec = data if isinstance(data, str) else getattr(data, "spec", "")
+        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes),
+                            origin=Origin((loaded.spec,), spec))
         if held_rows is not None and base_losses is not None:
             result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
         _fill(result)
@@ -411,11 +440,5 @@ def _card(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, data: s
         "loss (nats per labelled token)": f"{run.losses[0]:.4f} at first, {run.final_loss():.4f} at last",
         "speed": f"{run.tokens_per_second:,.0f} tokens/s", "peak memory": f"{run.peak_memory_bytes / 2**20:,.0f} MiB",
         "dtype": str(loaded.dtype).removeprefix("torch.")}
-    results = ""
-    if result.held_out:
-        change = result.held_out["difference"]
-        results = (f"Held-out loss {result.held_out['base'].value:.4f} before and "
-                   f"{result.held_out['tuned'].value:.4f} after: {change.value:+.4f}, 95% interval "
-                   f"[{change.low:+.4f}, {change.high:+.4f}], {change.n} rows.")
     return model_card(result.plan, base_name=base or base_name(loaded), data=data, training=facts,
-                      check=result.check.summary(), results=results, merged=base is None)
+                      check=result.check.summary(), held_out=result.held_out, merged=base is None)

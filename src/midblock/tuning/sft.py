@@ -24,8 +24,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from midblock.data import TokenRow
 from midblock.errors import SettingsError, TrainingError
-from midblock.models import quiet
 from midblock.models.attention import worth_packing
+from midblock.models.quiet import quiet
 from midblock.progress import Progress
 from midblock.settings.tune import TrainSettings
 from midblock.tuning import checkpoints
