@@ -23,6 +23,7 @@ if [ -n "${SMALL:-}" ]; then
   sweep=(--rows 8 --items 4 --epochs 1)
   weights=(--gigabytes 0.1 --rounds 1)
   estimates=(--samples 8)
+  study=(--samples 6 --token-samples 4 --gradient-samples 4 --tokens 32)
 else
   profile=(--samples 64 --token-samples 32 --repeats 1)
   tune=(--rows 32)
@@ -31,10 +32,11 @@ else
   sweep=(--rows 32 --items 16)
   weights=(--gigabytes 1 --rounds 2)
   estimates=(--samples 48)
+  study=(--samples 48 --token-samples 16)
 fi
 
 failed=0
-for name in "${@:-profile lens swap tune sweep weights estimates own_trainer}"; do
+for name in "${@:-profile lens swap tune sweep weights estimates study own_trainer}"; do
   for one in $name; do
     case $one in
       profile) words=("${profile[@]}" "${machine[@]}") ;;
@@ -45,6 +47,7 @@ for name in "${@:-profile lens swap tune sweep weights estimates own_trainer}"; 
       weights) words=("${weights[@]}") ;;
       estimates) words=("${estimates[@]}" "${machine[@]}") ;;
       own_trainer) words=("${machine[@]}") ; [ -n "${SMALL:-}" ] && words=(--rows 4 --batch 2 --epochs 2 "${machine[@]}") ;;
+      study) words=("${study[@]}" "${machine[@]}") ;;
       *) echo "no benchmark $one" >&2; exit 2 ;;
     esac
     begun=$(date +%s)

@@ -63,6 +63,7 @@ CALLS: dict[str, list[str]] = {
     "study": ["study", "base", "sft", *DATA, "--only", "weights,lens", "--lens-samples", "4", "--max-length", "48",
               "--out", "OUT"],
     "report": ["report", "kept", "--out", "OUT.html"],
+    "figures": ["figures", "kept", "--columns", "two", "--out", "OUT"],
 }
 KEPT = ("profile", "weights", "tune", "importance", "sweep")
 """Commands whose runs others read, in ``kept``."""

@@ -114,6 +114,21 @@ def test_one_cursor_over_all_depth_figures_by_keyboard(page: Any) -> None:
     assert page.locator("#key .cursor").first.evaluate("c => c.style.display") == "block"
 
 
+@pytest.mark.parametrize("across", ["depth", "layer"])
+def test_the_pointer_moves_the_cursor_of_every_depth_figure(page: Any, across: str) -> None:
+    page.select_option("#choose-x", across)
+    traces(page, "Effective rank")
+    box = figure(page, "Effective rank").locator(".plot-area .bglayer").first.bounding_box()
+    plot = figure(page, "Effective rank").locator(".plot-area")
+    left, length, low, high = plot.evaluate("""p => { const x = p._fullLayout.xaxis;
+        return [p.getBoundingClientRect().left + x._offset, x._length, ...x.range]; }""")
+    for layer in (0, 3, BLOCKS):
+        value = layer if across == "layer" else layer / BLOCKS
+        page.mouse.move(left + length * (value - low) / (high - low), (box or {"y": 300, "height": 50})["y"] + 20)
+        assert f"(hidden {layer})" in page.locator("#readout").inner_text()
+    assert page.locator("#key .cursor").first.evaluate("c => c.style.display") == "block"
+
+
 def test_tables_sort(page: Any) -> None:
     node = figure(page, "Effective rank")
     node.locator("summary", has_text="Data table").click()

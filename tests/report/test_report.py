@@ -69,6 +69,9 @@ def payload(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found
     read: dict[str, Any] = json.loads(found.group(1))
+    for chart in read["charts"]:  # as the page's script does
+        columns = [[c["of"][i] for i in c["at"]] if "of" in c else c["values"] for c in chart.pop("packed")]
+        chart["rows"] = [list(row) for row in zip(*columns, strict=True)]
     return read
 
 
@@ -234,3 +237,34 @@ def test_undefined_values_are_gaps(tmp_path: Path) -> None:
     chart = next(c for c in charts_of(runs) if c.get("metric") == "gini")
     assert chart["rows"][0][chart["columns"].index("value")] is None
     assert np.isfinite(json.loads(json.dumps(chart))["rows"][0][chart["columns"].index("n")])
+
+
+def test_masks_that_look_like_numbers_keep_their_zeros(tmp_path: Path) -> None:
+    table = Table()
+    for arm in ("111", "100", "001"):
+        table.add("segment", arm, "loss", "sft", Estimate(0.3, 0.2, 0.4, 9), arm=arm, mask=arm, role="evaluation",
+                  task="t", seed=None, method="lora", params=1)
+    folder = a_run(tmp_path / "s", "sweep", table)
+    with RunFolder(tmp_path / "t", command="sweep", settings={}) as run:
+        run.record_inputs(models=MODELS, data={})
+        run.write_table(table)
+        run.write_table(pd.DataFrame({"task": "t", "arm": ["111", "100", "001"], "gain": [0.1, 0.2, 0.3],
+                                      "forgetting": [0.0, 0.1, 0.2]}), "pareto.csv")
+        run.write_table(pd.DataFrame({"arm": ["100", "001"], "seed": 0, "step": 6, "block": 0, "gradient_norm": 1.0,
+                                      "update_norm": 1.0, "drift": 0.5}), "block_steps.csv")
+    runs, _ = collect([folder, tmp_path / "t"])
+    charts = {c["title"]: c for c in charts_of(runs)}
+    assert [r[0] for r in charts["t: gain against retention"]["rows"]] == ["111", "100", "001"]
+    assert {r[1] for r in charts["Drift of each block's output: t"]["rows"]} == {"100", "001"}
+
+
+def test_a_correlation_is_a_square_over_blocks(tmp_path: Path) -> None:
+    table = Table()
+    for a, b, r, points in (("cka", "cosine", 0.5, "blocks"), ("cka", "loss", -0.5, "blocks"),
+                            ("cosine", "loss", 0.1, "blocks"), ("cka", "swap", 0.9, "5 segments")):
+        table.add("model", "depth", "pearson", "pair", Estimate(r, n=10), a=a, b=b, points=points)
+    runs, _ = collect([a_run(tmp_path / "c", "correlate", table)])
+    chart, = charts_of(runs)
+    cells = {(r[0], r[1]): r[2] for r in chart["rows"]}
+    assert len(cells) == 6
+    assert all(cells[b, a] == r for (a, b), r in cells.items())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from midblock import metrics
 from midblock.analysis.lens_tokens import LargestKL, MeanDifferences, difference_tokens
-from midblock.analysis.passes import Inputs, PassState, feed_batches, prepare
+from midblock.analysis.passes import Inputs, PassPart, Stages, prepare
 from midblock.analysis.scores import TokenMean, exponential
 from midblock.capture.accumulators import Accumulator
 from midblock.capture.arrivals import Arrivals
@@ -35,7 +35,7 @@ from midblock.settings.lens import LensSettings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LensResult", "lens"]
+__all__ = ["LensResult", "lens", "lens_part"]
 
 _OWN = ("loss", "accuracy", "entropy", "gold_probability", "gold_rank")
 _SHARED = ("kl", "top1_agreement", "top_k_overlap")
@@ -381,27 +381,34 @@ def lens(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
         SettingsError: a setting out of range.
         DataError: no usable sample.
     """
+    return lens_part(stages, sft, data=data, names=names, settings=settings,
+                     **overrides).run(state_folder=state_folder, progress=progress)
+
+
+def lens_part(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dataset | str,
+              names: Sequence[str] | None = None, settings: LensSettings | None = None, **overrides: Any
+              ) -> PassPart[LensResult]:
+    """`lens` as a part of a pass that others may share; arguments and errors are its own."""
     chosen = LensSettings.of(settings, overrides)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, least=1, streams=True)
     last = inputs.first.anatomy.num_blocks
     hidden = sorted({*range(0, last + 1, chosen.every), last})
     found = _LensSums(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
-    state = PassState(state_folder) if state_folder else None
     accumulators: dict[str, Accumulator] = {"lens": found}
     differences = MeanDifferences(inputs.pairs, hidden, [r.index for r in inputs.rows],
                                   inputs.first.anatomy.hidden_size)
     if chosen.difference_tokens:
         accumulators["differences"] = differences
-    feed_batches(inputs.stages, inputs.batches(), accumulators, state=state, progress=progress, what="logit lens",
-                 heads=True)
-    table = inputs.named(_table(found, inputs.names, inputs.pairs, hidden, chosen))
-    if state:
-        state.discard()
-    return LensResult(table, inputs.names, last + 1, chosen,
-                      inputs.counts(counted_tokens=int(found.tokens.sum())),
-                      _trace_rows(found, inputs.rows, inputs.first.tokenizer),
-                      _spoken(differences, found.tokens, inputs, hidden, chosen),
-                      found.largest.frame(inputs.rows, inputs.first.tokenizer), inputs.origin)
+
+    def finish() -> LensResult:
+        table = inputs.named(_table(found, inputs.names, inputs.pairs, hidden, chosen))
+        return LensResult(table, inputs.names, last + 1, chosen,
+                          inputs.counts(counted_tokens=int(found.tokens.sum())),
+                          _trace_rows(found, inputs.rows, inputs.first.tokenizer),
+                          _spoken(differences, found.tokens, inputs, hidden, chosen),
+                          found.largest.frame(inputs.rows, inputs.first.tokenizer), inputs.origin)
+
+    return PassPart(inputs, [inputs.rows], accumulators, finish, what="logit lens", heads=True)
 
 
 def _spoken(differences: MeanDifferences, tokens: Tensor, inputs: Inputs, hidden: Sequence[int],

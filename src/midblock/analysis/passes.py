@@ -1,18 +1,20 @@
 """What every analysis begins with (models, samples, token rows), and one pass of them that feeds accumulators.
 
-A pass can be interrupted and resumed.
+An analysis that reads hidden states is a `PassPart`: what it must be fed, and what it makes of it. It runs alone, or
+with others on one pass over the same data (`run_together`). A pass can be interrupted and resumed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from midblock.capture import Lockstep, run_layer_major
 from midblock.capture.accumulators import Accumulator
@@ -27,7 +29,10 @@ from midblock.progress import Progress, silent
 from midblock.results import Origin, Table
 from midblock.writing import recomputed
 
-__all__ = ["Inputs", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare"]
+__all__ = ["Inputs", "PassPart", "PassState", "Sampling", "draw", "encode", "feed_batches", "load_stages", "prepare",
+           "run_together"]
+
+R = TypeVar("R")
 
 Stages = Sequence[LoadedModel | str] | LoadedModel | str
 
@@ -196,6 +201,8 @@ class PassState:
                 arrays, state = load_state(path)
                 if state.get("layout") != _LAYOUT:
                     raise OutputError(f"{path} was written by another version of midblock.")
+                if state.get("accumulators") != sorted(accumulators):
+                    raise OutputError(f"{path} holds other measurements than those that are wanted now.")
             except OutputError as error:
                 recomputed(error, "Its samples are run again.")
                 path.unlink(missing_ok=True)
@@ -221,7 +228,7 @@ class PassState:
             arrays = {f"{name}||{key}": value for name, accumulator in accumulators.items()
                       for key, value in accumulator.part(self._pending).items() if value.numel()}
             save_state(self.folder / f"part-{number:05d}.safetensors", arrays,
-                       {"samples": self._pending, "layout": _LAYOUT})
+                       {"samples": self._pending, "layout": _LAYOUT, "accumulators": sorted(accumulators)})
         self._pending = []
         self._last = time.monotonic()
 
@@ -311,3 +318,107 @@ def _layers_first(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         for accumulator in accumulators.values():
             accumulator.feed(h, batches[number], states)
         tell(batches[number], 1 / (num_blocks + 1), note=f"hidden {h} of {num_blocks}")
+
+
+@dataclass
+class PassPart(Generic[R]):
+    """One analysis as a pass over the data sees it.
+
+    Attributes:
+        inputs: Its models and samples.
+        groups: Token rows that it must be fed; rows of different groups do not share a batch.
+        accumulators: name -> accumulator; each is fed its own stages and rows only, in whatever company they run.
+        finish: Makes the result when every row has been fed.
+        what: What progress calls it.
+        heads: Whether accumulators unembed.
+    """
+
+    inputs: Inputs
+    groups: list[list[TokenRow]]
+    accumulators: dict[str, Accumulator]
+    finish: Callable[[], R]
+    what: str = "forward"
+    heads: bool = False
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Its rows in batches, when it runs alone."""
+        return [b for group in self.groups if group for b in self.inputs.batches(group)]
+
+    def run(self, *, state_folder: Path | None = None, progress: Progress = silent) -> R:
+        """A pass of its own, and the result.
+
+        Args:
+            state_folder: Where an interrupted pass keeps what it has, and resumes from.
+            progress: Told how far the pass is, in tokens.
+        """
+        state = PassState(state_folder) if state_folder else None
+        feed_batches(self.inputs.stages, self.batches, self.accumulators, state=state, progress=progress,
+                     what=self.what, heads=self.heads)
+        result = self.finish()
+        if state:
+            state.discard()
+        return result
+
+
+class _Own:
+    """Accumulator that hands on the stages and samples of one part of a pass."""
+
+    def __init__(self, accumulator: Accumulator, samples: set[int], stages: Sequence[str]) -> None:
+        self._accumulator, self._samples, self._stages = accumulator, samples, list(stages)
+        # one object for a batch at all depths: accumulators know it again
+        self._known: dict[tuple[int, ...], tuple[list[int], Batch]] = {}
+        self.keeps_states: int = getattr(accumulator, "keeps_states", 0)
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        if batch.indices not in self._known:
+            rows = [row for row, sample in enumerate(batch.indices) if sample in self._samples]
+            self._known[batch.indices] = rows, batch if len(rows) == len(batch) else batch.only(rows)
+        rows, own = self._known[batch.indices]
+        if rows:
+            self._accumulator.feed(h, own, {stage: states[stage] if own is batch else states[stage][rows]
+                                            for stage in self._stages})
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        return self._accumulator.part([s for s in samples if s in self._samples])
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        self._accumulator.put([s for s in samples if s in self._samples], part)
+
+
+def run_together(parts: Mapping[str, PassPart[Any]], *, state_folder: Path | None = None,
+                 progress: Progress = silent) -> None:
+    """Feed several analyses of one chain and data set from one pass; then call each one's ``finish``.
+
+    Rows of the first part stand in its own batches, so that its numbers are to the last digit those of a pass of its
+    own; of the others only rows that no part before them has are added. Where a row stands in other company than it
+    would alone, sums of its products may be rounded otherwise.
+
+    Args:
+        parts: Name -> part; their rows of one index hold the same tokens.
+        state_folder: Where an interrupted pass keeps what it has, and resumes from; to be removed with
+            `PassState.discard` when all results are safe.
+        progress: Told how far the pass is, in tokens.
+
+    Raises:
+        ValueError: two parts have different tokens under one index.
+    """
+    seen: dict[int, tuple[int, ...]] = {}
+    batches: list[Batch] = []
+    stages: dict[str, LoadedModel] = {}
+    accumulators: dict[str, Accumulator] = {}
+    for name, part in parts.items():
+        stages = {**part.inputs.stages, **stages}
+        own = {row.index for group in part.groups for row in group}
+        accumulators |= {f"{name}.{key}": _Own(value, own, part.inputs.names) for key, value in
+                         part.accumulators.items()}
+        for group in part.groups:
+            if any(seen.get(row.index, row.ids) != row.ids for row in group):
+                raise ValueError(f"{name} has other tokens under a sample's number than the parts before it")
+            new = [row for row in group if row.index not in seen]
+            seen.update((row.index, row.ids) for row in new)
+            if new:
+                batches += part.inputs.batches(new)
+    if batches:
+        feed_batches(stages, batches, accumulators, state=PassState(state_folder) if state_folder else None,
+                     progress=progress, what="shared pass", heads=any(p.heads for p in parts.values()))

@@ -12,7 +12,7 @@ import torch
 
 from midblock import metrics, stats
 from midblock.analysis.measures import Depth, functions
-from midblock.analysis.passes import PassState, feed_batches, prepare
+from midblock.analysis.passes import Inputs, PassPart, Stages, prepare
 from midblock.capture.accumulators import Accumulator, PooledStates, TokenMetrics
 from midblock.data import Dataset, augment_dataset, tokenize
 from midblock.errors import DataError
@@ -27,7 +27,7 @@ from midblock.settings import ProfileSettings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ProfileResult", "ProfileSettings", "profile"]
+__all__ = ["ProfileResult", "ProfileSettings", "profile", "profile_part"]
 
 
 @dataclass
@@ -181,6 +181,14 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
 
     Source: "A Layer-wise Analysis of Supervised Fine-Tuning", equations 2 to 10.
     """
+    return profile_part(stages, sft, data=data, names=names, progress=progress, settings=settings,
+                        **overrides).run(state_folder=state_folder, progress=progress)
+
+
+def profile_part(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dataset | str,
+                 names: Sequence[str] | None = None, progress: Progress = silent,
+                 settings: ProfileSettings | None = None, **overrides: Any) -> PassPart[ProfileResult]:
+    """`profile` as a part of a pass that others may share; arguments and errors are its own."""
     chosen = ProfileSettings.of(settings, overrides)
     wanted = max(chosen.samples, chosen.token_samples)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, samples=wanted, min_tokens=3, min_rows=2,
@@ -192,43 +200,53 @@ def profile(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: Loaded
     pooled_ids = [r.index for r in encoded.rows[:chosen.samples]]
     split = len(token_ids)
     # token-level samples batch among themselves: their metrics then run on whole batches
-    batches = [b for part in (encoded.rows[:split], encoded.rows[split:wanted]) if part
-               for b in inputs.batches(part)]
+    groups = [encoded.rows[:split], encoded.rows[split:wanted]]
     accumulators: dict[str, Accumulator] = {}
     pooled = accumulators["pooled"] = PooledStates(keys, num_hidden, pooled_ids, anatomy.hidden_size)
-    tokens = accumulators["tokens"] = TokenMetrics(
+    tokens = TokenMetrics(
         keys, pairs, num_hidden, token_ids, single=functions("token", False, chosen),
         paired=functions("token", True, chosen))
+    if token_ids:
+        accumulators["tokens"] = tokens
     view_rows, views = _views(dataset, [r.index for r in encoded.rows], tokenizer, chosen, keys, num_hidden,
                               anatomy.hidden_size)
     if views is not None:
         accumulators["views"] = views
-        batches += inputs.batches(view_rows)
-    state = PassState(state_folder) if state_folder else None
-    feed_batches(inputs.stages, batches, accumulators, state=state, progress=progress)
+        groups.append(view_rows)
 
+    def finish() -> ProfileResult:
+        table = _table(inputs, chosen, pooled, tokens if token_ids else None, views, progress)
+        lengths = [len(r.ids) for r in encoded.rows[:wanted]]
+        counts = {"pooled_samples": len(pooled_ids), "token_samples": len(token_ids),
+                  "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
+                  "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
+                  "batches": len(part.batches), "hidden_size": anatomy.hidden_size}
+        return ProfileResult(table, keys, num_hidden, chosen, counts, _layers(pooled, pairs), inputs.origin)
+
+    part = PassPart(inputs, groups, accumulators, finish)
+    return part
+
+
+def _table(inputs: Inputs, chosen: ProfileSettings, pooled: PooledStates, tokens: TokenMetrics | None,
+           views: PooledStates | None, progress: Progress) -> Table:
+    """Every quantity at every hidden state, from what the accumulators kept."""
+    anatomy = inputs.first.anatomy
+    num_hidden = anatomy.num_blocks + 1
     table = Table()
     # with multinomial weights an exact replicate has only 63% distinct rows, and so less rank than the
     # sample: the Bayesian bootstrap keeps every row
-    weights = stats.bootstrap_weights(len(pooled_ids), chosen.replicates, chosen.seed,
+    weights = stats.bootstrap_weights(len(pooled.place), chosen.replicates, chosen.seed,
                                       kind="multinomial" if chosen.resampling == "first-order" else "dirichlet")
     for h in range(num_hidden):
-        depth = Depth(table, h, keys, pairs, chosen, torch.from_numpy(weights))
-        depth.tokens({m: {side: values[h] for side, values in sides.items()} for m, sides in tokens.values.items()})
+        depth = Depth(table, h, inputs.names, inputs.pairs, chosen, torch.from_numpy(weights))
+        if tokens is not None:
+            depth.tokens({m: {side: values[h] for side, values in sides.items()} for m, sides in tokens.values.items()})
         depth.pooled({stage: x[h].double() for stage, x in pooled.x.items()})
         if views is not None:
             depth.views({stage: x[h].double().reshape(chosen.views, -1, anatomy.hidden_size).transpose(0, 1)
                          for stage, x in views.x.items()})
         progress("metrics", h + 1, num_hidden)
-    if state:
-        state.discard()
-    inputs.named(table)
-    lengths = [len(r.ids) for r in encoded.rows[:wanted]]
-    counts = {"pooled_samples": len(pooled_ids), "token_samples": len(token_ids),
-              "requested": wanted, "truncated": encoded.truncated, "too_short": list(encoded.too_short),
-              "skipped": [list(s) for s in dataset.skipped], "tokens_per_stage": sum(lengths),
-              "batches": len(batches), "hidden_size": anatomy.hidden_size}
-    return ProfileResult(table, keys, num_hidden, chosen, counts, _layers(pooled, pairs), inputs.origin)
+    return inputs.named(table)
 
 
 _LAYER_SAMPLES = 400

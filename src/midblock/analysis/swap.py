@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from midblock.analysis.passes import prepare
+from midblock.analysis.passes import Inputs, PassPart, Stages, prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
 from midblock.analysis.swap_streamed import swap_block_by_block
 from midblock.capture import RowScores, run_blocks, score_hidden, swap_blocks, why_not_resume
+from midblock.capture.accumulators import StoredStates
 from midblock.data import Batch, Dataset
 from midblock.errors import SettingsError
 from midblock.models import LoadedModel, SharedParts, shared_parts
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["SwapResult", "swap"]
+__all__ = ["SwapResult", "swap", "swap_part"]
 
 
 _SAME_NATS = 1e-9
@@ -161,6 +162,100 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     """
     chosen = SwapSettings.of(settings, overrides)
     inputs = prepare(stages, sft, data=data, settings=chosen, names=names, streams=True)
+    return _prepared(inputs, chosen).measure(progress)
+
+
+def swap_part(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dataset | str,
+              names: Sequence[str] | None = None, progress: Progress = silent,
+              settings: SwapSettings | None = None, limit_bytes: int | None = None, **overrides: Any
+              ) -> PassPart[SwapResult]:
+    """`swap` on a pass that others share: the models as they are then need no pass of their own.
+
+    The pass stores their hidden states where swaps begin, and the last ones, which the swaps go on from. Arguments and
+    errors are those of `swap`.
+
+    Args:
+        stages: As `swap`.
+        sft: As `swap`.
+        data: As `swap`.
+        names: As `swap`.
+        progress: As `swap`.
+        settings: As `swap`.
+        limit_bytes: Most that may be stored; where more would be, nothing is and the models are run anew.
+        **overrides: As `swap`.
+    """
+    chosen = SwapSettings.of(settings, overrides)
+    ready = _prepared(prepare(stages, sft, data=data, settings=chosen, names=names, streams=True), chosen)
+    inputs = ready.inputs
+    wanted = ready.borders()
+    rows = sum(len(row) for row in inputs.rows) * sum(map(len, wanted.values()))
+    size = rows * inputs.first.anatomy.hidden_size * inputs.first.dtype.itemsize
+    if not wanted or (limit_bytes is not None and size > limit_bytes):
+        return PassPart(inputs, [], {}, lambda: ready.measure(progress))
+    stored = StoredStates(wanted, [row.index for row in inputs.rows])
+    return PassPart(inputs, [inputs.rows], {"stored": stored}, lambda: ready.measure(progress, stored))
+
+
+@dataclass
+class _Prepared:
+    """Everything that is known before a model is run."""
+
+    inputs: Inputs
+    settings: SwapSettings
+    masks: list[str]
+    parts: SharedParts | None = None
+    runs: list[_Run] = field(default_factory=list)
+    not_resumed: list[str] = field(default_factory=list)
+    swaps: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    """Of streamed models: (recipient, donor, mask) -> blocks, which are swapped block by block."""
+
+    def borders(self) -> dict[str, set[int]]:
+        """Stage -> hidden states of the model as it is that swaps begin from, and its last."""
+        last = self.inputs.first.anatomy.num_blocks
+        return {run.recipient: {last, *self._wanted(number)} for number, run in enumerate(self.runs) if not run.blocks}
+
+    def _wanted(self, number: int) -> set[int]:
+        return {later.start for later in self.runs if later.source == number}
+
+    def measure(self, progress: Progress, stored: StoredStates | None = None) -> SwapResult:
+        """Run what is not stored, score everything."""
+        inputs, stages = self.inputs, self.inputs.stages
+        if self.parts is None:
+            table = _table(swap_block_by_block(inputs, self.swaps, progress), self.masks, self.masks[0], self.settings)
+            return SwapResult(inputs.named(table), inputs.names, self.settings, inputs.counts(), inputs.origin)
+        last_hidden = inputs.first.anatomy.num_blocks
+        scores: dict[tuple[str, str, str, str], SampleScores] = {}
+        batches = inputs.batches()
+        ahead = [0 if stored is not None and not run.blocks else last_hidden - run.start for run in self.runs]
+        total, done = max(1, sum(ahead) * len(batches)), 0
+        with torch.inference_mode(), many_unembeddings(m.anatomy for m in stages.values()):
+            for batch in batches:
+                states: list[dict[int, Tensor]] = []  # per run, what later ones resume from
+                for number, run in enumerate(self.runs):
+                    wanted = self._wanted(number)
+                    if stored is not None and not run.blocks:
+                        last = stored.batch(run.recipient, last_hidden, batch).to(stages[run.recipient].device)
+                        states.append({h: stored.batch(run.recipient, h, batch) for h in wanted})
+                    else:
+                        last, kept = _last_hidden(run, batch, stages, states, wanted)
+                        states.append(kept)
+                    for key, found in _scored(run, batch, last, stages, self.parts).items():
+                        scores.setdefault(key, SampleScores([r.index for r in inputs.rows])).put(batch, found)
+                    done += ahead[number]
+                    progress("swap", done, total, note=f"{run.donor} in {run.recipient}")
+        table = inputs.named(_table(scores, self.masks, self.masks[0], self.settings))
+        return SwapResult(table, inputs.names, self.settings,
+                          inputs.counts(**({"not_resumed": self.not_resumed} if self.not_resumed else {})),
+                          inputs.origin)
+
+
+def _prepared(inputs: Inputs, chosen: SwapSettings) -> _Prepared:
+    """The runs that answer every swap.
+
+    Raises:
+        BlockRangeError: a mask that does not fit.
+        SettingsError: masks of different length.
+    """
     keys, models = inputs.names, list(inputs.stages.values())
     num_blocks = models[0].anatomy.num_blocks
     masks = {m: segment_blocks(m, num_blocks) for m in chosen.all_masks()}
@@ -169,31 +264,12 @@ def swap(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: LoadedMod
     directions = [d for later, earlier in inputs.pairs for d in ((earlier, later), (later, earlier))]
     nothing = "0" * len(next(iter(masks)))
     if any(m.streamed is not None for m in models):
-        swaps = {(recipient, donor, mask): blocks for recipient, donor in directions
-                 for mask, blocks in {nothing: [], **masks}.items()}
-        table = inputs.named(_table(swap_block_by_block(inputs, swaps, progress), [nothing, *masks], nothing, chosen))
-        return SwapResult(table, keys, chosen, inputs.counts())
+        return _Prepared(inputs, chosen, [nothing, *masks], swaps={
+            (recipient, donor, mask): blocks for recipient, donor in directions
+            for mask, blocks in {nothing: [], **masks}.items()})
     parts = shared_parts([m.anatomy for m in models])
     runs = _plan(parts, keys, directions, {nothing: [], **masks})
-    whole = _drop_inexact_resumes(runs, inputs.stages)
-    samples = [row.index for row in inputs.rows]
-    scores: dict[tuple[str, str, str, str], SampleScores] = {}
-    batches = inputs.batches()
-    total = sum(num_blocks - run.start for run in runs) * len(batches)
-    done = 0
-    with torch.inference_mode(), many_unembeddings(m.anatomy for m in models):
-        for batch in batches:
-            states: list[dict[int, Tensor]] = []  # per run, what later ones resume from
-            for number, run in enumerate(runs):
-                wanted = {later.start for later in runs if later.source == number}
-                last, kept = _last_hidden(run, batch, inputs.stages, states, wanted)
-                states.append(kept)
-                for key, found in _scored(run, batch, last, inputs.stages, parts).items():
-                    scores.setdefault(key, SampleScores(samples)).put(batch, found)
-                done += num_blocks - run.start
-                progress("swap", done, total, note=f"{run.donor} in {run.recipient}")
-    table = inputs.named(_table(scores, [nothing, *masks], nothing, chosen))
-    return SwapResult(table, keys, chosen, inputs.counts(**({"not_resumed": whole} if whole else {})), inputs.origin)
+    return _Prepared(inputs, chosen, [nothing, *masks], parts, runs, _drop_inexact_resumes(runs, inputs.stages))
 
 
 @dataclass

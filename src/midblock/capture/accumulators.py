@@ -7,7 +7,7 @@ They keep one number per sample, or one pooled vector per sample, and nothing el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from midblock.capture.arrivals import Arrivals, to_device
 from midblock.data import Batch
 
-__all__ = ["Accumulator", "PooledStates", "TokenMetrics"]
+__all__ = ["Accumulator", "PooledStates", "StoredStates", "TokenMetrics"]
 
 
 class Accumulator(Protocol):
@@ -143,3 +143,40 @@ class TokenMetrics:
         for key, values in part.items():
             metric, side = key.split("|")
             self.values[metric][side][:, rows] = values
+
+
+class StoredStates:
+    """Hidden states of some samples at some depths, without padding: what a later pass resumes from.
+
+    Args:
+        wanted: Stage -> which hidden 0..L.
+        samples: Sample numbers to keep; others are ignored.
+    """
+
+    def __init__(self, wanted: Mapping[str, Collection[int]], samples: Sequence[int]) -> None:
+        self.wanted = {stage: set(hs) for stage, hs in wanted.items()}
+        self._samples = set(samples)
+        self._kept: dict[str, Tensor] = {}
+
+    def feed(self, h: int, batch: Batch, states: Mapping[str, Tensor]) -> None:
+        for stage, hs in self.wanted.items():
+            if h not in hs:
+                continue
+            for row, (sample, length) in enumerate(zip(batch.indices, batch.lengths.tolist(), strict=True)):
+                if sample in self._samples:  # a copy: a view would keep the whole batch
+                    self._kept[f"{stage}|{h}|{sample}"] = states[stage][row, :length].to("cpu", copy=True)
+
+    def part(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        chosen = {str(s) for s in samples}
+        return {key: z for key, z in self._kept.items() if key.rpartition("|")[2] in chosen}
+
+    def put(self, samples: Sequence[int], part: Mapping[str, Tensor]) -> None:
+        self._kept.update(part)
+
+    def batch(self, stage: str, h: int, batch: Batch) -> Tensor:
+        """Hidden h of a batch's rows, (B, T, d) on the batch's device, zero where there is padding."""
+        rows = [self._kept[f"{stage}|{h}|{sample}"] for sample in batch.indices]
+        found = torch.zeros((*batch.input_ids.shape, rows[0].shape[-1]), dtype=rows[0].dtype)
+        for number, z in enumerate(rows):
+            found[number, :len(z)] = z
+        return found.to(batch.input_ids.device)

@@ -45,6 +45,7 @@ COMMANDS = (
     "locate",
     "study",
     "report",
+    "figures",
     "demo",
 )
 
@@ -69,6 +70,10 @@ def _main(
         "--version", callback=_print_version, is_eager=True, help="Print the version and stop.")] = False,
 ) -> None:
     """Find where fine-tuning acts in a language model, tune only there, and prove the choice."""
+    if os.environ.get("MIDBLOCK_STYLE"):  # a fault in it must show before long work, not when figures are drawn
+        from midblock.figures.style import check_style
+
+        check_style()
 
 
 for _name in COMMANDS:

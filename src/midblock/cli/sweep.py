@@ -46,6 +46,9 @@ def sweep(
         help="Override one key, such as training.epochs=1 or evaluation.0.samples=20; repeat for more.")] = None,
     out: Out = None,
     resume: Resume = False,
+    report_to: Annotated[str | None, typer.Option(
+        "--report-to", metavar="NAME", show_default=False,
+        help="A tracker of every run, as for transformers (tensorboard, trackio, wandb, ...).")] = None,
     trust: TrustSettings,
 ) -> None:
     """Train and score many configurations alike, and say what the data support.
@@ -59,6 +62,8 @@ def sweep(
     from midblock.sweeps.config import load_config
 
     loaded = load_config(config, overrides or [], note=console.warn)
+    if report_to is not None:
+        loaded = loaded.replace(report_to=report_to)
     options = trust.model_dump()
     if not dry_run and out is None:
         raise SettingsError("a sweep writes every run as it ends; name a folder with --out DIR, or look at the plan "
@@ -71,9 +76,22 @@ def sweep(
         _show_plan(plan_only(loaded, **options))
         return
     assert out is not None
+    from midblock.report.live import LiveReport
+
+    if loaded.report_to is not None:
+        from midblock.tuning.run import require_tracker
+
+        require_tracker(loaded.report_to)
+    live = LiveReport(loaded, out)
     with _live() as (progress, listener):
+        def heard(state: SweepState) -> None:
+            listener(state)
+            live(state)
+
         result = run(loaded, out=out, resume=resume, given={"config": str(config), "set": overrides or []},
-                     progress=progress, listener=listener, **options)
+                     progress=progress, listener=heard, **options)
+    if live.finish():
+        console.say(f"Report: {out / 'report.html'}")
     _show_result(result, out, config)
 
 

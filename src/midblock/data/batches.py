@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,6 +48,14 @@ class Batch:
     def num_tokens(self) -> int:
         """Real tokens in the batch."""
         return int((self.host or self).attention_mask.sum())
+
+    def only(self, places: Sequence[int]) -> Batch:
+        """Some of its rows, as wide as before."""
+        rows = list(places)
+        return replace(self, indices=tuple(self.indices[i] for i in rows), input_ids=self.input_ids[rows],
+                       attention_mask=self.attention_mask[rows],
+                       labels=None if self.labels is None else self.labels[rows],
+                       host=None if self.host is None else self.host.only(rows))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; to a GPU without waiting."""

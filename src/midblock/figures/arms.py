@@ -16,8 +16,8 @@ from matplotlib.transforms import Bbox
 
 from midblock.errors import SettingsError
 from midblock.figures.style import (
-    COLOURS,
     GREY,
+    colour,
     count_note,
     need,
     new_figure,
@@ -86,8 +86,8 @@ def segment_bars(frame: pd.DataFrame, *, title: str = "", metric: str | None = N
         at = where - 0.39 + slot * (g + 0.5)
         value = numbers(rows["value"])
         lowest = min(lowest, float(np.nanmin(value, initial=0.0)))
-        colour = COLOURS[g % len(COLOURS)]
-        faces = [GREY if baseline is not None and not hue and names[int(w)] == baseline else colour
+        own = colour(g)
+        faces = [GREY if baseline is not None and not hue and names[int(w)] == baseline else own
                  for w in where]
         draw = ax.bar if upright else ax.barh
         draw(at, value, slot * 0.92, color=faces, alpha=0.85, label=group or None)
@@ -189,10 +189,10 @@ def scatter_pareto(frame: pd.DataFrame, x: str, y: str, label: str = "arm", *, t
                           zip(low[ok], high[ok], (ys if horizontal else xs)[ok], strict=True)]
             draw = ax.hlines if horizontal else ax.vlines
             draw((ys if horizontal else xs)[ok], low[ok], high[ok], color="#b5b5b5", linewidth=1.0, zorder=1)
-    ax.plot(xs[order], ys[order], color=COLOURS[1], linewidth=1.0, linestyle="--", marker="s", markersize=5.5,
+    ax.plot(xs[order], ys[order], color=colour(1), linewidth=1.0, linestyle="--", marker="s", markersize=5.5,
             zorder=3, label="not beaten on both axes")
     rest = there & ~front
-    ax.scatter(xs[rest], ys[rest], color=COLOURS[0], s=26, zorder=3)
+    ax.scatter(xs[rest], ys[rest], color=colour(0), s=26, zorder=3)
     ax.margins(0.12)
     wanted = {True: "higher is better", False: "lower is better"}
     ax.set_xlabel(x_label or f"{label_of(x)} ({wanted[x_larger_is_better]})")

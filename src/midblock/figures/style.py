@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -17,49 +23,138 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from midblock.errors import SettingsError
+from midblock.reading import read_text, user_path
 from midblock.writing import atomic_path
 
-__all__ = ["COLOURS", "MAX_HEIGHT", "save_figure"]
+__all__ = ["MAX_HEIGHT", "PAPER", "check_style", "colour", "figure_style", "read_style", "save_figure"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's palette without its yellow, which is too light on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 GREY = "#6e6e6e"
 BAND = 0.18
-DPI = 150
 MAX_HEIGHT = 9.3
-"""Inches: 1,395 pixels at `DPI`, so that a figure fits a screen and a page."""
+"""Inches: 1,395 pixels at 150 an inch, so that a figure fits a screen and a page."""
 
-_STYLE: dict[str, Any] = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
-    "axes.titlesize": 9.5, "axes.labelsize": 9.0, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
-    "legend.fontsize": 8.5, "legend.frameon": False, "figure.titlesize": 11.0, "figure.dpi": 100.0,
-    "lines.linewidth": 1.5, "lines.markersize": 3.5, "savefig.dpi": DPI, "savefig.bbox": None,
-    # text stays text: words can be edited and searched, and files are smaller (42 in PDF takes three times as long)
-    "svg.hashsalt": "midblock", "svg.fonttype": "none", "pdf.fonttype": 3, "axes.unicode_minus": True,
-    "text.usetex": False, "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-}
+PAPER = "paper"
+"""The layer of `figure_style` for figures that go into a paper."""
+_STYLES = Path(__file__).parent
+_USERS = "MIDBLOCK_STYLE"
+_layers: ContextVar[tuple[Path, ...]] = ContextVar("midblock_figure_style", default=())
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+def read_style(path: Path | str) -> dict[str, Any]:
+    """The settings of a matplotlib style file.
+
+    Raises:
+        SettingsError: it cannot be read, or a line is no setting of matplotlib.
+    """
+    text = read_text(user_path(path, error=SettingsError), error=SettingsError)
+    heard = _Heard()
+    log = logging.getLogger("matplotlib")
+    log.addHandler(heard)
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # matplotlib reads files only
+            copy = Path(folder) / "style"
+            copy.write_text(text, encoding="utf-8")
+            found = mpl.rc_params_from_file(copy, fail_on_error=True, use_default_template=False)
+    except (ValueError, KeyError) as error:
+        raise SettingsError(f"{path} is not a style of matplotlib: {' '.join(str(error).split())[:200]}.") from None
+    finally:
+        log.removeHandler(heard)
+    if heard.told:
+        raise SettingsError(f"{path} is not a style of matplotlib: {heard.told[0].strip()[:200]}")
+    settings: Any = found
+    return dict(settings)
+
+
+class _Heard(logging.Handler):
+    """What matplotlib only logs of a style file: unknown and repeated keys."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(" ".join(re.sub(r"in file .*?,|\(?\$?file.*$", "", record.getMessage(), flags=re.S).split()))
+
+
+def check_style() -> None:
+    """Refuse the style of ``MIDBLOCK_STYLE`` before long work, where it cannot be used.
+
+    Raises:
+        SettingsError: see `read_style`.
+    """
+    if given := os.environ.get(_USERS):
+        read_style(given)
+
+
+@contextlib.contextmanager
+def figure_style(*layers: Path | str) -> Iterator[None]:
+    """Within the context figures are drawn and saved with these styles on top of midblock's own.
+
+    Above them all lies the file that ``MIDBLOCK_STYLE`` names, where it is set.
+
+    Args:
+        *layers: Style files, the last one on top; `PAPER` is midblock's own for papers.
+
+    Raises:
+        SettingsError: a file that cannot be used.
+    """
+    files = tuple(_STYLES / "paper.mplstyle" if layer == PAPER else Path(layer) for layer in layers)
+    for file in files:
+        read_style(file)
+    token = _layers.set(files)
+    try:
+        yield
+    finally:
+        _layers.reset(token)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_once(path: Path, changed: float) -> dict[str, Any]:
+    return read_style(path)
+
+
+def _settings() -> Iterator[dict[str, Any]]:
+    own = [_STYLES / "midblock.mplstyle", *_layers.get()]
+    if given := os.environ.get(_USERS):
+        own.append(Path(given))
+    for path in own:
+        yield _read_once(path, path.stat().st_mtime if path.exists() else 0.0)
+
+
 def styled(build: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Build under this module's settings whatever the user's matplotlibrc says, then restore them."""
+    """Build under midblock's style whatever the user's matplotlibrc says, then restore their settings."""
 
     @functools.wraps(build)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with mpl.rc_context():
             mpl.rcdefaults()  # leaves the backend alone
-            settings: Any = mpl.rcParams
-            settings.update(_STYLE)
+            current: Any = mpl.rcParams
+            for settings in _settings():
+                current.update(settings)
             return build(*args, **kwargs)
 
     return wrapper
+
+
+def colour(index: int) -> str:
+    """The style's colour of a series; they repeat."""
+    cycle = mpl.rcParams["axes.prop_cycle"].by_key().get("color") or ["black"]
+    return str(cycle[index % len(cycle)])
+
+
+def colours() -> int:
+    """How many colours the style has."""
+    return len(mpl.rcParams["axes.prop_cycle"].by_key().get("color") or ["black"])
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar sign begins no formula."""
+    return text.replace("\\$", "$").replace("$", "\\$")
 
 
 def wrap(text: str, width: int) -> str:
@@ -126,18 +221,18 @@ def new_figure(width: float, height: float, title: str, layout: Literal["constra
 
 def plot_series(ax: Axes, x: npt.NDArray[np.float64], rows: pd.DataFrame, index: int, label: str) -> None:
     """One line with its interval band; ``index`` chooses colour, marker and dashes."""
-    colour = COLOURS[index % len(COLOURS)]
+    shade = colour(index)
     value = numbers(rows["value"])
     many = x.size > 48  # markers would merge into a thick line
-    ax.plot(x, value, color=colour, label=label, linestyle=DASHES[(index // len(COLOURS)) % len(DASHES)],
+    ax.plot(x, value, color=shade, label=label, linestyle=DASHES[(index // colours()) % len(DASHES)],
             marker="" if many else MARKERS[index % len(MARKERS)])
     if many:  # a value between two gaps has no line
         gaps = np.isnan(np.concatenate([[np.nan], value, [np.nan]]))
         alone = ~gaps[1:-1] & gaps[:-2] & gaps[2:]
-        ax.plot(x[alone], value[alone], linestyle="", marker=".", color=colour)
+        ax.plot(x[alone], value[alone], linestyle="", marker=".", color=shade)
     if {"low", "high"} <= set(rows.columns):
         low, high = numbers(rows["low"]), numbers(rows["high"])
-        ax.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)
+        ax.fill_between(x, low, high, color=shade, alpha=BAND, linewidth=0)
 
 
 def count_note(frame: pd.DataFrame, counted: str = "samples") -> str:

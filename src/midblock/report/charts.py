@@ -20,6 +20,7 @@ __all__ = ["Chart", "charts_of"]
 
 Chart = dict[str, Any]
 
+_LOGARITHMIC = ("perplexity", "condition_number")
 _DEPTH_COLUMNS = ("pair", "data", "stage", "side", "group", "layer", "value", "low", "high", "n")
 _GROUPS = ("matrix", "head", "component", "rule", "method", "unit")  # columns that split a metric into several curves
 SECTIONS = {**FAMILIES, "segments": "Segments swapped or merged", "arms": "Arms of sweeps",
@@ -123,7 +124,7 @@ def _depth_charts(runs: Sequence[Run]) -> Iterator[Chart]:
         quantity = _quantity(metric)
         yield _chart("depth", quantity.family if quantity else "other", _title(metric), _DEPTH_COLUMNS,
                      _rows(frame.astype({"layer": int}), _DEPTH_COLUMNS), quantity=quantity, metric=metric, at=kind,
-                     last=depths[kind], axis=label_of(metric),
+                     last=depths[kind], axis=label_of(metric), log=metric in _LOGARITHMIC,
                      groups=_in_order(frame["group"]), sides=list(dict.fromkeys(frame["side"])))
 
 
@@ -214,8 +215,8 @@ def _sweep_charts(runs: Sequence[Run]) -> Iterator[Chart]:
                 yield _chart("scatter", "arms", f"{printable(str(task))}: gain against retention",
                              ("arm", "retention", "gain"), rows, x="retention", y="gain",
                              axis=f"Gain on {printable(str(task))} over the untuned model",
-                             x_axis="Retention: change of log likelihood of general text (nats a token)",
-                             about="Up is a better score on the task, right is less forgetting.")
+                             x_axis="Retention: change of log likelihood (nats a token)",
+                             about="Up is a better score on the task, right is less forgetting of general text.")
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -230,8 +231,14 @@ def _correlations(runs: Sequence[Run]) -> Iterator[Chart]:
         if len(names) < 2:
             continue
         for method, part in frame.groupby("metric", sort=False):
-            rows = [[_cell(_title(str(a))), _cell(_title(str(b))), _cell(v), _cell(n)] for a, b, v, n in
-                    zip(part[names[0]], part[names[1]], part["value"], part["n"], strict=True)]
+            if "points" in part and (part["points"] == "blocks").any():  # a handful of segments is no curve over depth
+                part = part[part["points"] == "blocks"]
+            pairs = [(_cell(_title(str(a))), _cell(_title(str(b))), _cell(v), _cell(n)) for a, b, v, n in
+                     zip(part[names[0]], part[names[1]], part["value"], part["n"], strict=True)]
+            # a square: each pair both ways, in one order
+            order = list(dict.fromkeys(x for a, b, _, _ in pairs for x in (a, b)))
+            cells = {(a, b): [v, n] for a, b, v, n in pairs} | {(b, a): [v, n] for a, b, v, n in pairs}
+            rows = [[a, b, *cells[a, b]] for b in order for a in order if (a, b) in cells]
             yield _chart("heatmap", "correlation", f"Correlation over depth ({printable(str(method))})",
                          ("one", "other", "r", "n"), rows, x="one", y="other", signed=True,
                          about="Each cell correlates two measures over the depths of the model; neighbouring depths "
@@ -246,7 +253,8 @@ def _layer_cka(runs: Sequence[Run]) -> Iterator[Chart]:
         for stage, part in table.groupby("stage", sort=False):
             rows = [[int(a), int(b), _cell(float(v))] for a, b, v in
                     zip(part["layer"], part["other"], part["cka_debiased"], strict=True)]
-            yield _chart("heatmap", "alignment", f"CKA of every hidden state with every other: {printable(str(stage))}",
+            where = printable(f"{stage} {run.data}".strip())
+            yield _chart("heatmap", "alignment", f"CKA of every hidden state with every other: {where}",
                          ("hidden of the earlier model", "hidden of the later model", "CKA"), rows,
                          x="hidden of the earlier model", y="hidden of the later model",
                          quantity=_quantity("cka_debiased"))
@@ -256,11 +264,32 @@ def _traces(runs: Sequence[Run]) -> Iterator[Chart]:
     for run in runs:
         trace = run.more.get("trace")
         if trace is not None and len(trace):
+            yield from _trace_heatmaps(run, trace)
             columns = [str(c) for c in trace.columns]
             yield _chart("table", "predictions", f"Most likely token at every depth: {printable(run.pair)}", columns,
                          _rows(trace.head(2000), columns),
                          about="The logit lens: what each hidden state would predict next if the blocks after it "
                                "were left out.")
+
+
+_TRACED = 32
+"""Positions of a sample that a heatmap of tokens shows."""
+
+
+def _trace_heatmaps(run: Run, trace: pd.DataFrame) -> Iterator[Chart]:
+    """The first sample's most likely tokens, hidden states by positions, coloured where they are right."""
+    if not {"sample", "hidden", "stage", "position", "next", "predicted"} <= {*trace.columns}:
+        return
+    for stage, part in trace[trace["sample"] == trace["sample"].iloc[0]].groupby("stage", sort=False):
+        last = sorted(part["position"].unique())[-_TRACED:]
+        part = part[part["position"].isin(last)].sort_values(["hidden", "position"], ascending=[False, True])
+        rows = [[int(p), int(h), int(str(a) == str(b)), printable(str(a))] for p, h, a, b in
+                zip(part["position"], part["hidden"], part["predicted"], part["next"], strict=True)]
+        where = printable(f"{stage} {run.data}".strip())
+        yield _chart("heatmap", "predictions", f"What each hidden state would say next: {where}",
+                     ("position", "hidden", "right", "predicted"), rows, x="position", y="hidden", text="predicted",
+                     about="The logit lens on one sample: the most likely next token of every hidden state at every "
+                           "position, coloured where it is the token that follows.")
 
 
 def _changed_tokens(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -281,7 +310,37 @@ def _changed_tokens(runs: Sequence[Run]) -> Iterator[Chart]:
                              _rows(table.head(2000), columns), about=about)
 
 
+_WATCHED = {
+    "gradient_norm": ("Gradient norm of each block", "Frobenius norm of the gradient of what is trained in a block."),
+    "update_norm": ("Update of each block", "Frobenius norm of what training has added to a block's weights."),
+    "drift": ("Drift of each block's output", "1 minus the cosine of a block's output with the base's, mean over the "
+                                              "tokens of a fixed probe of training rows."),
+}
+
+
+def _block_steps(runs: Sequence[Run]) -> Iterator[Chart]:
+    """While one model was tuned: blocks by steps; in a sweep: blocks by arms, at the last step."""
+    for run in runs:
+        steps = run.more.get("block_steps")
+        if steps is None or not {"step", "block", *_WATCHED} <= {*steps.columns}:
+            continue
+        for name, (title, about) in _WATCHED.items():
+            own = steps[steps[name].notna()]
+            across = "step"
+            if "arm" in own:
+                own, across = own[own.groupby(["arm", "seed"])["step"].transform("max") == own["step"]], "arm"
+            if own.empty:
+                continue
+            grid = own.groupby(["block", across], sort=False)[name].mean()
+            rows = sorted([_cell(b), _cell(x), _cell(v)] for (b, x), v in grid.items()) if across == "step" else [
+                [_cell(b), _cell(x), _cell(v)] for (b, x), v in grid.items()]
+            yield _chart("heatmap", "training", f"{title}: {printable(run.folder.name)}", ("block", across, name), rows,
+                         x=across, y="block", about=about + (
+                             " Mean over seeds, at the end of training." if across == "arm" else ""))
+
+
 def _training(runs: Sequence[Run]) -> Iterator[Chart]:
+    yield from _block_steps(runs)
     for run in runs:
         steps = run.more.get("steps")
         if steps is None or "step" not in steps or "loss" not in steps:

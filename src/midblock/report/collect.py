@@ -18,7 +18,9 @@ from midblock.results import BASE_COLUMNS
 __all__ = ["LeftOut", "Run", "collect"]
 
 _PLAIN_NAMES = ("model", "adapter", "merged", "checkpoint")
-_FURTHER = ("pareto", "comparisons", "layers", "trace", "difference_tokens", "kl_tokens", "direction_tokens")
+_FURTHER = ("pareto", "comparisons", "layers", "trace", "difference_tokens", "kl_tokens", "direction_tokens",
+            "block_steps")
+_CONTAINERS = ("study", "demo")  # whose results are the runs in their folders
 _DEEPEST = 3  # folders of run folders inside each other
 
 
@@ -104,7 +106,8 @@ def collect(folders: Sequence[Path | str]) -> tuple[list[Run], list[LeftOut]]:
                 continue
             seen.add(found.resolve())
             try:
-                runs.append(_read(found))
+                if (run := _read(found)) is not None:
+                    runs.append(run)
             except MidblockError as error:
                 left_out.append(LeftOut(str(found), str(error)))
     if not runs:
@@ -122,9 +125,12 @@ def _run_folders(folder: Path, deepest: int) -> list[Path]:
     return found
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> Run | None:
+    """The run in a folder; None where it only holds others."""
     record = check_whole(folder)
     command = record.get("command")
+    if command in _CONTAINERS:
+        return None
     if not isinstance(command, str) or not isinstance(record.get("status"), str):
         raise OutputError("its run.json is not one of midblock's")
     if record["status"] != "finished":
@@ -136,7 +142,8 @@ def _read(folder: Path) -> Run:
                      text=("mask", "layer", "kind", "metric", "side"), error=OutputError)
     summaries = [p for p in (folder / "summary.txt", folder / "verdict.txt") if p.is_file()]
     summary = read_text(summaries[0], error=OutputError).strip() if summaries else ""
-    more = {name: read_csv(path, error=OutputError) for name in _FURTHER
+    # arms and masks stay text: 00100 is no number
+    more = {name: read_csv(path, text=("arm", "versus", "a", "b", "mask"), error=OutputError) for name in _FURTHER
             if (path := folder / f"{name}.csv").is_file() and path.stat().st_size > 1}
     steps = next((p for p in (folder / "steps.jsonl", folder / "state" / "steps.jsonl") if p.is_file()), None)
     if steps is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from midblock import __version__
 from midblock.reading import printable
-from midblock.report.charts import SECTIONS, charts_of
+from midblock.report.charts import SECTIONS, Chart, charts_of
 from midblock.report.collect import LeftOut, Run, collect
 from midblock.report.findings import findings_of
 from midblock.results import json_ready
@@ -46,9 +46,15 @@ def build_report(folders: Sequence[Path | str], out: Path, *, title: str | None 
             "left_out": [{"folder": o.folder, "reason": o.reason} for o in left_out]}
 
 
-def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str | None = None
-           ) -> tuple[str, dict[str, Any]]:
+def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str | None = None,
+           refresh: int | None = None) -> tuple[str, dict[str, Any]]:
     """The page as text, and its findings.
+
+    Args:
+        runs: What it shows.
+        left_out: What it names as left out.
+        title: Heading; by default the models' names.
+        refresh: Seconds after which an open page reads itself again, while a run goes on.
 
     Raises:
         ModuleNotFoundError: plotly or jinja2 is absent (the extra ``report``).
@@ -65,17 +71,30 @@ def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str 
     # the bundle ends scripts of its own only inside strings, where this spelling means the same
     scripts = [get_plotlyjs().replace("</script", "<\\/script"), (assets / "report.js").read_text(encoding="utf-8")]
     heading = printable(title or "; ".join(dict.fromkeys(r.pair for r in runs if r.models)) or "midblock report")
-    payload = {"charts": charts, "findings": findings, "sections": SECTIONS, "title": heading}
+    payload = {"charts": [_packed(c) for c in charts], "findings": findings, "sections": SECTIONS, "title": heading}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
     page = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8")).render(
-        title=heading, style=Markup(style),
+        title=heading, style=Markup(style), refresh=refresh,
         scripts=[Markup(s) for s in scripts],
         hashes=[_csp_hash(s) for s in scripts], payload=Markup(_script_safe(payload)),
         findings=found, runs=[_listed(r) for r in runs],
         left_out=[LeftOut(printable(o.folder), printable(o.reason)) for o in left_out],
         version=__version__, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
     return page, findings
+
+
+def _packed(chart: Chart) -> Chart:
+    """The chart with its rows by columns, each text once: names repeat in every row, and a page must stay small."""
+    columns: list[dict[str, Any]] = []
+    for place in range(len(chart["columns"])):
+        values = [row[place] for row in chart["rows"]]
+        if any(isinstance(v, str) for v in values):
+            known: dict[Any, int] = {}
+            columns.append({"at": [known.setdefault(v, len(known)) for v in values], "of": list(known)})
+        else:
+            columns.append({"values": values})
+    return {**{k: v for k, v in chart.items() if k != "rows"}, "packed": columns}
 
 
 def _csp_hash(script: str) -> str:

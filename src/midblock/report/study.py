@@ -1,46 +1,35 @@
 """One study: every analysis of one or several chains of checkpoints on one or several data sets, and its report.
 
-Each checkpoint is loaded once for all parts. A part is a run folder of its own, as its command would write it, so a
-study resumes part by part, and whatever reads run folders reads a study. A part that fails is recorded with its reason
-and does not stop the others.
+Each checkpoint is loaded once for all parts, and one pass over each data set feeds all parts that read hidden states
+(`midblock.report.parts`). A part is a run folder of its own, as its command would write it, so a study resumes part by
+part, and whatever reads run folders reads a study. A part that fails is recorded with its reason and does not stop the
+others.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress, silent
-from midblock.provenance import RunFolder, check_whole
+from midblock.provenance import RunFolder
 from midblock.reading import read_yaml, user_path
 from midblock.report.findings import answer_of
+from midblock.report.forecast import Cost, StudyProgress, forecast_study
 from midblock.report.page import build_report
-from midblock.report.save import save_result
+from midblock.report.parts import SHARED, Chain, Sources, Task, finished, shared_groups
 from midblock.results import Answer, Reading
 from midblock.settings.base import as_keys
 from midblock.settings.load import ChainLoadSettings
-from midblock.settings.study import Part, StudySettings
-from midblock.writing import recomputed
+from midblock.settings.study import StudySettings
 
-__all__ = ["StudyResult", "plan_study", "read_study", "study"]
-
-
-_PER_DEPTH = ("weights", "profile", "lens", "swap", "gradients")  # parts whose tables correlate reads
-
-
-@dataclass(frozen=True)
-class Task:
-    """One part on one chain and (but for weights and correlate) one data set."""
-
-    part: Part
-    chain: int
-    data: str | None
-    folder: Path
+__all__ = ["StudyResult", "costs_of", "plan_study", "read_study", "study"]
 
 
 @dataclass
@@ -51,7 +40,8 @@ class StudyResult(Reading):
         folder: Its folder.
         report: The page.
         findings: Of the page: ``answer``, ``limits``, ``command``.
-        seconds: Part's folder -> seconds it took in this call; parts that were finished before are not in it.
+        seconds: Part's folder -> seconds it took in this call; parts that were finished before are not in it. What
+            several parts share has a name of its own, which ends in ``pass``.
         failed: Part's folder -> reason.
     """
 
@@ -75,6 +65,8 @@ class StudyResult(Reading):
 def read_study(path: Path | str) -> tuple[list[list[str]], list[str], StudySettings]:
     """A study file: ``pairs`` (each a list of MODEL specs), ``data`` (a list of D specs), and settings by their names.
 
+    Sweeps are found beside the study file.
+
     Raises:
         SettingsError: it cannot be read, a key is unknown, or there is no pair.
     """
@@ -92,32 +84,42 @@ def read_study(path: Path | str) -> tuple[list[list[str]], list[str], StudySetti
     if not isinstance(data, list) or not all(isinstance(d, str) for d in data):
         raise SettingsError(f"{path}: data must be a list of data specs.")
     given: dict[str, Any] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
-    return pairs, data, StudySettings(**given)
+    settings = StudySettings(**given)
+    if settings.sweep:
+        settings = settings.replace(sweep=tuple(str(path.parent / s) for s in settings.sweep))
+    return pairs, data, settings
 
 
 def plan_study(chains: Sequence[Sequence[str]], data: Sequence[str], out: Path, settings: StudySettings) -> list[Task]:
     """What a study will run, in its order.
 
     Raises:
-        SettingsError: a chain of one model, or no data for a part that needs some.
+        SettingsError: a chain of one model, no data for a part that needs some, or ``token_data`` that is not among it.
     """
     if short := [c for c in chains if len(c) < 2]:
         raise SettingsError(f"a study compares at least 2 checkpoints, got only {' '.join(short[0]) or 'none'}; "
                             "give a base and a tuned one.")
-    needing = [p for p in settings.parts if p not in ("weights", "correlate")]
-    if needing and not data:
-        raise SettingsError(f"{', '.join(needing)} need data; name some with --data, or ask for weights alone "
+    reading = [p for p in settings.parts if p not in ("weights", "correlate", "sweep")]
+    if reading and not data:
+        raise SettingsError(f"{', '.join(reading)} need data; name some with --data, or ask for weights alone "
                             "with --only weights.")
+    if absent := [d for d in settings.token_data if d not in data]:
+        raise SettingsError(f"token_data names {', '.join(absent)}, which is not among the study's data "
+                            f"({', '.join(data) or 'none'}).")
     tasks = []
     for number, chain in enumerate(chains):
         home = out if len(chains) == 1 else out / f"{number + 1}-{_word(chain[-1])}"
-        names = _distinct([_word(d) for d in data])
-        for part in settings.parts:
-            if part in ("weights", "correlate"):
-                tasks.append(Task(part, number, None, home / part))
-            else:
-                tasks += [Task(part, number, d, (home if len(data) == 1 else home / name) / part)
-                          for d, name in zip(data, names, strict=True)]
+        if "weights" in settings.parts:
+            tasks.append(Task("weights", number, None, home / "weights"))
+        for d, name in zip(data, _distinct([_word(d) for d in data]), strict=True):
+            whole = not settings.token_data or d in settings.token_data
+            tasks += [Task(p, number, d, (home if len(data) == 1 else home / name) / p) for p in reading
+                      if whole or p == "profile"]
+        if "correlate" in settings.parts:
+            tasks.append(Task("correlate", number, None, home / "correlate"))
+    if "sweep" in settings.parts:
+        names = _distinct([_word(Path(s).stem) for s in settings.sweep])
+        tasks += [Task("sweep", None, s, out / "sweeps" / name) for s, name in zip(settings.sweep, names, strict=True)]
     return tasks
 
 
@@ -141,9 +143,10 @@ def study(chains: Sequence[Sequence[str]], *, data: Sequence[str] = (), out: Pat
         chains: Each a base and its tuned checkpoints, as MODEL specs; or a single such chain.
         data: D specs; every chain is measured on each.
         out: The study's folder: one run folder a part, ``run.json``, ``report.html``.
-        resume: Go on in it; parts that finished with the same settings are kept.
+        resume: Go on in it; parts that finished with the same settings are kept. Which parts and sweeps are wanted
+            may be others than before.
         load: How checkpoints are loaded.
-        progress: Told how far the part that runs is.
+        progress: Told how far the part that runs is, and as ``study`` how far the whole is, with the time left.
         tell: Called with a line when a part begins, and with warnings.
         settings: What is measured.
         **overrides: Single fields of `StudySettings`.
@@ -161,13 +164,18 @@ def study(chains: Sequence[Sequence[str]], *, data: Sequence[str] = (), out: Pat
     result = StudyResult(folder, folder / "report.html", {})
     loading = load or ChainLoadSettings()
     recorded = {"chains": specs, "data": list(data), **loading.model_dump(), **chosen.model_dump(mode="json")}
-    with RunFolder(folder, command="study", settings=recorded, resume=resume) as run:
+    sources = Sources(chosen.seed)
+    with RunFolder(folder, command="study", settings=recorded, resume=resume,
+                   may_differ=("only", "skip", "sweep")) as run:
+        costs = forecast_study(specs, tasks, chosen, loading, sources)
+        going = _Going(result, tasks, tell, StudyProgress(progress, costs))
         for number, stages in enumerate(specs):
-            own = [t for t in tasks if t.chain == number]
-            with _Chain(stages, loading, chosen) as chain:
-                for task in own:
-                    _run(task, chain, result, len(tasks), tasks.index(task) + 1, progress, tell)
-            run.update(failed=result.failed, seconds_of_parts=result.seconds)
+            with Chain(stages, loading, chosen, sources) as chain:
+                for group in shared_groups([t for t in tasks if t.chain == number]):
+                    going.group(chain, group)
+        for task in (t for t in tasks if t.part == "sweep"):
+            going.task(task, lambda t=task: _sweep(t, loading, going.progress))  # type: ignore[misc]
+        run.update(failed=result.failed, seconds_of_parts=result.seconds)
         if len(result.failed) == len(tasks):
             raise OutputError("every part of the study failed; the first: " + next(iter(result.failed.values())))
         made = build_report([folder], result.report)
@@ -176,130 +184,88 @@ def study(chains: Sequence[Sequence[str]], *, data: Sequence[str] = (), out: Pat
     return result
 
 
-def _run(task: Task, chain: _Chain, result: StudyResult, total: int, number: int, progress: Progress,
-         tell: Callable[[str], None]) -> None:
-    name = str(task.folder.relative_to(result.folder))
-    if _finished(task.folder):
-        tell(f"{number}/{total} {name}: finished before")
-        chain.finished.append(task)
-        return
-    tell(f"{number}/{total} {name}{f' on {task.data}' if task.data else ''}")
-    started = time.perf_counter()
-    try:
-        chain.run(task, progress)
-    except MidblockError as error:
-        result.failed[name] = str(error)
-        tell(f"{name} failed: {error}")
-        return
-    result.seconds[name] = round(time.perf_counter() - started, 2)
+def _sweep(task: Task, load: ChainLoadSettings, progress: Progress) -> None:
+    from midblock.sweeps import load_config, sweep
+
+    assert task.data is not None
+    sweep(load_config(task.data, []), out=task.folder, resume=task.folder.exists(), progress=progress,
+          trust_remote_code=load.trust_remote_code, allow_pickle=load.allow_pickle)
 
 
-def _finished(folder: Path) -> bool:
-    """Whether a run folder holds a finished run; one that is damaged is named, and run again."""
-    if not (folder / "run.json").exists():
-        return False
-    try:
-        return bool(check_whole(folder)["status"] == "finished")
-    except MidblockError as error:
-        recomputed(error, "This part is run again.")
-        return False
+class _Going:
+    """Tasks as they run: what is told, timed, and noted as failed."""
+
+    def __init__(self, result: StudyResult, tasks: Sequence[Task], tell: Callable[[str], None],
+                 progress: StudyProgress) -> None:
+        self._result, self._tasks, self._tell, self.progress = result, list(tasks), tell, progress
+
+    def _name(self, folder: Path) -> str:
+        return folder.relative_to(self._result.folder).as_posix()
+
+    def group(self, chain: Chain, tasks: Sequence[Task]) -> None:
+        """Tasks of one chain and one data set (or of none)."""
+        done = [t for t in tasks if finished(t.folder)]
+        for task in done:
+            self._tell(f"{self._place(task)}: finished before")
+            self.progress.passed(task)
+            chain.finished.append(task)
+        waiting = [t for t in tasks if t not in done]
+        shared = [t for t in waiting if t.part in SHARED]
+        seconds = None
+        if len(shared) > 1:
+            name = self._name(shared[0].folder.parent / "pass")
+            self._tell(f"{', '.join(t.part for t in shared)} on {shared[0].data}: one pass "
+                       f"({self.progress.status()})")
+            self.progress.begin(*shared)
+            seconds = chain.share(shared, self.progress, self._guard)
+            if seconds is not None:
+                self._result.seconds[name] = seconds
+        for task in waiting:
+            if self._name(task.folder) not in self._result.failed:
+                self.task(task, lambda t=task: chain.run(  # type: ignore[misc]
+                    t, self.progress, seconds if t in shared else None))
+        chain.forget(shared)
+
+    def task(self, task: Task, run: Callable[[], None]) -> None:
+        """One task, unless it is finished."""
+        name = self._name(task.folder)
+        if task.part == "sweep" and finished(task.folder):
+            self._tell(f"{self._place(task)}: finished before")
+            self.progress.passed(task)
+            return
+        self._tell(f"{self._place(task)}{f' on {task.data}' if task.data else ''} ({self.progress.status()})")
+        started = time.perf_counter()
+        self.progress.begin(task)
+        self._guard(task, run)
+        self.progress.passed(task)
+        if name not in self._result.failed:
+            self._result.seconds[name] = round(time.perf_counter() - started, 2)
+
+    def _place(self, task: Task) -> str:
+        return f"{self._tasks.index(task) + 1}/{len(self._tasks)} {self._name(task.folder)}"
+
+    def _guard(self, task: Task, run: Callable[[], Any]) -> Any:
+        """The boundary of a part: whatever fails in it is its own failure, and the others go on."""
+        try:
+            return run()
+        except MidblockError as error:
+            reason = str(error)
+        except Exception as error:
+            # a bug or a lack of memory: named as what it is, its traceback for whoever reports it
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            with (self._result.folder / "failures.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{self._name(task.folder)}\n{traceback.format_exc()}\n")
+        self._result.failed[self._name(task.folder)] = reason
+        self._tell(f"{self._name(task.folder)} failed: {reason}")
+        return None
 
 
-class _Chain:
-    """One chain of checkpoints: loaded when a part first needs it, once for all parts."""
+def costs_of(chains: Sequence[Sequence[str]], data: Sequence[str], out: Path, settings: StudySettings,
+             load: ChainLoadSettings | None = None) -> tuple[list[Task], dict[Task, Cost]]:
+    """The tasks of a study and what each is likely to cost; measures nothing.
 
-    def __init__(self, specs: Sequence[str], load: ChainLoadSettings, settings: StudySettings) -> None:
-        self._specs, self._load, self._settings = list(specs), load, settings
-        self._models: list[Any] | None = None
-        self._datasets: dict[str, Any] = {}
-        self.finished: list[Task] = []
-
-    def __enter__(self) -> _Chain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._models = None  # the next chain needs the memory
-
-    @property
-    def models(self) -> list[Any]:
-        if self._models is None:
-            from midblock.models import load_chain
-
-            self._models = list(load_chain(self._specs, **self._load.model_dump()))
-        return self._models
-
-    def dataset(self, spec: str) -> Any:
-        if spec not in self._datasets:
-            from midblock.data import load_data
-
-            self._datasets[spec] = load_data(spec, seed=self._settings.seed)
-        return self._datasets[spec]
-
-    def run(self, task: Task, progress: Progress) -> None:
-        """Measure one part and save it in its run folder."""
-        data = None if task.data is None else self.dataset(task.data)
-        if task.part == "correlate" and len(self.finished) < 2:
-            raise SettingsError("correlate needs at least two finished parts")
-        needs_models = task.part not in ("weights", "correlate")
-        models = self.models if needs_models else []
-        settings = {"models": self._specs, "data": task.data, "part_of_study": True,
-                    **self._load.model_dump(), **dict(self._arguments(task))}
-        with RunFolder(task.folder, command=task.part, settings=settings, resume=task.folder.exists()) as run:
-            if needs_models:
-                from midblock.models.chain import stage_names
-
-                names = stage_names(len(models))
-                run.record_inputs(models={k: m.describe() for k, m in zip(names, models, strict=True)},
-                                  data={} if data is None else data.describe())
-            else:
-                from midblock.models.chain import stage_names
-
-                names = stage_names(len(self._specs))
-                run.update(models={k: {"spec": s} for k, s in zip(names, self._specs, strict=True)})
-            result = self._measure(task, models, data, run, progress)
-            save_result(run, result, fields={"counts": getattr(result, "counts", {})}, progress=progress)
-        self.finished.append(task)
-
-    def _arguments(self, task: Task) -> Iterator[tuple[str, Any]]:
-        """The settings of a part, from those of the study."""
-        s = self._settings
-        shared = {"max_length": s.max_length, "batch_size": s.batch_size, "seed": s.seed}
-        yield from {
-            "weights": {},
-            "profile": {"samples": s.samples, "token_samples": s.token_samples, **shared},
-            "lens": {"samples": s.lens_samples, **shared},
-            "swap": {"samples": s.swap_samples, "segments": s.segments, **shared},
-            "gradients": {"samples": s.gradient_samples, **shared},
-            "locate": {"samples": s.gradient_samples, "gradient_samples": s.gradient_samples, **shared},
-            "correlate": {},
-        }[task.part].items()
-
-    def _measure(self, task: Task, models: list[Any], data: Any, run: RunFolder, progress: Progress) -> Any:
-        more: dict[str, Any] = {"progress": progress, **dict(self._arguments(task))}
-        if task.part == "weights":
-            from midblock.analysis.weights import weights
-
-            return weights(self._specs, progress=progress)
-        if task.part == "correlate":
-            from midblock.analysis.correlate import correlate
-
-            return correlate([t.folder for t in self.finished if t.part in _PER_DEPTH], progress=progress)
-        if task.part == "locate":
-            from midblock.selection.locate import locate
-
-            return locate(models[0], data=data, **more)
-        if task.part == "profile":
-            from midblock.analysis.profile import profile
-
-            return profile(models, data=data, state_folder=run.path / "state", **more)
-        if task.part == "lens":
-            from midblock.analysis.lens import lens
-
-            return lens(models, data=data, state_folder=run.path / "state", **more)
-        if task.part == "swap":
-            from midblock.analysis.swap import swap
-
-            return swap(models, data=data, **more)
-        from midblock.analysis.gradients import gradients
-
-        return gradients(models, data=data, **more)
+    Raises:
+        SettingsError: as `plan_study`.
+    """
+    tasks = plan_study(chains, data, out, settings)
+    return tasks, forecast_study(chains, tasks, settings, load or ChainLoadSettings(), Sources(settings.seed))

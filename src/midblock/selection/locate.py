@@ -19,13 +19,15 @@ from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import MIDDLE, format_blocks, segment_blocks, segment_bounds
-from midblock.selection.scores import block_scores
+from midblock.selection.scores import ForwardPass, block_scores
 from midblock.settings.base import name_of
 from midblock.settings.locate import BLOCK_SCORES, DEFAULT_RULE, DEFAULT_SHARE, RULES, LocateSettings
 from midblock.tuning.planning import budget_of, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from midblock.analysis.gradients import GradientsResult
 
 __all__ = ["LocateResult", "Proposal", "locate", "mask_of", "propose", "scores_of", "width_for"]
 
@@ -284,7 +286,8 @@ def scores_of(table: Table, num_blocks: int) -> dict[str, list[float]]:
 
 
 def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progress: Progress = silent,
-           settings: LocateSettings | None = None, **overrides: Any) -> LocateResult:
+           settings: LocateSettings | None = None, forward: ForwardPass | None = None,
+           backward: GradientsResult | None = None, **overrides: Any) -> LocateResult:
     """Score every block without training and propose a contiguous range.
 
     Args:
@@ -292,7 +295,9 @@ def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progr
         data: A data set or a D spec; without it only the weights are scored.
         progress: Told how far it is.
         settings: See `LocateSettings`.
-        **overrides: Single fields of them.
+        forward: What a pass shared with others found already (`midblock.selection.scores.forward_part`).
+        backward: `gradients` of this model on the same samples, in the same batches.
+        **overrides: Single fields of the settings.
 
     Raises:
         SettingsError: a setting out of range, or a rule whose score was not measured.
@@ -309,7 +314,8 @@ def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progr
         width = width_for(blocks, costs=[plan.params_of_block(b) for b in range(blocks)],
                           budget=budget_of(loaded.anatomy, chosen.budget, targets=targets))
     dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
-    table, similarity, counts = block_scores(loaded, dataset, settings=chosen, progress=progress)
+    table, similarity, counts = block_scores(loaded, dataset, settings=chosen, progress=progress,
+                                             forward=forward, backward=backward)
     scores = scores_of(table, blocks)
     proposals: dict[str, Proposal] = {}
     refused: dict[str, str] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from midblock import metrics, stats
-from midblock.analysis.gradients import gradients, supervised_batches
-from midblock.analysis.passes import feed_batches
+from midblock.analysis.gradients import GradientsResult, gradients
+from midblock.analysis.passes import PassPart, encode
 from midblock.capture.accumulators import PooledStates
 from midblock.capture.arrivals import Arrivals
 from midblock.data import Batch, Dataset
@@ -27,7 +28,7 @@ from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.settings.locate import ScoreSettings
 
-__all__ = ["AdjacentStates", "block_scores", "cka_matrix", "weight_snr"]
+__all__ = ["AdjacentStates", "ForwardPass", "block_scores", "cka_matrix", "forward_part", "weight_snr"]
 
 class AdjacentStates:
     """Block influence and angular distance per sample and block, an `Accumulator`.
@@ -120,7 +121,8 @@ def weight_snr(block: torch.nn.Module) -> float:
 
 
 def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: ScoreSettings | None = None,
-                 stage: str = "base", progress: Progress = silent, **overrides: Any
+                 stage: str = "base", progress: Progress = silent, forward: ForwardPass | None = None,
+                 backward: GradientsResult | None = None, **overrides: Any
                  ) -> tuple[Table, npt.NDArray[np.float64] | None, dict[str, Any]]:
     """All chosen scores of every block.
 
@@ -130,6 +132,8 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
         settings: See `ScoreSettings`; ``overrides``: single fields of it.
         stage: The ``side`` of the rows.
         progress: Told how far it is.
+        forward: What a pass shared with others found (`forward_part`).
+        backward: `gradients` of this model on the same samples, in the same batches.
 
     Returns:
         Rows of kind ``block`` (columns ``matrix`` = all, ``data``, ``seed``); the CKA matrix between hidden
@@ -145,7 +149,9 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
     counts: dict[str, Any] = {}
     similarity = None
     if dataset is not None and chosen.wants("forward"):
-        similarity, counts = _forward_scores(table, loaded, dataset, chosen, stage, extra, progress)
+        found = forward if forward is not None else forward_part(
+            loaded, dataset, settings=chosen, stage=stage).run(progress=progress)
+        similarity, counts = _forward_scores(table, found, chosen, stage, extra)
     if chosen.wants("weights"):
         for b, block in loaded.each_block():
             try:
@@ -160,26 +166,46 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
         loaded.note(f"scores that need a backward pass are left out ({', '.join(wanted)}): it needs the whole model")
         counts["left_out"] = wanted
     elif dataset is not None and wanted:
-        found = gradients(loaded, data=dataset, names=[stage], samples=chosen.gradient_samples,
-                          max_length=chosen.max_length, batch_size=chosen.batch_size, seed=chosen.seed,
-                          progress=progress)
-        for row in found.table.rows:
-            if row["matrix"] == "all" and row["metric"] in wanted:
+        if backward is None:
+            backward = gradients(loaded, data=dataset, names=[stage], samples=chosen.gradient_samples,
+                                 max_length=chosen.max_length, batch_size=chosen.batch_size, seed=chosen.seed,
+                                 progress=progress)
+        for row in backward.table.rows:
+            if row["matrix"] == "all" and row["metric"] in wanted and row["side"] == stage:
                 table.rows.append({**row, **extra})
     return table, similarity, counts
 
 
-def _forward_scores(table: Table, loaded: LoadedModel, dataset: Dataset, settings: ScoreSettings, stage: str,
-                    extra: Mapping[str, Any], progress: Progress
-                    ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+@dataclass
+class ForwardPass:
+    """What one forward pass tells of the blocks, before it is made into scores."""
+
+    adjacent: AdjacentStates
+    pooled: PooledStates
+    counts: dict[str, Any]
+
+
+def forward_part(loaded: LoadedModel, dataset: Dataset, *, settings: ScoreSettings, stage: str = "base"
+                 ) -> PassPart[ForwardPass]:
+    """The forward pass of `block_scores` as a part of a pass that others may share.
+
+    Raises:
+        DataError: no usable sample.
+    """
     drawn = dataset.sample(settings.samples, settings.seed)
-    batches, counts = supervised_batches(loaded, drawn, max_length=settings.max_length,
-                                         batch_size=settings.batch_size)
-    samples = sorted(i for b in batches for i in b.indices)
+    inputs = encode({stage: loaded}, drawn, settings, need="a score of blocks")
+    samples = sorted(row.index for row in inputs.rows)
     blocks = loaded.anatomy.num_blocks
     adjacent = AdjacentStates([stage], blocks, samples)
     pooled = PooledStates([stage], blocks + 1, samples, loaded.anatomy.hidden_size)
-    feed_batches({stage: loaded}, batches, {"adjacent": adjacent, "pooled": pooled}, progress=progress)
+    return PassPart(inputs, [inputs.rows], {"adjacent": adjacent, "pooled": pooled},
+                    lambda: ForwardPass(adjacent, pooled, inputs.encoded.describe()))
+
+
+def _forward_scores(table: Table, found: ForwardPass, settings: ScoreSettings, stage: str, extra: Mapping[str, Any]
+                    ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+    adjacent, pooled, counts = found.adjacent, found.pooled, dict(found.counts)
+    blocks, samples = len(pooled.x[stage]) - 1, list(pooled.place)
     wanted = settings.wants("forward")
     for metric in adjacent.METRICS:
         if metric in wanted:

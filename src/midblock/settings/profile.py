@@ -18,7 +18,7 @@ class ProfileSettings(Settings):
 
     samples: int = sampling.samples(200, "Samples of the pooled level (the paper: 1,000).", least=2)
     token_samples: int = setting(
-        50, ge=1, metavar="N", help="Samples of the token level, the first of the same draw (the paper: 100).")
+        50, ge=0, metavar="N", help="Samples of the token level, the first of the same draw (the paper: 100; 0: none).")
     paper: bool = setting(False, help="The paper's sizes: 1,000 pooled and 100 token-level samples.")
     max_length: int = sampling.max_length(512, least=3)
     batch_size: int = sampling.batch_size()

@@ -194,3 +194,5 @@ class SweepConfig(PlaceSettings):
     statistics: StatisticsConfig = setting(StatisticsConfig(), help="How arms are compared.")
     cache: str = setting("memory", metavar="none|memory|disk:DIR", help="Where the frozen prefix's output is kept.")
     cache_limit: int | str | None = declared(TuneSettings, "cache_limit")
+    report_to: str | None = setting(None, metavar="NAME", help=(
+        "A tracker of every run, as for transformers (tensorboard, trackio, wandb, ...)."))

@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -110,6 +112,8 @@ class LocalEngine:
         self._digest = weights_digest(loaded.model)
         self._probe = torch.tensor([self.rows.rows[0].ids[:_PROBE_TOKENS]], device=loaded.device)
         self._first_block: int | None = None
+        self.trackers: Path | None = None
+        """Where trackers that write files put them, one folder a run; by default where they do by themselves."""
 
     def run(self, jobs: Sequence[Job], finished: Callable[[RunRecord], None], *,
             progress: Progress = silent) -> None:
@@ -177,7 +181,8 @@ class LocalEngine:
                     dropout=self.config.training.dropout) as attachment:
             before = frozen_digests(attachment)
             result = self._train(attachment, job, record, progress)
-            record.training = {**result.describe(), "losses": result.losses}
+            record.training = {**result.describe(), "losses": result.losses,
+                               "blocks": [asdict(s) for s in result.blocks]}
             record.notes += result.notes
             check_engagement(attachment, before, self._probe).require()
             self._score(record, plan.first_block, progress)
@@ -187,13 +192,32 @@ class LocalEngine:
         assert job.seed is not None
         settings = self.config.training.settings(job.learning_rate, job.seed)
         cache: PrefixCache | str = "none" if self.cache is None else self.cache
+
+        def run(cache: PrefixCache | str) -> TrainResult:
+            with self._tracked(job) as options:
+                return train(attachment, self.rows, tokenizer=self.loaded.tokenizer, settings=settings, cache=cache,
+                             watch_blocks=True, progress=progress, **options)
+
         try:
-            return train(attachment, self.rows, tokenizer=self.loaded.tokenizer, settings=settings, cache=cache,
-                         progress=progress)
+            return run(cache)
         except CacheRefusedError as error:  # raised before the first step
             record.notes.append(f"prefix cache off: {error}")
-            return train(attachment, self.rows, tokenizer=self.loaded.tokenizer, settings=settings, cache="none",
-                         progress=progress)
+            return run("none")
+
+    @contextlib.contextmanager
+    def _tracked(self, job: Job) -> Iterator[dict[str, Any]]:
+        """What a tracker needs: the run's name, and for TensorBoard a folder of its own."""
+        if self.config.report_to is None:
+            yield {}
+            return
+        name, before = "TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR")
+        if before is None and self.trackers is not None:
+            os.environ[name] = str(self.trackers / job.key)
+        try:
+            yield {"report_to": self.config.report_to, "run_name": f"{self.config.name} {job.key}"}
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
 
     def _score(self, record: RunRecord, first_block: int | None, progress: Progress) -> None:
         for label in self.data.tasks:

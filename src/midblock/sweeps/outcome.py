@@ -144,6 +144,12 @@ class SweepResult(TableResult):
                          "peak GB": None if means["peak_memory"] is None else means["peak_memory"] / 1e9})
         return pd.DataFrame(rows)
 
+    def block_steps(self) -> pd.DataFrame:
+        """What each block did while the arms were trained: ``arm``, ``learning_rate``, ``seed``, ``step``, ``block``,
+        ``gradient_norm``, ``update_norm``, ``drift``."""
+        return pd.DataFrame([{"arm": r.arm, "learning_rate": r.learning_rate, "seed": r.seed, **step}
+                             for r in self.records for step in r.training.get("blocks", [])])
+
     def figures(self) -> dict[str, Figure]:
         """Score by segment, gain against retention, and the curve over depth for every evaluation task."""
         stats = self.statistics
@@ -211,6 +217,8 @@ class SweepResult(TableResult):
                  run.write_table(stats.pareto, "pareto.csv").name,
                  run.write_table(self.overview(), "arms.csv").name,
                  run.write_text("verdict.txt", self.summary() + "\n").name]
+        if len(blocks := self.block_steps()):
+            names.append(run.write_table(blocks, "block_steps.csv").name)
         if not stats.inverted_u.empty:
             names.append(run.write_table(stats.inverted_u, "inverted_u.csv").name)
         path = run.path / "samples.jsonl"

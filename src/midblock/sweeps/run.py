@@ -89,7 +89,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
                             allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
-                   may_differ=("name", "arms", "seeds", "statistics")) as run:
+                   may_differ=("name", "arms", "seeds", "statistics", "report_to")) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
@@ -107,7 +107,10 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
             tell(SweepState(dict(records), plan, _left(plan, records, fresh)))
 
         if todo:
-            engine(config, loaded, data).run(todo, finished, progress=progress)
+            made = engine(config, loaded, data)
+            if isinstance(made, LocalEngine):
+                made.trackers = run.path / "trackers"
+            made.run(todo, finished, progress=progress)
         result = SweepResult.of(config, plan, [records[j.key] for j in plan.jobs])
         result.write(run)
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,10 @@ class TuneResult(TableResult):
         lines.append(self.check.summary())
         return [*lines, *self.notes]
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``block_steps``: gradient norm, update norm and drift of every block at some of the steps."""
+        return {"block_steps": pd.DataFrame([asdict(s) for s in self.training.blocks])}
+
     def figures(self) -> dict[str, Figure]:
         """Loss over steps, and the size of the update over depth."""
         from midblock.figures import depth_lines, lines
@@ -208,7 +212,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         base_losses = None if held_rows is None else _row_losses(attachment, loaded, held_rows, progress)
         trained = train(attachment, rows, tokenizer=loaded.tokenizer, settings=wanted, cache=store,
                         folder=None if folder is None else folder / "checkpoints", resume=resume,
-                        save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to,
+                        save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to, watch_blocks=True,
                         **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
         spec = data if isinstance(data, str) else getattr(data, "spec", "")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["StepLog", "TrainResult"]
+__all__ = ["BlockStep", "StepLog", "TrainResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,20 @@ class StepLog:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """One block at one step."""
+
+    step: int
+    block: int
+    gradient_norm: float | None
+    """Frobenius norm of the gradient of its trained tensors, as the optimizer gets it; None where none is trained."""
+    update_norm: float | None
+    """Frobenius norm of what training has added to its weights, sqrt of the sum over matrices."""
+    drift: float
+    """1 - cosine of its output with the base's, mean over the probe's tokens."""
+
+
 @dataclass
 class TrainResult:
     """What training measured. The adapter itself is in the `Attachment`."""
@@ -38,6 +52,8 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)
     resumed_from: int = 0
     """Step that this call started from; 0 without a checkpoint."""
+    blocks: list[BlockStep] = field(default_factory=list)
+    """What each block did at some of the steps, where that was watched."""
 
     @property
     def tokens_per_second(self) -> float:

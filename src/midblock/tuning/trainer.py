@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from midblock.data import TokenRow, TokenRows
+from midblock.data import TokenRow, TokenRows, pad_token_id
 from midblock.errors import DataError, OutputError, TrainingError
 from midblock.models import Anatomy
 from midblock.models.attention import can_pack, dense_attention
@@ -39,6 +39,7 @@ from midblock.tuning.steps import StepLog, TrainResult
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from midblock.tuning.block_watch import BlockWatch
     from midblock.tuning.sft import Watch
 
 __all__ = ["train"]
@@ -91,7 +92,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
           folder: Path | str | None = None, resume: bool = False, save_steps: int | None = None,
           save_seconds: float = 60.0, progress: Progress = silent,
           callbacks: Sequence[TrainerCallback] = (), report_to: str | Sequence[str] = "none",
-          **trl_options: Any) -> TrainResult:
+          watch_blocks: bool = False, **trl_options: Any) -> TrainResult:
     """Train what is attached.
 
     Args:
@@ -109,6 +110,8 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         progress: Called after every step with loss and tokens/s.
         callbacks: transformers' callbacks, for the user's own needs.
         report_to: Trackers, as for TRL.
+        watch_blocks: Measure at some steps the gradient, the update and the drift of every block
+            (`TrainResult.blocks`; trackers are told). The training's numbers are the same.
         trl_options: Further `trl.SFTConfig` fields (``optim="adafactor"``, hub upload ...).
 
     Raises:
@@ -117,6 +120,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         DataError: no rows.
         OutputError: the disk is full, or the folder holds checkpoints and ``resume`` was not asked for.
     """
+    from midblock.tuning.block_watch import BlockWatch
     from midblock.tuning.sft import Watch, build_trainer, require_finite
 
     settings = settings if settings is not None else TrainSettings()
@@ -136,8 +140,11 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         plain = has_plain_head(attachment.anatomy)
         watch = Watch(progress, save_seconds if folder is not None and save_steps is None else None,
                       place / "steps.jsonl" if folder is not None else None)
+        blocks = BlockWatch(attachment, token_rows, pad_token_id(tokenizer), None if folder is None else
+                            place / "blocks.jsonl") if watch_blocks else None
         trainer = build_trainer(
-            attachment, token_rows, tokenizer, settings, place, plain=plain, watch=watch, callbacks=callbacks,
+            attachment, token_rows, tokenizer, settings, place, plain=plain, watch=watch,
+            callbacks=[*callbacks, *([] if blocks is None else [blocks])],
             save_steps=save_steps if folder is not None else None, report_to=report_to, trl_options=trl_options)
         start: Path | None = None
         if resume:
@@ -147,9 +154,12 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         if folder is not None:
             place.mkdir(parents=True, exist_ok=True)
             watch.restore([] if start is None else [StepLog(**s) for s in stored_steps(start)])
+        if blocks is not None:
+            blocks.trainer = trainer
+            blocks.restore(begun)
         if begun >= trainer.args.max_steps:
             trainer._load_from_checkpoint(str(start))
-            return _result(watch, attachment, {}, notes, begun)
+            return _result(watch, blocks, attachment, {}, notes, begun)
         if attachment.anatomy.embeddings.weight.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if settings.lean:
@@ -168,13 +178,14 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         except OSError as error:
             raise OutputError(f"cannot write a checkpoint to {place}: {error.strerror or error}.") from error
         attachment.model.eval()
-        return _result(watch, attachment, prefix.describe(), notes + prefix.notes, begun)
+        return _result(watch, blocks, attachment, prefix.describe(), notes + prefix.notes, begun)
 
 
-def _result(watch: Watch, attachment: Attachment, prefix: dict[str, Any], notes: list[str],
-            begun: int) -> TrainResult:
+def _result(watch: Watch, blocks: BlockWatch | None, attachment: Attachment, prefix: dict[str, Any],
+            notes: list[str], begun: int) -> TrainResult:
     device = next(iter(attachment.trainable.values())).device
-    return TrainResult(watch.steps, sum(s.seconds for s in watch.steps), _device_peak(device), prefix, notes, begun)
+    return TrainResult(watch.steps, sum(s.seconds for s in watch.steps), _device_peak(device), prefix, notes, begun,
+                       [] if blocks is None else blocks.steps)
 
 
 def _what_is_kept(problem: str, folder: Path | None) -> str:

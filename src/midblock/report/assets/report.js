@@ -3,6 +3,10 @@
    plain() where plotly would read it as markup. */
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
+  for (const chart of DATA.charts) { // rows come by columns, each text once
+    const columns = chart.packed.map((c) => c.of ? c.at.map((i) => c.of[i]) : c.values);
+    chart.rows = columns.length ? columns[0].map((_, i) => columns.map((c) => c[i])) : [];
+  }
   const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8a8f98"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
@@ -106,14 +110,21 @@
   }
   function heatTraces(chart) {
     const [ax, ay] = [column(chart, chart.x), column(chart, chart.y)];
-    const av = chart.columns.findIndex((name, i) => i !== ax && i !== ay && name !== "n");
+    const at = column(chart, chart.text);
+    const av = chart.columns.findIndex((name, i) => i !== ax && i !== ay && i !== at && name !== "n");
     const xs = [...new Set(chart.rows.map((r) => r[ax]))], ys = [...new Set(chart.rows.map((r) => r[ay]))];
     const grid = ys.map(() => xs.map(() => null));
-    for (const row of chart.rows) grid[ys.indexOf(row[ay])][xs.indexOf(row[ax])] = row[av];
+    const texts = at < 0 ? null : ys.map(() => xs.map(() => ""));
+    for (const row of chart.rows) {
+      grid[ys.indexOf(row[ay])][xs.indexOf(row[ax])] = row[av];
+      if (texts) texts[ys.indexOf(row[ay])][xs.indexOf(row[ax])] = plain(row[at]);
+    }
     const words = (list) => list.map((v) => typeof v === "number" ? v : plain(v));
     return [{ type: "heatmap", x: words(xs), y: words(ys), z: grid, hoverongaps: false, colorscale: chart.signed ? "RdBu" : "Viridis",
       ...(chart.signed ? { zmin: -1, zmax: 1, reversescale: true } : {}), colorbar: { thickness: 12, tickfont: { size: 11 } },
-      hovertemplate: plain(chart.x) + " %{x}, " + plain(chart.y) + " %{y}: %{z:.4g}<extra></extra>" }];
+      ...(texts ? { text: texts, texttemplate: xs.length <= 40 ? "%{text}" : "", textfont: { size: 10 }, showscale: false,
+        colorscale: [[0, css("--panel")], [1, "#9fd0ea"]], xgap: 1, ygap: 1 } : {}),
+      hovertemplate: plain(chart.x) + " %{x}, " + plain(chart.y) + " %{y}: " + (texts ? "%{text}" : "%{z:.4g}") + "<extra></extra>" }];
   }
   function scatterTraces(chart) {
     const at = Object.fromEntries(chart.columns.map((name, i) => [name, i]));
@@ -130,6 +141,8 @@
 
   function layout(chart, traces) {
     const ink = css("--ink"), line = css("--line");
+    const many = chart.kind === "heatmap" && new Set(chart.rows.map((row) => row[column(chart, chart.x)])).size > 45
+      && typeof chart.rows[0][column(chart, chart.x)] === "string"; // names would cover the figure: they show under the pointer
     const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true, tickfont: { size: 11 } };
     const depth = chart.kind === "depth";
     const shapes = [];
@@ -148,9 +161,10 @@
       margin: { l: 56, r: 12, t: 12, b: 40 }, hovermode: "closest", shapes, bargap: 0.25,
       showlegend: traces.filter((t) => t.showlegend !== false).length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
-      xaxis: { ...axis, title: { text: plain(titles[chart.kind] || ""), font: { size: 12 } }, ...(chart.kind === "bars" ? { type: "category" } : {}) },
+      xaxis: { ...axis, title: { text: plain(titles[chart.kind] || ""), font: { size: 12 } }, ...(chart.kind === "bars" || chart.x === "arm" ? { type: "category" } : {}), showticklabels: !many },
       yaxis: { ...axis, title: { text: chart.kind === "heatmap" ? plain(chart.y) : plain(chart.axis), font: { size: 12 } },
-        ...(chart.kind === "heatmap" ? { autorange: "reversed" } : {}) },
+        ...(chart.kind === "heatmap" ? { autorange: "reversed" } : {}), showticklabels: !many,
+        ...(chart.log && state.view === "values" ? { type: "log" } : {}) },
       hoverlabel: { bgcolor: css("--panel"), bordercolor: line, font: { color: ink } } };
   }
   function draw(chart, plot) {
@@ -159,7 +173,17 @@
     if (!drawn.has(plot)) {
       drawn.set(plot, chart);
       if (chart.kind === "depth") {
-        plot.on("plotly_hover", (event) => moveCursor(event.points[0].customdata[0] / Math.max(1, chart.last), chart));
+        // one way for mouse, pen and finger; a finger that drags over a figure moves the cursor, the page scrolls upright
+        const point = (event) => {
+          const axis = plot._fullLayout && plot._fullLayout.xaxis;
+          if (!axis) return;
+          const value = axis.p2d(event.clientX - plot.getBoundingClientRect().left - axis._offset);
+          const layer = Math.round(state.x === "depth" ? value * chart.last : value);
+          moveCursor(layer / Math.max(1, chart.last), chart);
+        };
+        plot.style.touchAction = "pan-y";
+        plot.addEventListener("pointermove", point);
+        plot.addEventListener("pointerdown", point);
       }
     }
     placeCursor(plot, chart);
@@ -201,7 +225,8 @@
       class: chart.kind === "heatmap" || chart.kind === "table" ? "wide" : "" }, caption, about);
     if (chart.kind !== "table") {
       const plot = make("div", { class: "plot-area" });
-      const frame = make("div", { class: chart.kind === "heatmap" ? "plot tall" : "plot", role: "img",
+      const lines = chart.kind === "heatmap" ? new Set(chart.rows.map((row) => row[column(chart, chart.y)])).size : 0;
+      const frame = make("div", { class: lines > 40 ? "plot tallest" : lines ? "plot tall" : "plot", role: "img",
         "aria-label": `${chart.title}; its values are in the data table below.` }, plot, make("div", { class: "cursor" }));
       plot.style.height = "100%";
       node.append(frame);
