@@ -64,6 +64,11 @@ def test_a_command_is_named_only_where_models_and_data_have_names() -> None:
     assert Origin(("base",)).words("inspect", data=False) == ("inspect", "base")
 
 
+def test_the_help_of_the_package_names_everything_that_it_offers() -> None:
+    told = midblock.__doc__ or ""
+    assert [n for n in midblock.__all__ if n != "__version__" and f"`{n}`" not in told] == []
+
+
 def results() -> Iterator[type]:
     for found in pkgutil.walk_packages(midblock.__path__, "midblock."):
         if found.name.split(".")[1] in ("analysis", "selection", "evaluation", "tuning", "sweeps"):

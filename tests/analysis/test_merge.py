@@ -18,7 +18,6 @@ from midblock.analysis.merge import (
     interpolate_,
     interpolated,
     merge,
-    parse_alphas,
     save_merged,
 )
 from midblock.capture import model_inputs, run_blocks
@@ -27,6 +26,7 @@ from midblock.errors import BlockRangeError, DataError, OutputError, PairMismatc
 from midblock.models import find_anatomy, load_model
 from midblock.segments import segment_bounds
 from midblock.settings import MergeSettings
+from midblock.settings.merge import parse_alphas
 
 ALPHAS = (0.0, 0.5, 1.0, 0.25)
 

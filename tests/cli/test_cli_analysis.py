@@ -137,6 +137,15 @@ def test_a_command_writes_table_figures_and_settings(command: str, capsys: pytes
     assert not Path("out/state").exists()
 
 
+@pytest.mark.usefixtures("no_drawing")
+def test_the_next_command_repeats_what_the_same_models_need(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("swap").mkdir()
+    assert run(words("lens", "--quiet", "--tokenizer", "base", "--names", "raw,tuned", "--device", "cpu")) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == ("Next: midblock swap base sft --data data.jsonl --tokenizer base --device cpu --names raw,tuned "
+                    "--out swap-2")  # a folder that is free
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("command", SMALL)
 @pytest.mark.usefixtures("no_drawing")

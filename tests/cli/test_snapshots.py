@@ -162,7 +162,7 @@ def _progress(text: str) -> set[str]:
 def _kept(text: str) -> str:
     """What a snapshot holds: no bars, no progress lines, no times."""
     lines = [line for line in text.splitlines()
-             if "━" not in line and not re.match(r"[\w ()]+: \d+% \(", line) and "GFLOP/s" not in line]
+             if "━" not in line and not re.match(r".+: \d+% \(", line) and "GFLOP/s" not in line]
     return masked("\n".join(lines))
 
 

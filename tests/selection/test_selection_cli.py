@@ -92,7 +92,7 @@ def test_locate_proposes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert read_run(tmp_path / "l")["proposal"]["rule"] == "fisher"
     shown = _call(capsys, "locate", place / "model", "--budget", "3k", "--rank", "8", "--out", tmp_path / "w",
                   "--quiet")
-    assert f"midblock tune {place / 'model'} --data D --blocks " in shown.out
+    assert f"midblock tune {place / 'model'} --data arithmetic --blocks " in shown.out
     assert "mask" in shown.out
 
 

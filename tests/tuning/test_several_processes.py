@@ -37,7 +37,8 @@ class Trainer(transformers.Trainer):
                                     self.args.world_size)
 
 trainer = Trainer(tuned, train_dataset=rows, data_collator=collator(0), args=transformers.TrainingArguments(
-    output_dir=out, num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+    output_dir=out, num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2,
+    use_cpu=True, ddp_backend="gloo",
     report_to="none",
     save_strategy="no", disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant", remove_unused_columns=False,
     ddp_find_unused_parameters=False, dataloader_pin_memory=False))
@@ -60,15 +61,17 @@ with open(f"{out}/{cached}-{rank}.json", "w") as file:
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_rows_stay_on_their_process_and_come_from_its_cache(tmp_path: Path) -> None:
+    # --multi_gpu is accelerate's name for torch's launcher; the script itself stays on the CPU (gloo)
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
     for cached in ("yes", "no"):
         done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-             "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script),
-             str(tmp_path), cached], env=environment, capture_output=True, text=True, timeout=600, check=False)
+            [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+             str(script), str(tmp_path), cached], env=environment, capture_output=True, text=True, timeout=600,
+            check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     found = {(cached, rank): json.loads((tmp_path / f"{cached}-{rank}.json").read_text())
              for cached in ("yes", "no") for rank in (0, 1)}

@@ -40,33 +40,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MergeResult", "alphas_label", "block_alphas", "interpolated", "merge",
-           "parse_alphas", "save_merged"]
+           "save_merged"]
 
 _PIECE = 1 << 20  # entries interpolated at a time, in float32
 
 
 # ---------------------------------------------------------------------------------------------
 # the merged model
-
-
-def parse_alphas(text: str) -> tuple[float, ...]:
-    """Shares of the tuned model per depth segment, from ``0,.5,1,.5,0``.
-
-    Raises:
-        SettingsError: something that is not a finite number.
-
-    Example:
-        >>> parse_alphas("0,.5,1")
-        (0.0, 0.5, 1.0)
-    """
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or not all(math.isfinite(a) for a in found):
-        raise SettingsError(f"alphas {text!r} are not numbers with commas between them; write one share of the tuned "
-                            "model per depth segment, such as 0,0.5,1,0.5,0.")
-    return found
 
 
 def alphas_label(alphas: Sequence[float]) -> str:

@@ -42,12 +42,13 @@ def importance(
     its update the loss wants. --apply turns scores into plans.
     """
     from midblock.selection.choice import make_plans, parse_choice, write_plans
-    from midblock.selection.ila import importance as measure
 
     choices = [parse_choice(text) for text in apply or ()]
     plans: dict[str, Any] = {}
 
     def work(chain: Any, keys: Any, dataset: Any, run: Any, progress: Any) -> Any:
+        from midblock.selection.ila import importance as measure
+
         result = measure(chain[0], data=dataset, state_folder=run.path / "state", progress=progress, settings=settings)
         for choice in choices:
             made, missing = make_plans(chain[0], result, choice, budget=budget)

@@ -77,16 +77,16 @@ def fitted(grid: Grid, width: int) -> list[Table | str]:
     """What to print, part by part, so that nothing is cropped at ``width`` columns."""
     if grid.total(broken=True) <= width:
         return [grid.table(width)]
+    if len(grid.rows) <= _TURNED_ROWS and len(grid.headings) > 2:
+        turned = grid.turned()
+        if turned.total(broken=True) <= width:
+            return [turned.table(width)]
     same = [c for c in range(1 if grid.right[:1] == [True] else 0, len(grid.headings))
             if len(grid.rows) > 1 and len({r[c] for r in grid.rows}) == 1]
     if same and len(grid.headings) - len(same) >= 2:  # what every row says is said once
         told = ", ".join(f"{grid.headings[c]} {grid.rows[0][c] or 'empty'}" for c in same)
         rest = [c for c in range(len(grid.headings)) if c not in same]
         return [wrapped(f"(every row: {told})", width), *fitted(grid.columns(rest), width)]
-    if len(grid.rows) <= _TURNED_ROWS and len(grid.headings) > 2:
-        turned = grid.turned()
-        if turned.total(broken=True) <= width:
-            return [turned.table(width)]
     return _parts(grid, width) or [_records(grid)]
 
 

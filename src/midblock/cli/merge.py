@@ -13,6 +13,7 @@ from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.errors import SettingsError
 from midblock.settings import ChainLoadSettings, MergeSettings
+from midblock.settings.merge import parse_alphas
 
 __all__ = ["merge"]
 
@@ -40,8 +41,6 @@ def merge(models: Chain, settings: MergeSettings, load: ChainLoadSettings,
     each merged model, with the paired change from both ends. The saved checkpoint gives the
     logits that were scored.
     """
-    from midblock.analysis.merge import parse_alphas
-
     if data is None and save is None:
         raise SettingsError("merge has nothing to do: give --data to score on, --save to write a checkpoint, or both.")
     wanted = [parse_alphas(text) for text in alphas]

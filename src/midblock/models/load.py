@@ -127,8 +127,7 @@ class LoadedModel:
         """What run.json keeps of a model."""
         return {
             "spec": self.spec, "name": self.name, "fingerprint": self.fingerprint,
-            "class": type(self.anatomy.causal_lm).__name__,
-            "model_type": self.anatomy.causal_lm.config.model_type,
+            "class": type(self.anatomy.causal_lm).__name__, "model_type": self.anatomy.causal_lm.config.model_type,
             "blocks": self.anatomy.num_blocks, "hidden_size": self.anatomy.hidden_size,
             "vocab_size": self.anatomy.vocab_size, "tied_head": self.anatomy.tied,
             "parameters": self.anatomy.causal_lm.num_parameters(),

@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from midblock.errors import BudgetError, SettingsError
-from midblock.selection.ila import ImportanceResult
 from midblock.selection.units import SCORES, best_units, top_count
 from midblock.settings.base import name_of
-from midblock.tuning.plan import Plan
-from midblock.tuning.planning import make_plan
+
+if TYPE_CHECKING:
+    from midblock.selection.ila import ImportanceResult
+    from midblock.tuning.plan import Plan
 
 __all__ = ["Choice", "chosen_units", "make_plans", "parse_choice", "write_plans"]
 
@@ -86,6 +87,8 @@ def make_plans(model: Any, result: ImportanceResult, choice: Choice, *, budget: 
     Raises:
         BudgetError: ILA's own choice cannot meet the budget.
     """
+    from midblock.tuning.planning import make_plan  # imports torch, which a wrong --apply need not wait for
+
     plans: dict[str, Plan] = {}
     missing: dict[str, str] = {}
     for metric in SCORES:

@@ -27,7 +27,7 @@ from midblock.analysis.gradients import supervised_batches
 from midblock.data import Dataset, load_data
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
-from midblock.quantities import label_of
+from midblock.quantities import label_of, matrix_order
 from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.segments import zone_means
 from midblock.selection.gates import Gates
@@ -142,10 +142,11 @@ class ImportanceResult(TableResult):
         for metric, label in SCORES.items():
             part = frame[(frame["metric"] == metric) & frame["final"]]
             wide = part.pivot_table(index="matrix", columns="layer", values="value", sort=False)
-            wide = wide[sorted(wide.columns)]
+            wide = wide.loc[matrix_order(list(wide.index)), sorted(wide.columns)]
             made[f"importance-{metric}"] = heatmap(
-                wide.to_numpy(), list(wide.index), list(wide.columns), title=f"Importance: {metric}, {self.data}",
-                centre=0.0 if metric == "ila_score" else None, label=label, row_label="matrix", column_label="block")
+                wide.to_numpy(), list(wide.index), list(wide.columns), label=label, row_label="matrix",
+                column_label="block", title=f"Importance: {label_of(metric, unit='')}, {self.data}",
+                centre=0.0 if metric == "ila_score" else None)
         curve = pd.DataFrame(self.curve, columns=["step", "value"])
         made["importance-stage1"] = lines(curve, "step", title="Stage 1: until epsilon-stable", x_label="step",
                                           y_label="loss of the probe batches (nats)")
