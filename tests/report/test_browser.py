@@ -133,6 +133,7 @@ def test_tables_sort(page: Any) -> None:
     node = figure(page, "Effective rank")
     node.locator("summary", has_text="Data table").click()
     head = node.locator("th", has_text="value")
+    head.wait_for()  # the table is made when it is opened
     column = "ths => [...ths].findIndex(h => h.textContent === 'value')"
     at = node.locator("th").evaluate_all(column)
     values = "(rows, at) => rows.map(r => Number(r.children[at].textContent.replace(/,/g, '')))"
