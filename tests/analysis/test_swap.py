@@ -58,6 +58,18 @@ def test_every_swap_equals_a_copied_model(pair, batch_size):
                 assert row["n"].item() == 5
 
 
+def test_the_last_blocks_of_a_segment_alone_are_swapped(pair):
+    base, sft = pair
+    data = tiny_data(4)
+    frame = swap(base, sft, data=data, segments=2, depth=1, samples=4, max_length=64).frame
+    for mask, blocks in (("10", [1]), ("01", [3])):
+        row = frame[(frame.recipient == "base") & (frame["head"] == "base") & (frame.layer == mask)
+                    & (frame.metric == "loss") & (frame.side == "base")]
+        assert row["value"].item() == pytest.approx(copied_loss(base, sft, blocks, base, data.sample(4, 0)), rel=1e-5)
+    with pytest.raises(BlockRangeError, match="depth 3: a segment of mask 10 has only 2 blocks"):
+        swap(base, sft, data=data, segments=2, depth=3, samples=4)
+
+
 def test_difference_is_paired_with_the_same_head(pair):
     base, sft = pair
     frame = swap(base, sft, data=tiny_data(6), segments=2, samples=6, max_length=64).frame

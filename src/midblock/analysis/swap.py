@@ -30,7 +30,6 @@ from midblock.models.inference import many_unembeddings
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
-from midblock.segments import segment_blocks
 from midblock.settings.swap import SwapSettings
 
 if TYPE_CHECKING:
@@ -258,7 +257,7 @@ def _prepared(inputs: Inputs, chosen: SwapSettings) -> _Prepared:
     """
     keys, models = inputs.names, list(inputs.stages.values())
     num_blocks = models[0].anatomy.num_blocks
-    masks = {m: segment_blocks(m, num_blocks) for m in chosen.all_masks()}
+    masks = {m: chosen.blocks_of(m, num_blocks) for m in chosen.all_masks()}
     if len({len(m) for m in masks}) != 1:
         raise SettingsError(f"masks of one length are needed, got {', '.join(masks)}.")
     directions = [d for later, earlier in inputs.pairs for d in ((earlier, later), (later, earlier))]

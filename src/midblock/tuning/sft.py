@@ -9,6 +9,7 @@ training starts.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,7 +52,8 @@ class MidblockTrainer(SFTTrainer):
         self._watch = watch
         self.packed = False
         """Whether rows go through the blocks without their padding."""
-        self._pending: list[tuple[Tensor, int, int, int]] = []
+        # loss, real and supervised tokens (3,); padded tokens, 0: as many as are real
+        self._pending: list[tuple[Tensor, int]] = []
         self.steps_per_epoch = 1
         model: Any = attachment.model
         super().__init__(model=model, **kwargs)
@@ -75,21 +77,33 @@ class MidblockTrainer(SFTTrainer):
         loss = supervised_loss(self._attachment.anatomy, inputs, plain=self._plain_head, count=num_items_in_batch,
                                packed=packed)
         value = loss.detach()
-        if not bool(torch.isfinite(value)):
-            raise TrainingError(f"the loss became {value.item()} in step {self.state.global_step + 1} at a learning "
-                                f"rate of {self._get_learning_rate():.3g}")
+        if value.device.type == "cpu":  # elsewhere asking would leave the device idle before the backward pass
+            self._require_finite_loss(value.item(), self.state.global_step + 1)
         if model.training:
-            tokens = int(mask.sum())
-            self._pending.append((value, tokens, int((labels != -100).sum()), tokens if packed else mask.numel()))
-            self._total_train_tokens += self._pending[-1][1]
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            counted = torch.stack([value.double(), mask.sum().double(), (labels != -100).sum().double()])
+            self._pending.append((counted, 0 if packed else mask.numel()))
         return loss
 
+    def _require_finite_loss(self, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss became {value} in step {step} at a learning rate of "
+                                f"{self._get_learning_rate():.3g}")
+
     def take_step(self) -> tuple[float, int, int, int]:
-        """Loss, real, supervised and padded tokens since the last call."""
+        """Loss, real, supervised and padded tokens since the last call; the one wait for the device in a step.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         pending, self._pending = self._pending, []
-        return (sum(p[0].item() for p in pending), sum(p[1] for p in pending), sum(p[2] for p in pending),
-                sum(p[3] for p in pending))
+        counted = torch.stack([p[0] for p in pending]).tolist() if pending else []
+        for loss, _, _ in counted:
+            self._require_finite_loss(loss, self.state.global_step)
+        padded = sum(p[1] or int(c[1]) for p, c in zip(pending, counted, strict=True))
+        loss, tokens, supervised = (sum(c[i] for c in counted) for i in range(3))
+        self._total_train_tokens += int(tokens)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return float(loss), int(tokens), int(supervised), padded
 
     # ------------------------------------------------------------------ checkpoints
 
