@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,11 +20,13 @@ from midblock.sizes import parse_bytes
 from midblock.tuning.cache_folder import CacheFolder, DamagedRowError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["PrefixCache"]
 
 DEFAULT_LIMIT = {"memory": 4 << 30, "disk": 20 << 30}
+_SHARE_OF_CARD = 0.25  # of a GPU's memory that is free when the first row comes
 
 
 class PrefixCache:
@@ -121,7 +124,7 @@ class PrefixCache:
         """Keep a copy of ``value`` if there is room for it."""
         if self._rows.has(namespace, key):
             return
-        copy = value.detach().to("cpu", copy=True).contiguous()
+        copy = self._rows.kept(value.detach())
         try:
             kept = self._rows.write(namespace, key, copy)
         except (OutputError, OSError):  # a full disk: training goes on without these rows
@@ -141,11 +144,15 @@ class PrefixCache:
 
 
 class _Memory:
-    """Rows in this process."""
+    """Rows in this process: those of a GPU on the card, as far as a share of its free memory goes, then pinned.
+
+    Neither way makes the host wait: a pinned row is written behind the work that makes it, on the stream that reads it.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
+        self._room: dict[torch.device, int] = {}  # bytes that rows may still take of a card
         self._spaces: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
@@ -153,6 +160,20 @@ class _Memory:
 
     def __contains__(self, namespace: str) -> bool:
         return namespace in self._spaces
+
+    def kept(self, row: Tensor) -> Tensor:
+        """A copy of a row where it can stay."""
+        import torch
+
+        if row.device.type != "cuda":
+            return row.to("cpu", copy=True).contiguous()
+        size = row.numel() * row.element_size()
+        room = self._room.setdefault(row.device, int(_SHARE_OF_CARD * torch.cuda.mem_get_info(row.device)[0]))
+        if size <= room:
+            self._room[row.device] = room - size
+            return row.clone(memory_format=torch.contiguous_format)
+        pinned = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+        return pinned.copy_(row, non_blocking=True)
 
     def has(self, namespace: str, key: str) -> bool:
         return key in self._spaces.get(namespace, {})
@@ -177,11 +198,19 @@ class _Memory:
 
     def remove(self, namespace: str, key: str) -> None:
         row = self._spaces.get(namespace, {}).pop(key, None)
-        self.bytes -= 0 if row is None else row.numel() * row.element_size()
+        if row is not None:
+            self._forget([row])
 
     def clear(self, keep: int = 0) -> None:
         for namespace in list(self._spaces)[:max(0, len(self._spaces) - keep)]:
             self._drop(namespace)
 
     def _drop(self, namespace: str) -> None:
-        self.bytes -= sum(r.numel() * r.element_size() for r in self._spaces.pop(namespace).values())
+        self._forget(self._spaces.pop(namespace).values())
+
+    def _forget(self, rows: Iterable[Tensor]) -> None:
+        for row in rows:
+            size = row.numel() * row.element_size()
+            self.bytes -= size
+            if row.device in self._room:
+                self._room[row.device] += size

@@ -195,6 +195,11 @@ class CacheFolder:
         """Whether there is such a row, whole or not."""
         return self._path(namespace, key).exists()
 
+    @staticmethod
+    def kept(row: Tensor) -> Tensor:
+        """A copy of a row that can be written."""
+        return row.to("cpu", copy=True).contiguous()
+
     def read(self, namespace: str, key: str) -> Tensor | None:
         """The row, or None.
 

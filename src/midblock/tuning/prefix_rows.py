@@ -54,7 +54,7 @@ class RowInputs:
         hidden = torch.zeros(len(rows), self.length, states[0].shape[-1], dtype=states[0].dtype, device=device)
         for place, (i, state) in enumerate(zip(rows, states, strict=True)):
             lo, hi = self.spans[i]
-            hidden[place, lo:hi] = state
+            hidden[place, lo:hi].copy_(state, non_blocking=True)  # rows of a card's run are there, or pinned
         return hidden
 
 
