@@ -12,7 +12,8 @@ from midblock.evaluation import find_task
 from midblock.settings.sweep import StatisticsConfig
 from midblock.sweeps import expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps import planning as planning_module
-from midblock.sweeps.planning import _scoring, _seconds, clock, equivalence_margin, model_outline, plan_sweep
+from midblock.sweeps.planning import _scoring, _seconds, clock, equivalence_margin, plan_sweep
+from midblock.tuning.estimate import outline as outline_of_spec
 from sweep_helpers import tiny_values
 
 RATE = 1e9
@@ -27,7 +28,7 @@ def planned(tmp_path, monkeypatch):
                                  "max_new_tokens": 7})
     config = parse_config(values)
     monkeypatch.setattr(planning_module, "training_rate", lambda anatomy, device, dtype: RATE)
-    outline, data = model_outline(config), load_sweep_data(config)
+    outline, data = outline_of_spec(config.model, config), load_sweep_data(config)
     return config, outline, data, plan_sweep(config, outline, data)
 
 
@@ -108,7 +109,7 @@ def test_the_table_and_the_summary(planned):
     assert list(plan.frame["arm"]) == ["11111", "00100", "00001", "full-00100"]
     assert list(plan.frame["method"]) == ["lora", "lora", "lora", "full"]
     assert plan.frame["learning_rate"].tolist() == [0.01, 0.01, 0.01, 0.003]
-    assert plan.jobs == jobs_of(expand_arms(config, model_outline(config).anatomy), [0, 1])
+    assert plan.jobs == jobs_of(expand_arms(config, outline_of_spec(config.model, config).anatomy), [0, 1])
     assert plan.comparisons == (3 + 1) * 2  # three arms with the baseline, the middle with the last; two tasks
     text = plan.summary()
     assert text.startswith(f"4 arms, 9 runs, about {clock(plan.total_seconds)} and ")

@@ -12,7 +12,7 @@ from midblock.data import TokenRow
 from midblock.models import find_anatomy
 from midblock.settings import TrainSettings
 from midblock.tuning import make_plan
-from midblock.tuning.estimate import Cost, all_layer_plan, estimate, training_rate
+from midblock.tuning.estimate import Cost, all_layer_plan, estimate, training_rate, weight_bytes
 
 ROWS = [TokenRow(i, tuple(range(3, 3 + n)), ((n - s, n),)) for i, (n, s) in enumerate(((10, 4), (7, 3), (9, 9)))]
 D, V, TOKENS, SUPERVISED = 32, 128, 26, 16
@@ -65,6 +65,17 @@ def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
     assert few.memory_bytes == every.memory_bytes
     stacks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 3)
     assert every.epoch_flops - few.epoch_flops == pytest.approx(4 * TOKENS * stacks / 2)  # 2 of 4 experts
+
+
+def test_quantised_matrices_take_their_bits_and_the_rest_its_dtype() -> None:
+    model = FAMILIES["llama"]()
+    anatomy = find_anatomy(model)
+    matrices = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.ndim == 2)
+    others = sum(p.numel() for p in model.parameters()) - matrices
+    assert weight_bytes(anatomy, torch.bfloat16) == 2 * (matrices + others)
+    for bits in (4, 8):
+        assert weight_bytes(anatomy, torch.bfloat16, bits) == pytest.approx(
+            matrices * (bits / 8 + 0.02) + 2 * others, rel=1e-6)
 
 
 def test_the_yardstick_is_lora_of_rank_16_everywhere() -> None:

@@ -178,7 +178,7 @@ def load_model(
         MissingExtraError: bitsandbytes is asked for and not installed.
     """
     wanted = PlaceSettings(device=str(device), device_map=device_map, load_4bit=load_4bit, load_8bit=load_8bit)
-    place, bits = resolve_device(device), 4 if load_4bit else 8 if load_8bit else None
+    place, bits = resolve_device(device), wanted.bits
     if bits is not None:
         require("bitsandbytes", name_of(f"load_{bits}bit"))
     if not isinstance(dtype, DtypeChoice):  # a wrong word must not cost a download first

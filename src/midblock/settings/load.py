@@ -35,6 +35,11 @@ class PlaceSettings(Settings):
                              f"{self.device}")
         return self
 
+    @property
+    def bits(self) -> int | None:
+        """Of quantised weights; None: they are not."""
+        return 4 if self.load_4bit else 8 if self.load_8bit else None
+
     def placement(self) -> dict[str, Any]:
         """The keywords of `midblock.load_model` that say where and in which dtype."""
         return {name: getattr(self, name) for name in PlaceSettings.model_fields}

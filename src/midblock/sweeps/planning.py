@@ -14,55 +14,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError
 from midblock.evaluation import find_task
-from midblock.models import Anatomy, find_anatomy
 from midblock.settings.sweep import StatisticsConfig, SweepConfig
 from midblock.stats import minimum_detectable_difference
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
 from midblock.sweeps.comparisons import default_pairs
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.sweeps.scores import infos_of
-from midblock.tuning.estimate import EFFICIENCY, Cost, estimate, process_bytes, training_rate
+from midblock.tuning.estimate import EFFICIENCY, Cost, Outline, estimate, process_bytes, training_rate
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["Outline", "SweepPlan", "clock", "equivalence_margin", "model_outline", "outline_of", "plan_sweep"]
+__all__ = ["SweepPlan", "clock", "equivalence_margin", "outline_of", "plan_sweep"]
 
 DECODING = 0.15
 """The same for generation."""
 
 
-@dataclass(frozen=True)
-class Outline:
-    """What estimates need of a model; no weights."""
-
-    anatomy: Anatomy
-    tokenizer: Any
-    dtype: torch.dtype
-    device: torch.device
-
-
-def model_outline(config: SweepConfig, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
-    """Anatomy and tokenizer of the sweep's model without reading its weights."""
-    from midblock.models import choose_dtype, load_tokenizer, resolve_device, text_config
-    from midblock.models.skeleton import model_skeleton
-
-    model, stored, folder = model_skeleton(config.model, trust_remote_code=trust_remote_code,
-                                           allow_pickle=allow_pickle)
-    device = resolve_device(config.device)
-    choice = choose_dtype(config.dtype, stored=stored, device=device, config=text_config(model),
-                          parameters=sum(p.numel() for p in model.parameters()))
-    return Outline(find_anatomy(model), load_tokenizer(folder, spec=config.model), choice.dtype, device)
-
-
 def outline_of(loaded: LoadedModel) -> Outline:
     """The same of a model that is loaded already."""
-    return Outline(loaded.anatomy, loaded.tokenizer, loaded.dtype, loaded.device)
+    bits = {"4bit": 4, "8bit": 8}.get(loaded.quantized or "")
+    return Outline(loaded.anatomy, loaded.tokenizer, loaded.dtype, loaded.device, bits)
 
 
 @dataclass
@@ -135,7 +111,7 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
     rows = token_rows(data.train, outline.tokenizer, config.train)
     steps, epochs = config.training.num_steps(len(rows)), config.training.num_epochs(len(rows))
     costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, config.training, dtype=outline.dtype,
-                                cached=config.cache != "none") for arm in arms}
+                                cached=config.cache != "none", bits=outline.bits) for arm in arms}
     rate = training_rate(outline.anatomy, outline.device, outline.dtype)
     besides = process_bytes(outline.device)
     seconds = _seconds(config, jobs, costs, epochs, _scoring(outline, data), rate)

@@ -17,8 +17,9 @@ from midblock.sweeps.config import dump_config, load_config
 from midblock.sweeps.data import SweepData, load_sweep_data
 from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.outcome import SweepResult
-from midblock.sweeps.planning import SweepPlan, model_outline, outline_of, plan_sweep
+from midblock.sweeps.planning import SweepPlan, outline_of, plan_sweep
 from midblock.sweeps.records import RunRecord, read_records, write_record
+from midblock.tuning.estimate import outline
 
 __all__ = ["SweepState", "dry_run", "sweep"]
 
@@ -49,8 +50,8 @@ def dry_run(config: SweepConfig | Path | str, *, trust_remote_code: bool = False
         DataError: data that cannot be used.
     """
     config = config if isinstance(config, SweepConfig) else load_config(config)
-    outline = model_outline(config, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    return plan_sweep(config, outline, load_sweep_data(config))
+    found = outline(config.model, config, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    return plan_sweep(config, found, load_sweep_data(config))
 
 
 @as_keys()

@@ -15,9 +15,10 @@ benchmarks/estimates.py compares these estimates with runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,10 +31,12 @@ from midblock.models import (
     resolve_device,
     text_config,
 )
+from midblock.models.matrices import projections
 from midblock.models.products import block_shapes, product_rate
 from midblock.models.skeleton import model_skeleton
 from midblock.provenance import peak_memory_bytes
 from midblock.settings import LoadSettings, TuneSettings
+from midblock.settings.load import PlaceSettings
 from midblock.settings.tune import REFERENCE_RANK, LoopSettings
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan
@@ -41,8 +44,8 @@ from midblock.tuning.planning import make_plan
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EFFICIENCY", "Cost", "all_layer_plan", "estimate", "forecast", "met_by_a_token", "process_bytes",
-           "training_rate"]
+__all__ = ["EFFICIENCY", "Cost", "Outline", "all_layer_plan", "estimate", "forecast", "met_by_a_token", "outline",
+           "process_bytes", "training_rate", "weight_bytes"]
 
 EFFICIENCY = 0.65
 """Share of the products' rate that a training step reaches."""
@@ -53,6 +56,40 @@ ADAM_BYTES = 16
 PROGRAM_BYTES = 350 << 20
 """What libraries that only a training imports and the allocator's slack take of a process."""
 _WIDEST = 2048
+_SCALES = 0.02  # bytes of a quantised weight's share of its block's scales (NF4 with double quantisation: 0.127 bits)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What estimates need of a model; no weights."""
+
+    anatomy: Anatomy
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    bits: int | None = None
+    """Of the blocks' matrices, where they are quantised."""
+
+
+def outline(model: str, load: PlaceSettings, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Outline:
+    """Anatomy and tokenizer of a MODEL spec without reading its weights, and how they would be loaded."""
+    skeleton, stored, folder = model_skeleton(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    device, bits = resolve_device(load.device), load.bits
+    choice = choose_dtype(load.dtype, stored=stored, device=device, config=text_config(skeleton),
+                          parameters=0 if bits else sum(p.numel() for p in skeleton.parameters()),
+                          spread=load.device_map is not None)
+    return Outline(find_anatomy(skeleton), load_tokenizer(folder, spec=model), choice.dtype, device, bits)
+
+
+def weight_bytes(anatomy: Anatomy, dtype: torch.dtype, bits: int | None = None) -> int:
+    """Bytes of a model's weights; with ``bits`` those of quantised matrices of the blocks, their scales included."""
+    size = torch.empty((), dtype=dtype).element_size()
+    whole = anatomy.causal_lm.num_parameters() * size
+    if bits is None:
+        return whole
+    matrices = sum(math.prod(part.shape) for block in anatomy.blocks for part in projections(block).values()
+                   if part.linear)
+    return whole - round(matrices * (size - bits / 8 - _SCALES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +123,7 @@ def met_by_a_token(anatomy: Anatomy, block: int) -> float:
 
 
 def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: LoopSettings, *, dtype: torch.dtype,
-             cached: bool) -> Cost:
+             cached: bool, bits: int | None = None) -> Cost:
     """Cost of a plan on these rows.
 
     Args:
@@ -96,6 +133,7 @@ def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: L
         settings: Batch size and checkpointing.
         dtype: Of the weights and activations.
         cached: Whether the prefix is cached.
+        bits: Of the blocks' matrices, where they are quantised.
     """
     lengths = [len(r) for r in rows]
     supervised = sum((stop - start for r in rows for start, stop in r.supervised), 0) or sum(lengths)
@@ -114,7 +152,7 @@ def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: L
     batch_tokens = max(longest, default=0) * len(longest)
     kept = len(running) + KEPT if settings.gradient_checkpointing else KEPT * len(running)
     cache = tokens * width * size if cached and plan.first_block else 0
-    memory = plan.model_params * size + plan.params * ADAM_BYTES + batch_tokens * kept * width * size + cache
+    memory = weight_bytes(anatomy, dtype, bits) + plan.params * ADAM_BYTES + batch_tokens * kept * width * size + cache
     return Cost(epoch + forward_prefix, epoch + (0 if cached else forward_prefix), int(memory), int(cache))
 
 
@@ -152,19 +190,14 @@ def forecast(model: str, plan: Plan, dataset: Dataset, settings: TuneSettings, l
 
     from midblock.tuning.run import token_rows
 
-    skeleton, stored, folder = model_skeleton(model, trust_remote_code=load.trust_remote_code,
-                                              allow_pickle=load.allow_pickle)
-    anatomy = find_anatomy(skeleton)
-    device = resolve_device(load.device)
-    dtype = choose_dtype(load.dtype, stored=stored, device=device, config=text_config(skeleton),
-                         parameters=sum(p.numel() for p in skeleton.parameters())).dtype
-    rows = token_rows(dataset, load_tokenizer(folder), settings)
-    besides = process_bytes(device)
-    rate = training_rate(anatomy, device, dtype)
+    found = outline(model, load, trust_remote_code=load.trust_remote_code, allow_pickle=load.allow_pickle)
+    rows = token_rows(dataset, found.tokenizer, settings)
+    besides = process_bytes(found.device)
+    rate = training_rate(found.anatomy, found.device, found.dtype)
     lines = []
-    everything = (f"all-layer LoRA, rank {REFERENCE_RANK}", all_layer_plan(anatomy, plan), False)
+    everything = (f"all-layer LoRA, rank {REFERENCE_RANK}", all_layer_plan(found.anatomy, plan), False)
     for name, one, cached in (("this plan", plan, settings.cache != "none"), everything):
-        cost = estimate(one, anatomy, rows.rows, settings, dtype=dtype, cached=cached)
+        cost = estimate(one, found.anatomy, rows.rows, settings, dtype=found.dtype, cached=cached, bits=found.bits)
         lines.append({"": name, "trainable": one.params, "share of model": f"{one.share:.3%}",
                       "memory MiB": round((cost.memory_bytes + besides) / 2**20),
                       "of which cache": round(cost.cache_bytes / 2**20),
