@@ -47,13 +47,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in base.parameters():
             parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     save_checkpoint(base, build_tiny_tokenizer(), folder / "sft")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}: ", "completion": f"it is {i + 1}"})
-                                               + "\n" for i in range(24)))
+    for name, first in (("rows", 0), ("test", 50)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(
+            {"prompt": f"Say {i}: ", "completion": f"it is {i + 1}"}) + "\n" for i in range(first, first + 24)))
     (folder / "sweep.yaml").write_text(json.dumps({
         "model": str(folder / "base"), "train": {"data": str(folder / "rows.jsonl"), "split": "all"},
         "training": {"steps": 4, "batch_size": 4, "learning_rates": [0.01]}, "budget": "match:11111@2",
         "arms": {"baseline": "11111", "masks": ["00100"]}, "statistics": {"replicates": 200},
-        "evaluation": [{"task": "answer_loss", "data": str(folder / "rows.jsonl"), "name": "answers"}]}))
+        "evaluation": [{"task": "answer_loss", "data": str(folder / "test.jsonl"), "name": "answers"}]}))
     return folder
 
 

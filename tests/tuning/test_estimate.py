@@ -75,7 +75,7 @@ def test_quantised_matrices_take_their_bits_and_the_rest_its_dtype() -> None:
     assert weight_bytes(anatomy, torch.bfloat16) == 2 * (matrices + others)
     for bits in (4, 8):
         assert weight_bytes(anatomy, torch.bfloat16, bits) == pytest.approx(
-            matrices * (bits / 8 + 0.02) + 2 * others, rel=1e-6)
+            matrices * (bits / 8 + 0.02) + 2 * others, rel=1e-4)  # whole bytes
 
 
 def test_the_yardstick_is_lora_of_rank_16_everywhere() -> None:

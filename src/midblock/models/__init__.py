@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     )
     from midblock.models.checkpoints import Checkpoint, fingerprint, is_adapter_folder
     from midblock.models.dtypes import DtypeChoice, choose_dtype, resolve_device
-    from midblock.models.load import LoadedModel, check_finite_weights, load_model, load_tokenizer
+    from midblock.models.finite import check_finite_weights
+    from midblock.models.load import LoadedModel, load_model
     from midblock.models.matrices import Projection, attention_of, kind_of, projections, split_fused
     from midblock.models.pairs import KnownPair, known_pairs, pair_warning, stages_of
     from midblock.models.placement import require_full_weights
     from midblock.models.resolve import resolve_checkpoint
     from midblock.models.saving import save_checkpoint
     from midblock.models.sharing import SharedParts, shared_block, shared_parts, shared_unembeddings
+    from midblock.models.tokenizers import load_tokenizer
 
 __all__ = [
     "AdapterFile",

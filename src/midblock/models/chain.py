@@ -16,7 +16,6 @@ from midblock.models.checkpoints import is_adapter_folder
 from midblock.models.dtypes import DTYPES, DtypeChoice, choose_dtype, config_value, dtype_name, resolve_device
 from midblock.models.load import (
     LoadedModel,
-    check_vocabulary,
     load_model,
     parameters_in,
     read_config,
@@ -28,6 +27,7 @@ from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.stages import comparisons, side_of, stage_names
+from midblock.models.tokenizers import check_vocabulary
 from midblock.sizes import parse_bytes, size_text
 
 __all__ = ["check_fit", "comparisons", "load_chain", "load_pair", "resolve_stages", "side_of", "stage_names"]

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,6 +48,7 @@ from midblock.models.placement import check_spread, dequantised, held_in, keep_t
 from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.streaming import StreamedWeights, build_streamed
+from midblock.models.tokenizers import check_vocabulary, differences, has_tokenizer, load_tokenizer
 from midblock.models.validation import read_adapter_config
 from midblock.models.validation import read_config as read_config_file
 from midblock.segments import format_blocks
@@ -56,8 +56,7 @@ from midblock.settings.base import name_of
 from midblock.settings.load import PlaceSettings
 from midblock.writing import sha256_of
 
-__all__ = ["LoadedModel", "check_finite_weights", "check_vocabulary", "load_model", "load_tokenizer", "model_class",
-           "parameters_in", "read_config", "stored_dtype",
+__all__ = ["LoadedModel", "load_model", "model_class", "parameters_in", "read_config", "stored_dtype",
            "why_not_streamed"]
 
 _LOG = logging.getLogger("midblock")
@@ -254,9 +253,9 @@ def load_model(
     if parts is not None:
         parts.release(anatomy)
     tokenizer = load_tokenizer(folder, spec=text, trust_remote_code=trust_remote_code)
-    if adapter_folder is not None and _has_tokenizer(adapter_folder):  # it was trained with its own
+    if adapter_folder is not None and has_tokenizer(adapter_folder):  # it was trained with its own
         own = load_tokenizer(adapter_folder, trust_remote_code=trust_remote_code)
-        if difference := _differences(tokenizer, own):
+        if difference := differences(tokenizer, own):
             notes += (f"the adapter's own {difference} used",)
         if own.chat_template is None:
             own.chat_template = tokenizer.chat_template
@@ -449,52 +448,3 @@ def _check_loading(model: nn.Module, info: dict[str, Any], spec: str) -> tuple[s
     if rest := [n for n in extra if n not in inside]:
         notes.append(f"weights left aside: {some(rest)}")
     return tuple(notes)
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model",
-                    "vocab.txt", "sentencepiece.bpe.model", "tekken.json")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _differences(base: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> str:
-    """What an adapter's tokenizer has of its own, with its verb; empty where nothing."""
-    parts = [word for word, differs in (
-        ("tokenizer", base.get_vocab() != own.get_vocab()),
-        ("chat template", own.chat_template is not None and base.chat_template != own.chat_template)) if differs]
-    return f"{' and '.join(parts)} {'are' if len(parts) > 1 else 'is'}" if parts else ""
-
-
-def load_tokenizer(folder: Path, *, spec: str | None = None,
-                   trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; without a padding token its end token pads.
-
-    Raises:
-        CheckpointError: the folder has no tokenizer, or it cannot be read.
-    """
-    spec = spec or str(folder)
-    if not _has_tokenizer(folder):
-        raise CheckpointError(f"model {spec!r} has no tokenizer in its folder (looked for {_TOKENIZER_FILES[0]}, "
-                              f"{_TOKENIZER_FILES[2]} and others); copy the tokenizer files of its base model there.")
-    with foreign(lambda error: CheckpointError(
-            f"model {spec!r}: its tokenizer cannot be loaded ({type(error).__name__}): {first_line(error)}")):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy, spec: str) -> None:
-    """Refuse a tokenizer with ids beyond the embeddings.
-
-    Raises:
-        CheckpointError: its highest id has no row.
-    """
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    weight: Any = anatomy.embeddings.weight
-    rows = int(getattr(anatomy.embeddings, "num_embeddings", weight.shape[0]))
-    if highest >= rows:
-        raise CheckpointError(f"model {spec!r}: its tokenizer has ids up to {highest}, its embeddings only "
-                              f"{rows} rows; tokenizer and weights are not of one model.")
