@@ -26,10 +26,10 @@ if [ -n "${SMALL:-}" ]; then
   study=(--samples 6 --token-samples 4 --gradient-samples 4 --tokens 32)
 else
   profile=(--samples 64 --token-samples 32 --repeats 1)
-  tune=(--rows 32)
+  tune=(--rows 24)
   swap=(--samples 16 --repeats 1)
   lens=(--samples 8 --repeats 1)
-  sweep=(--rows 32 --items 16)
+  sweep=(--rows 16 --items 8)
   weights=(--gigabytes 1 --rounds 2)
   estimates=(--samples 48)
   study=(--samples 48 --token-samples 16)
@@ -60,5 +60,6 @@ for name in "${@:-profile lens swap tune sweep weights estimates study own_train
     echo "  $(($(date +%s) - begun)) s" >&2
   done
 done
-cat "$out"/*.md >"$out/all.tmp" && grep -v '^$' "$out/all.tmp" >/dev/null && mv "$out/all.tmp" "$out/all.md"
+rm -f "$out/all.md"
+cat "$out"/*.md >"$out/all.tmp" && mv "$out/all.tmp" "$out/all.md"
 exit $failed
