@@ -12,6 +12,8 @@ import torch
 
 import midblock.analysis.gradients as gradients_module
 from analysis_helpers import loaded, tiny_data
+from conftest import build_tiny_tokenizer
+from families import tiny
 from midblock.analysis.gradients import (
     GradientSettings,
     GradientsResult,
@@ -235,3 +237,17 @@ def test_the_summary_names_zones_and_the_largest_block_of_its_table():
     middle = sum(planted[2:9]) / 7
     assert summary == (f"sft: gradient_norm is largest at block 5 (depth 0.50: 9.5); early 7, middle {middle:.4g}, "
                        "late 0.5.")
+
+
+def test_a_family_whose_own_loss_does_not_shift_is_measured_on_the_next_token() -> None:
+    model = tiny("bart")  # BartForCausalLM compares a token with its own place
+    one = LoadedModel(model=model, tokenizer=build_tiny_tokenizer(), anatomy=find_anatomy(model), spec="bart",
+                      name="bart", folder=None, dtype=torch.float32, device=torch.device("cpu"))
+    batches, _ = supervised_batches(one, tiny_data(2), max_length=64, batch_size=1)
+    losses: list[float] = []
+    backward_batches(one, batches, lambda _, loss: losses.append(loss))
+    for batch, loss in zip(batches, losses, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
+        want = torch.nn.functional.cross_entropy(logits[:-1], batch.input_ids[0, 1:])
+        assert loss == pytest.approx(float(want), rel=1e-5)

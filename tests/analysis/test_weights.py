@@ -286,13 +286,18 @@ def gpt_oss() -> tf.GptOssForCausalLM:
         num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0))
 
 
-def test_experts_that_the_base_stores_one_by_one_are_not_another_model(tmp_path):
+def test_an_adapter_of_experts_that_the_base_stores_one_by_one_equals_its_merged_model(tmp_path):
     model = FAMILIES["mixtral"]()
     base = saved(model, tmp_path / "base")
-    adapter, _ = adapter_folder(model, tmp_path / "adapter", target_modules=["q_proj"],
-                                target_parameters=["experts.down_proj"])
-    with pytest.raises(AdapterError, match=r"experts as one stack.*one by one.*Merge"):
-        weights(base, adapter)
+    adapter, merged = adapter_folder(model, tmp_path / "adapter", target_modules=["q_proj"],
+                                     target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    keys = ["kind", "layer", "metric", "matrix", "tensor", "side"]
+    both = weights(base, adapter).frame.merge(weights(base, saved(merged, tmp_path / "merged")).frame, on=keys,
+                                              suffixes=("", "_merged"), how="outer", indicator=True)
+    assert (both["_merge"] == "both").all()
+    changes = both[both["metric"] == "weight_change"]
+    assert (changes[changes["tensor"].str.contains("experts", na=False)]["value"] > 0).all()
+    np.testing.assert_allclose(changes["value"], changes["value_merged"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)

@@ -11,7 +11,8 @@ import torch
 
 from families import FAMILIES, token_ids
 from midblock.capture import counted_positions, model_inputs, run_blocks, score_batch, score_hidden, scoring
-from midblock.data import Batch
+from midblock.data import Batch, make_batches
+from midblock.data.tokens import TokenRow
 from midblock.models import find_anatomy
 
 
@@ -71,7 +72,8 @@ def test_the_first_of_equal_maxima_is_the_prediction():
     ids = torch.tensor([[0, 1, 1, 3, 2]])  # next tokens: 1 (first of two), 1 (second of two), 3, 2 (third of four)
     batch = Batch(indices=(0,), input_ids=ids, attention_mask=torch.ones_like(ids))
     hidden = torch.cat([logits, logits[:1]]).unsqueeze(0)
-    head = SimpleNamespace(unembed=lambda z: z, vocab_size=4)
+    head = SimpleNamespace(unembed=lambda z: z, vocab_size=4,
+                           causal_lm=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False)))
     right = [True, False, True, False]
     assert right == (logits.argmax(dim=1) == ids[0, 1:]).tolist()
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
@@ -93,3 +95,21 @@ def test_several_models_are_read_out_side_by_side():
             seen[name].append(values.clone())
     assert torch.equal(torch.cat(seen["a"]), 2 * states["a"])
     assert torch.equal(torch.cat(seen["b"]), states["b"] + 1)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_is_scored_as_its_own_forward_scores_it(family: str) -> None:
+    model = FAMILIES[family]()
+    anatomy = find_anatomy(model)
+    rows = [TokenRow(0, [5, 6, 7, 8, 9, 10], ((3, 6),)), TokenRow(1, [11, 12, 13, 14], ((2, 4),))]
+    batch, = make_batches(rows, batch_size=2, pad_id=0)
+    scores = score_batch(model, anatomy, batch)
+    for place, index in enumerate(batch.indices):
+        ids, (first, stop) = torch.tensor(rows[index].ids), rows[index].supervised[0]
+        start = torch.tensor([[model.config.decoder_start_token_id]])
+        with torch.no_grad():  # the encoder reads the prompt only
+            logits = model(input_ids=ids[None, :first], decoder_input_ids=torch.cat(
+                [start, ids[None, :-1]], dim=1)).logits[0]
+        want = torch.nn.functional.cross_entropy(logits[first:stop], ids[first:stop], reduction="sum")
+        assert float(scores.loss[place]) == pytest.approx(float(want), rel=1e-5)
+        assert float(scores.tokens[place]) == stop - first

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import importlib
 import json
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
+import gguf
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -19,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, token_ids
-from midblock.errors import AdapterError, CheckpointError, OutputError
+from midblock.errors import AdapterError, CheckpointError, OutputError, SettingsError
 from midblock.models import load_model, save_checkpoint
 from midblock.settings import TrainSettings
 from midblock.tuning import attach, make_plan, merged_weights, tune, vllm_note, with_weights
@@ -224,3 +232,160 @@ def test_a_merged_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Pat
     with with_weights(model, weights), pytest.raises((OutputError, CheckpointError)):
         save_checkpoint(model, tiny_tokenizer, target)
     assert [p.name for p in target.iterdir()] == ["x"]
+
+
+# ---------------------------------------------------------------------------------------------
+# GGUF and the hub
+
+
+def gguf_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    reader = gguf.GGUFReader(path)
+    return ({n: f.contents() for n, f in reader.fields.items()},
+            {t.name: torch.from_numpy(np.array(t.data)).reshape(*reversed(t.shape.tolist())) for t in reader.tensors})
+
+
+@pytest.mark.parametrize(("family", "scale"), [("llama", "fixed-ratio"), ("qwen2", "rslora"), ("phi3", "fixed-ratio")])
+def test_a_gguf_adapter_is_the_change_that_peft_computes(family: str, scale: str, problems: str, tmp_path: Path,
+                                                         tiny_tokenizer: Any) -> None:
+    folder = folder_of(family, tmp_path, tiny_tokenizer)
+    result = tune(str(folder), problems, mask="0110", rank=2, steps=2, scale=scale, alpha=6.0, learning_rate=1e-2,
+                  target_modules=["all-linear"], gguf=True, out=tmp_path / "out")
+    fields, tensors = gguf_of(result.gguf)
+    assert fields["general.type"] == "adapter"
+    assert fields["adapter.type"] == "lora"
+    assert fields["general.architecture"] == family
+    rank = 2
+    assert fields["adapter.lora.alpha"] == rank  # alpha is folded in: llama.cpp multiplies by alpha / r = 1
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), result.adapter)
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down", "qkv_proj": "attn_qkv",
+             "gate_up_proj": "ffn_up"}
+    compared = 0
+    for name, module in plain.base_model.model.named_modules():
+        if not getattr(module, "lora_A", None):
+            continue
+        block, leaf = int(re.search(r"\.(\d+)\.", name)[1]), name.rpartition(".")[2]
+        stem = f"blk.{block}.{names[leaf]}.weight"
+        got = tensors.pop(f"{stem}.lora_b") @ tensors.pop(f"{stem}.lora_a")
+        want = module.get_delta_weight("default").detach()
+        if family == "llama" and leaf in ("q_proj", "k_proj"):
+            # llama.cpp's row of head h, place 2 i + half is transformers' row of half, place i
+            heads = {"q_proj": 4, "k_proj": 2}[leaf]
+            width = want.shape[0] // heads
+            order = [h * width + half * (width // 2) + i for h in range(heads) for i in range(width // 2)
+                     for half in range(2)]
+            want = want[order]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        compared += 1
+    assert compared
+    assert not tensors
+    assert (tmp_path / "out" / "Modelfile").read_text().splitlines()[1:] == [f"FROM {folder}", "ADAPTER ./adapter.gguf"]
+
+
+@pytest.mark.parametrize(("family", "options", "match"), [
+    ("gpt2", {}, "tensor names"), ("llama", {"method": "dora"}, "dora"), ("mixtral", {"target_modules": ["experts"]},
+                                                                         "stacked experts")])
+def test_what_gguf_cannot_hold_is_told_before_training(family: str, options: dict[str, Any], match: str, problems: str,
+                                                       tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = folder_of(family, tmp_path, tiny_tokenizer)
+    with pytest.raises(SettingsError, match=match):
+        tune(str(folder), problems, mask="0110", rank=2, steps=1, gguf=True, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Just enough of the hub's interface to take one commit."""
+
+    seen: ClassVar[list[tuple[str, Any]]] = []
+    refuse = False
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.seen.append((self.path, body))
+        if self.path.endswith("/preupload/main"):
+            answer: Any = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                     for f in json.loads(body)["files"]]}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{self.server_url}/me/tuned/commit/1", "commitOid": "1", "success": True}
+        else:
+            answer = {"url": f"{self.server_url}/me/tuned", "name": "me/tuned", "id": "1"}
+        self.answer(403 if self.refuse else 200, answer)
+
+    def do_GET(self) -> None:
+        self.answer(200, {"id": "me/tuned", "siblings": []})
+
+    def answer(self, status: int, value: Any) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    @property
+    def server_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.seen, Hub.refuse = [], False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    for name in ("constants", "hf_api", "utils._http", "_commit_api"):
+        module = importlib.import_module(f"huggingface_hub.{name}")
+        for key, value in (("ENDPOINT", address), ("HF_HUB_OFFLINE", False)):
+            if hasattr(module, key):
+                monkeypatch.setattr(module, key, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: huggingface_hub.hf_api.HfApi(endpoint=address))
+    yield address
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_uploads_the_adapter_and_its_card_in_one_commit(hub: str, problems: str, tmp_path: Path,
+                                                             tiny_tokenizer: Any) -> None:
+    folder = folder_of("llama", tmp_path, tiny_tokenizer)
+    result = tune(str(folder), problems, mask="0110", rank=2, steps=1, push="me/tuned", out=tmp_path / "out")
+    assert result.pushed == f"{hub}/me/tuned"
+    made = json.loads(next(body for path, body in Hub.seen if path == "/api/repos/create"))
+    assert made["name"] == "tuned"
+    assert made.get("private") is True or made.get("visibility") == "private"
+    commits = [body for path, body in Hub.seen if "/commit/" in path]
+    assert len(commits) == 1
+    files = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+             for line in map(json.loads, commits[0].splitlines()) if line["key"] == "file"}
+    assert files.keys() == {p.name for p in result.adapter.iterdir()}
+    assert all(files[p.name] == p.read_bytes() for p in result.adapter.iterdir() if p.name != "README.md")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder of this machine is no name on the hub
+
+
+def test_a_refused_upload_keeps_the_adapter_and_says_how_to_go_on(hub: str, problems: str, tmp_path: Path,
+                                                                 tiny_tokenizer: Any) -> None:
+    Hub.refuse = True
+    folder = folder_of("llama", tmp_path, tiny_tokenizer)
+    with pytest.raises(OutputError, match="hf upload me/tuned"):
+        tune(str(folder), problems, mask="0110", rank=2, steps=1, push="me/tuned", out=tmp_path / "out")
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_push_without_a_token_or_a_hub_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+                                                                         ) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SettingsError, match="HF_HUB_OFFLINE"):
+        tune("nowhere", "nothing", mask="1", push="me/tuned", out=tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(SettingsError, match="hf auth login"):
+        tune("nowhere", "nothing", mask="1", push="me/tuned", out=tmp_path)
+    with pytest.raises(SettingsError, match="push"):
+        tune("nowhere", "nothing", mask="1", push="no repository", out=tmp_path)

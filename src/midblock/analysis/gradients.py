@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from midblock import stats
@@ -23,6 +24,7 @@ from midblock.analysis.passes import draw, load_stages
 from midblock.analysis.weight_names import EXPERT_KINDS
 from midblock.analysis.weight_sums import group_change
 from midblock.capture import model_inputs
+from midblock.capture.scoring import counted_tokens
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.errors import DataError
 from midblock.models import LoadedModel, kind_of, require_full_weights, split_fused, text_config
@@ -82,7 +84,7 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
 
     Args:
         loaded: The model.
-        batches: With labels. The loss is the model's own: the mean over the counted tokens of the batch.
+        batches: With labels. The loss is the mean over the counted tokens of the batch.
         use: Called after each backward pass.
         parameters: Only these get gradients. Default: all (floating) parameters.
         update: Changes the weights after each batch; None leaves them.
@@ -97,9 +99,13 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
     chosen = {id(p) for p in (everything if parameters is None else parameters) if p.is_floating_point()}
 
     def loss(batch: Batch) -> Tensor:
+        # not the model's own loss: some families do not shift the labels, or add a term for their experts' balance
         here = batch.to(loaded.device)
-        found: Tensor = model(**model_inputs(model, here), labels=here.labels).loss
-        return found
+        logits: Tensor = model(**model_inputs(model, here)).logits
+        if model.config.is_encoder_decoder and here.labels is not None:  # its first token has the encoder before it
+            return F.cross_entropy(logits.float().flatten(0, 1), here.labels.flatten())
+        counted = counted_tokens(here, logits.device, loaded.anatomy)
+        return F.cross_entropy(counted.of(logits).float(), counted.target)
 
     model.eval()
     try:

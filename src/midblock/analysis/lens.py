@@ -96,7 +96,7 @@ class _LensSums:
             return
         device = next(iter(states.values())).device
         if self._counted is None or self._counted[0] is not batch:
-            self._counted = (batch, counted_tokens(batch, device))
+            self._counted = (batch, counted_tokens(batch, device, next(iter(self._stages.values())).anatomy))
         counted = self._counted[1]
         rows = {s: counted.of(z) for s, z in states.items()}
         got: dict[str, list[Tensor]] = {}
@@ -396,7 +396,7 @@ def lens_part(stages: Stages, sft: LoadedModel | str | None = None, *, data: Dat
     found = _LensSums(inputs.stages, inputs.pairs, hidden, [r.index for r in inputs.rows], chosen)
     accumulators: dict[str, Accumulator] = {"lens": found}
     differences = MeanDifferences(inputs.pairs, hidden, [r.index for r in inputs.rows],
-                                  inputs.first.anatomy.hidden_size)
+                                  inputs.first.anatomy)
     if chosen.difference_tokens:
         accumulators["differences"] = differences
 

@@ -26,7 +26,7 @@ from midblock import stats
 from midblock.capture.arrivals import Arrivals
 from midblock.capture.scoring import CountedTokens, chunks_of_logits, counted_tokens
 from midblock.data import Batch, TokenRow
-from midblock.models import LoadedModel
+from midblock.models import Anatomy, LoadedModel
 from midblock.models.chain import side_of
 
 __all__ = ["LargestKL", "MeanDifferences", "difference_tokens", "tokens_of_directions"]
@@ -42,18 +42,18 @@ class MeanDifferences:
         pairs: (later, earlier) stages.
         hidden: Hidden states, ascending.
         samples: Sample numbers.
-        width: d.
+        anatomy: Of one of the stages.
 
     Attributes:
         sums: ``sft-base`` -> float32 (H, N, d) on the CPU, in the order of ``hidden`` and ``samples``.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], hidden: Sequence[int], samples: Sequence[int], width: int
-                 ) -> None:
+    def __init__(self, pairs: Sequence[tuple[str, str]], hidden: Sequence[int], samples: Sequence[int],
+                 anatomy: Anatomy) -> None:
         self._pairs, self._level = list(pairs), {h: i for i, h in enumerate(hidden)}
         self._place = {sample: i for i, sample in enumerate(samples)}
-        self._sums = {side_of(p): torch.zeros(len(hidden), len(samples), width) for p in pairs}
-        self._arrivals = Arrivals()
+        self._sums = {side_of(p): torch.zeros(len(hidden), len(samples), anatomy.hidden_size) for p in pairs}
+        self._anatomy, self._arrivals = anatomy, Arrivals()
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class MeanDifferences:
             return
         place = torch.tensor([self._place[i] for i in batch.indices])
         for later, earlier in self._pairs:
-            counted = counted_tokens(batch, states[earlier].device)
+            counted = counted_tokens(batch, states[earlier].device, self._anatomy)
             change = counted.of(states[later]).to(states[earlier].device).float() - counted.of(states[earlier]).float()
             total = torch.zeros(len(batch.indices), change.shape[1], device=change.device)
             self._arrivals.put(self._sums[side_of((later, earlier))], (self._level[h], place),

@@ -36,6 +36,7 @@ from midblock.models import (
     split_fused,
     text_config,
 )
+from midblock.models.adapters import StoredExpert, stored_experts
 from midblock.models.skeleton import model_skeleton
 from midblock.segments import format_blocks
 
@@ -116,6 +117,7 @@ class Stage:
             raise CheckpointError(f"{folder} is quantised ({method}): its stored integers are not weights. "
                                   "Dequantise it first.")
         self.changed: dict[str, str] = {}  # base weight -> its name as the adapter has it
+        self.experts: dict[str, StoredExpert] = {}  # base weight -> its place in a stack that the adapter changes
 
     @property
     def source(self) -> Checkpoint:
@@ -130,6 +132,12 @@ class Stage:
     def operand(self, weight: Weight) -> Operand:
         """What to read in place of a base weight."""
         stored = _slab(self.checkpoint, self.own_names[weight.name])
+        if self.adapter is not None and weight.name in self.experts:
+            base = self.checkpoint.read(self.own_names[weight.name]).float()
+            change = self.adapter.expert_delta(self.experts[weight.name])
+            if change.shape != base.shape:
+                raise AdapterError(_no_fit(self.adapter, self.experts[weight.name].stack, tuple(change.shape), weight))
+            return Operand(None, whole=base + change)
         if self.adapter is None or weight.name not in self.changed:
             return Operand(stored)
         key = self.changed[weight.name]
@@ -460,9 +468,10 @@ def _map_adapter(stage: Stage, reference: Sequence[str]) -> None:
     adapted = stage.adapter.adapted()
     names = _align(adapted, reference)
     lost = [n for n in adapted if n not in names]
-    if lost and all(n in stage.adapter.stacked_experts for n in lost):
-        raise AdapterError(f"{stage.adapter.folder} changes experts as one stack ({lost[0]}, ...), which the files of "
-                           "the base store one by one. Merge the adapter and save the model, then compare that.")
+    if lost and set(lost) <= stage.adapter.stacked_experts:  # which the files of the base may store one by one
+        stage.experts = {n: e for n, e in stored_experts(stage.checkpoint.config, reference).items()
+                         if e.stack in lost}
+        lost = sorted(set(lost) - {e.stack for e in stage.experts.values()})
     if lost:
         raise AdapterError(f"{stage.adapter.folder} changes {len(lost)} weights that the base lacks "
                            f"({', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}); it is an adapter of "

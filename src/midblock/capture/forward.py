@@ -28,7 +28,7 @@ from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models import Anatomy
 
-__all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks"]
+__all__ = ["Listener", "Lockstep", "model_inputs", "run_blocks", "text_inputs"]
 
 Listener = Callable[[int, Tensor], None]
 
@@ -81,17 +81,25 @@ def _install_hooks(anatomy: Anatomy) -> list[Any]:
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Keyword arguments for ``model(...)``.
 
-    An encoder-decoder gets the text in its encoder and, shifted right by one, in its decoder.
+    An encoder-decoder gets the text in its encoder and, shifted right by one, in its decoder; of a row that has
+    labels the encoder gets what stands before the first of them, the prompt.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
-                              "use_cache": False}
+    return text_inputs(model, batch.input_ids, batch.attention_mask, batch.labels)
+
+
+def text_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    """`model_inputs` of tensors (B, T)."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         start = config.decoder_start_token_id
         start = config.pad_token_id if start is None else start
-        first = torch.full_like(batch.input_ids[:, :1], 0 if start is None else start)
-        inputs["decoder_input_ids"] = torch.cat([first, batch.input_ids[:, :-1]], dim=1)
-        inputs["decoder_attention_mask"] = batch.attention_mask
+        first = torch.full_like(input_ids[:, :1], 0 if start is None else start)
+        inputs["decoder_input_ids"] = torch.cat([first, input_ids[:, :-1]], dim=1)
+        inputs["decoder_attention_mask"] = attention_mask
+        if labels is not None:
+            prompt = attention_mask * ((labels != -100).cumsum(dim=1) == 0)
+            inputs["attention_mask"] = torch.where(prompt.any(dim=1, keepdim=True), prompt, attention_mask)
     return inputs
 
 

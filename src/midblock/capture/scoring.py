@@ -45,7 +45,8 @@ class CountedTokens:
     """Where a batch's next tokens count, found on the host and sent to a device.
 
     Attributes:
-        places: Index into (B T,) of each position, (n,).
+        places: Index into (B T,) of the state that predicts each, (n,). A decoder's state at t has read token t; an
+            encoder-decoder's decoder reads its text shifted right by one (`model_inputs`), so there it is the next.
         row: Row of the batch of each, (n,).
         position: Column of each, (n,), on the CPU.
         target: The next token of each, (n,).
@@ -59,17 +60,18 @@ class CountedTokens:
     tokens: Tensor
 
     def of(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, d) at these positions, (n, d)."""
+        """Of hidden states (B, T, d) those that predict these tokens, (n, d)."""
         return hidden.flatten(0, 1).index_select(0, self.places.to(hidden.device))
 
 
-def counted_tokens(batch: Batch, device: torch.device) -> CountedTokens:
-    """`CountedTokens` of a batch, for hidden states on a device."""
+def counted_tokens(batch: Batch, device: torch.device, anatomy: Anatomy) -> CountedTokens:
+    """`CountedTokens` of a batch, for hidden states of a model on a device."""
     here = batch.host or batch
     mask = counted_positions(here)
     row, position = mask.nonzero(as_tuple=True)
     target = here.input_ids.roll(-1, dims=1)[mask]
-    places, moved_row, target = (to_device(t, device) for t in (row * mask.shape[1] + position, row, target))
+    state = position + int(bool(anatomy.causal_lm.config.is_encoder_decoder))
+    places, moved_row, target = (to_device(t, device) for t in (row * mask.shape[1] + state, row, target))
     return CountedTokens(places, moved_row, position.cpu(), target, mask.sum(dim=1).double())
 
 
@@ -136,7 +138,7 @@ def score_hidden(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> RowScores:
         hidden: (B, T, d), such as hidden L.
         batch: Its tokens; labels, where present, say what counts.
     """
-    counted = counted_tokens(batch, hidden.device)
+    counted = counted_tokens(batch, hidden.device, anatomy)
     rows = counted.of(hidden)
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     correct = torch.empty_like(loss)

@@ -103,6 +103,11 @@ def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSe
     for line in result.details():
         console.say(line)
     console.say(f"\nAdapter: {result.adapter}" if result.adapter else "")
+    if result.gguf:
+        console.say(f"For llama.cpp: {result.gguf}\nFor Ollama: ollama create NAME -f "
+                    f"{result.gguf.parent / 'Modelfile'}")
+    if result.pushed:
+        console.say(f"Uploaded: {result.pushed}")
     if result.merged:
         console.say(f"Merged checkpoint: {result.merged} (logits differ from the trained model's by up to "
                     f"{result.merge_difference:.3g}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,54 @@ from midblock.models.quiet import first_line, foreign, quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 
-__all__ = ["AdapterFile", "base_of_adapter", "base_weight", "layer_factors", "merged_weight", "other_base",
-           "with_adapter"]
+__all__ = ["AdapterFile", "StoredExpert", "base_of_adapter", "base_weight", "layer_factors", "merged_weight",
+           "other_base", "stored_experts", "with_adapter"]
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """Where a matrix that a checkpoint stores for one expert stands in the stack that transformers makes of them.
+
+    Attributes:
+        stack: Name of the stack.
+        expert: Which expert.
+        experts: How many there are.
+        part: Which of the matrices that lie above each other in one expert (gate, then up).
+        parts: How many those are.
+    """
+
+    stack: str
+    expert: int
+    experts: int
+    part: int
+    parts: int
+
+
+def stored_experts(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, StoredExpert]:
+    """Which stored weights are matrices of single experts, by transformers' own conversion of the family.
+
+    Args:
+        config: The checkpoint's config.
+        names: Names of its weights.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    entries = get_checkpoint_conversion_mapping(str(config.get("model_type"))) or []
+    converters = [e for e in entries if isinstance(e, WeightConverter)]
+    renamings = [e for e in entries if isinstance(e, WeightRenaming)]
+    found: dict[str, tuple[str, int, int, int]] = {}
+    count: dict[str, int] = {}
+    for name in names:
+        stack, pattern = rename_source_key(name, renamings, converters)
+        number = re.search(r"\.experts\.(\d+)\.", name)
+        sources = next((c.source_patterns for c in converters if pattern in c.source_patterns), None)
+        if number is None or sources is None:
+            continue
+        found[name] = (stack, int(number[1]), sources.index(pattern), len(sources))
+        count[stack] = max(count.get(stack, 0), int(number[1]) + 1)
+    return {name: StoredExpert(stack, expert, count[stack], part, parts)
+            for name, (stack, expert, part, parts) in found.items()}
 
 
 class AdapterFile(Checkpoint):
@@ -168,6 +215,16 @@ class AdapterFile(Checkpoint):
         change = torch.einsum("ore,eri->eoi", b.reshape(out, rank, experts), a.reshape(experts, rank, width))
         change = change * self._scaling(name, rank)
         return change if shape == (out, width) else change.mT
+
+    def expert_delta(self, one: StoredExpert) -> Tensor:
+        """Change of one expert's matrix (out, in) in float32, of a stack that the base's files store one by one."""
+        parts = self._parts_of(one.stack)
+        a, b = (self.read(parts[f"experts_{part}"]).float() for part in "AB")
+        rank = a.shape[0] // one.experts
+        up = b.reshape(b.shape[0], rank, one.experts)[:, :, one.expert]
+        down = a.reshape(one.experts, rank, a.shape[1])[one.expert]
+        change = (up @ down) * self._scaling(one.stack, rank)
+        return change.chunk(one.parts)[one.part]
 
     def _token_indices(self, name: str) -> list[int]:
         chosen = self.config.get("trainable_token_indices")
@@ -310,7 +367,28 @@ def with_adapter(model: Any, folder: Path, merge: bool) -> Any:
             wrapped = PeftModel.from_pretrained(model, str(folder))
         if lost := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
             raise AdapterError(f"adapter {folder}: {first_line(ValueError(lost[0]))}")
+        if merge:
+            _untie(wrapped)
         return wrapped.merge_and_unload() if merge else wrapped
+
+
+def _untie(model: Any) -> None:
+    """Give every adapted layer whose weight another layer shares (a tied head, Zamba's blocks) a weight of its own.
+
+    An unmerged adapter changes its layer alone; merged into a shared weight it would change the others too.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if hasattr(module, "lora_A") and module.lora_A and isinstance(getattr(module, "base_layer", None), nn.Module):
+            for name, parameter in list(module.base_layer._parameters.items()):
+                if parameter is not None and owners[id(parameter)] > 1:
+                    owners[id(parameter)] -= 1
+                    setattr(module.base_layer, name, nn.Parameter(parameter.detach().clone(),
+                                                                  requires_grad=parameter.requires_grad))
 
 
 def _resize(model: Any, adapter: AdapterFile) -> None:

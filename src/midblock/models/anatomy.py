@@ -197,25 +197,27 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def _num_layers(whole: Any, text: Any) -> int | None:
-    """Layers of the decoder. Flat encoder-decoder configs (BART, T5) state them under a name of
-    their own, which their text config no longer shows; all others call them num_hidden_layers."""
-    if whole.is_encoder_decoder and whole.get_text_config() is whole:
+    """Layers of the decoder. Flat encoder-decoder configs (BART, T5) state them under a name of their own, also where
+    the decoder stands alone, and their text config no longer shows it; all others call them num_hidden_layers."""
+    if whole.get_text_config() is whole:
         for key in ("num_decoder_layers", "decoder_layers"):
             if isinstance(value := getattr(whole, key, None), int):
                 return value
     value = getattr(text, "num_hidden_layers", None)
+    if isinstance(getattr(type(text), "num_hidden_layers", None), property):  # LongCat's is twice its num_layers
+        value = getattr(text, "num_layers", value)
     return value if isinstance(value, int) else None
 
 
 def _module_lists(model: nn.Module) -> str:
-    found = [f"{path or '(root)'} ({len(m)})" for path, m in model.named_modules()
-             if isinstance(m, nn.ModuleList)]
+    found = [f"{path or '(root)'} ({len(m)})" for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     return ", ".join(found[:12]) + (" ..." if len(found) > 12 else "") if found else "none"
 
 
-def _block_list(model: nn.Module, lm: PreTrainedModel, num_blocks: int,
-                hidden_size: int) -> tuple[str, nn.ModuleList]:
-    decoder = lm.get_decoder() or lm
+def _block_list(model: nn.Module, lm: PreTrainedModel, num_blocks: int, hidden_size: int
+                ) -> tuple[str, nn.ModuleList]:
+    decoder = lm.get_decoder()
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else lm  # some call their head "decoder"
     inside = {id(m) for m in decoder.modules()}
     lists = [(path, module) for path, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and id(module) in inside]
@@ -291,16 +293,12 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _is_norm(path: str, module: nn.Module) -> bool:
-    return not list(module.children()) and (
-        "norm" in type(module).__name__.lower() or NORM.search(path) is not None)
+    return not list(module.children()) and ("norm" in type(module).__name__.lower() or NORM.search(path) is not None)
 
 
 def _final_norms(body: nn.Module, blocks: nn.ModuleList, embeddings: nn.Module,
                  hidden_size: int) -> list[nn.Module | None]:
-    """What may be the final norm, likeliest first: later than the blocks, not of the embeddings.
-
-    Modules are registered in the order in which they run, as a rule; `_verify` decides.
-    """
+    """What may be the final norm, likeliest first: later than the blocks, not of the embeddings. `_verify` decides."""
     skip = {id(m) for m in blocks.modules()} | {id(m) for m in embeddings.modules()}
     likely: list[nn.Module | None] = []
     unlikely: list[nn.Module | None] = []
@@ -381,15 +379,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _needs_own_forward(anatomy: Anatomy, like: Tensor | None = None) -> bool:
     """Whether the model's forward does anything to the logits beyond applying the head."""
     with _evaluating(anatomy.causal_lm):
-        normed = anatomy.normed(_probe(anatomy, like))
         try:
+            normed = anatomy.normed(_probe(anatomy, like))
             own = _logits_of_own_forward(anatomy, normed)
+            plain = anatomy.head(normed)
         except _CANNOT_RUN as error:
             raise ArchitectureError(
                 f"{type(anatomy.causal_lm).__name__}: its forward cannot be run from a given final "
                 f"state ({type(error).__name__}: {error}), so its logits cannot be reproduced from "
                 "hidden states.") from error
-        plain = anatomy.head(normed)
     return not (plain.dtype == own.dtype and torch.equal(plain, own))
 
 
@@ -481,7 +479,10 @@ def check_unembed(model: nn.Module, input_ids: Tensor | None = None, *,
     try:
         with _evaluating(lm):
             logits = lm(**inputs).logits
-            read = anatomy.unembed(seen[-1]) if seen else None
+            try:
+                read = anatomy.unembed(seen[-1]) if seen else None
+            except _CANNOT_RUN:
+                raise _unexplained(anatomy) from None
     finally:
         handle.remove()
     if read is None:

@@ -71,9 +71,11 @@ def worth_packing(anatomy: Anatomy, mask: Tensor) -> bool:
 
 
 def _windows(anatomy: Anatomy) -> list[int]:
-    """How many tokens back local attention looks, where the config names such."""
+    """How many tokens a local or sparse attention looks at, where the config names such: a row of no more is
+    attended to as a whole."""
     config = anatomy.causal_lm.config.get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    found = (getattr(config, name, None) for name in (
+        "sliding_window", "attention_chunk_size", "index_topk", "index_topk_blocks", "indexer_budget"))
     return [w for w in found if isinstance(w, int) and w > 0]
 
 
@@ -291,7 +293,9 @@ def dense_attention(model: nn.Module) -> Iterator[bool]:
     weight = next(model.parameters())
     applies = (lm is not None and weight.device.type == "cpu"
                and getattr(lm.config, "_attn_implementation", None) == "sdpa"
-               and not lm.config.is_encoder_decoder)
+               and not lm.config.is_encoder_decoder
+               # a sparse attention masks what its indexer leaves out for transformers' own implementations only
+               and not any(name.rpartition(".")[2] == "indexer" for name, _ in lm.named_modules()))
     if not applies or lm is None:
         yield False
         return

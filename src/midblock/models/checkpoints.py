@@ -325,9 +325,8 @@ class Checkpoint:
             return None
         text = self.config.get("text_config")
         config = text if isinstance(text, dict) else self.config
-        keys: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        if self.config.get("is_encoder_decoder"):
-            keys = ("num_decoder_layers", "decoder_layers", *keys)
+        # an encoder-decoder's config names both depths, also where its decoder stands alone (BartForCausalLM)
+        keys = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
         return next((config[k] for k in keys if isinstance(config.get(k), int)), None)
 
     def block_of(self, name: str) -> int | None:

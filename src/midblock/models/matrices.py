@@ -75,6 +75,8 @@ def kind_of(name: str) -> str:
         return "norm"
     if _INDEXER.search(context):
         return "other"
+    if parts[-2:-1] == ["router"]:
+        return "router"
     if _ATTENTION.search(context) or leaf.lower() in _UNMISTAKABLE or leaf == "c_attn":
         kind = _ATTENTION_LEAF.get(leaf, _ATTENTION_LEAF.get(leaf.lower(), "other"))
         return f"cross_{kind}" if kind != "other" and _CROSS.search(context) else kind

@@ -16,6 +16,7 @@ __all__ = [
     "PAPER_ALPHA",
     "REFERENCE_BUDGET",
     "REFERENCE_RANK",
+    "Init",
     "LoopSettings",
     "Method",
     "Order",
@@ -32,6 +33,7 @@ Method = Literal["lora", "dora", "full"]
 Scale = Literal["fixed-ratio", "rslora", "fixed-alpha"]
 Schedule = Literal["linear", "cosine", "constant"]
 Order = Literal["length", "random"]
+Init = Literal["default", "pissa", "olora", "corda", "eva", "lora-ga"]
 
 REFERENCE_RANK = 16
 """LoRA rank on all blocks whose parameters are the default budget."""
@@ -172,6 +174,9 @@ class TrainSettings(LoopSettings):
 class TuneSettings(TrainSettings, RowSettings, PlanSettings):
     """Everything that `tune` can be told; it takes the same names as keyword arguments."""
 
+    init: Init = setting("default", help=(
+        "How LoRA's factors begin: A random and B zero (default), from the weights (pissa, olora), or also from "
+        "training rows (corda, eva, lora-ga)."))
     dropout: float = setting(0.0, ge=0, le=0.9, help="Of LoRA's input.")
     cache: str = setting("auto", metavar="auto|none|memory|disk:DIR", help=(
         "Where the frozen prefix's output is kept. auto: in memory where that is exact."))
@@ -182,6 +187,10 @@ class TuneSettings(TrainSettings, RowSettings, PlanSettings):
     merge: bool = setting(False, help="Also write base + adapter as a plain checkpoint in OUT/model.")
     export_base: bool = setting(False, help=(
         "Also write the base as a plain checkpoint in OUT/base, which the adapter then names as its base."))
+    gguf: bool = setting(False, help=(
+        "Also write the adapter as OUT/adapter.gguf for llama.cpp, with a Modelfile for Ollama."))
+    push: str | None = setting(None, metavar="REPO", pattern=r"^[\w.-]+/[\w.-]+$", help=(
+        "Upload adapter and card to this repository of the Hugging Face hub, private where it is new."))
     pad_rank: bool = setting(False, help="Write the adapter at the next rank that vLLM takes, with zeros.")
     save_steps: int | None = setting(None, ge=1, metavar="N", help="Checkpoint every N steps (default: every minute).")
     report_to: str = setting("none", metavar="NAME", help="A tracker, as for transformers (tensorboard, wandb, ...).")

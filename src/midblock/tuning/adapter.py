@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from midblock.errors import AdapterError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.forwards import replace_forward
+from midblock.tuning.initial import Start, doubled, require_start, started
 from midblock.tuning.plan import ModulePlan, Plan
 from midblock.tuning.planning import require_plan_fits
 from midblock.writing import atomic_path, sha256_of
@@ -43,6 +44,9 @@ class Attachment:
     trainable: dict[str, nn.Parameter] = field(repr=False)
     """By name in ``model``."""
     _original: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the trained weights of a full-rank update were, or the base weights that a start of LoRA changed."""
+    _first: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """The factors at the beginning, where their product was taken out of the base weights."""
 
     @property
     def is_peft(self) -> bool:
@@ -58,6 +62,24 @@ class Attachment:
         else:
             found = {n: p.detach() for n, p in self.trainable.items()}
         return {n: t.detach().to("cpu", copy=True) for n, t in found.items()}
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the first factors' product was taken out of the base weights."""
+        return bool(self._first)
+
+    @property
+    def written_rank(self) -> int | None:
+        """Rank of `plain_state`; None for full-rank updates."""
+        return None if self.plan.rank is None else self.plan.rank * (2 if self._first else 1)
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """`state` as a plain LoRA on the unchanged base: of twice the rank where the start changed that."""
+        return doubled(self.state(), self._first) if self._first else self.state()
+
+    def original(self, parameter: str) -> Tensor | None:
+        """A base weight as it was, where the start of LoRA changed it."""
+        return self._original.get(parameter) if self.is_peft else None
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put a state from `state` back.
@@ -97,23 +119,30 @@ class Attachment:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the context the model computes what the base computes."""
-        if self.is_peft:
-            with self.model.disable_adapter():  # type: ignore[operator]
-                yield
-            return
-        trained = {n: p.data for n, p in self.trainable.items()}
+        changed = {n: self._weight(n) for n in self._original}
+        now = {n: p.data for n, p in changed.items()}
         try:
-            for name, parameter in self.trainable.items():
+            for name, parameter in changed.items():
                 parameter.data = self._original[name]
-            yield
+            if self.is_peft:
+                with self.model.disable_adapter():  # type: ignore[operator]
+                    yield
+            else:
+                yield
         finally:
-            for name, parameter in self.trainable.items():
-                parameter.data = trained[name]
+            for name, parameter in changed.items():
+                parameter.data = now[name]
+
+    def _weight(self, name: str) -> nn.Parameter:
+        if not self.is_peft:
+            return self.trainable[name]
+        layer: Any = self.base.get_submodule(name.rpartition(".")[0])
+        return layer.base_layer.get_parameter(name.rpartition(".")[2])  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
-def attach(model: LoadedModel | nn.Module, plan: Plan, *, seed: int = 0, dropout: float = 0.0
-           ) -> Iterator[Attachment]:
+def attach(model: LoadedModel | nn.Module, plan: Plan, *, seed: int = 0, dropout: float = 0.0,
+           start: Start | None = None) -> Iterator[Attachment]:
     """Put a plan on a model; on leaving, the model is what it was, bit for bit.
 
     Args:
@@ -121,8 +150,10 @@ def attach(model: LoadedModel | nn.Module, plan: Plan, *, seed: int = 0, dropout
         plan: From `make_plan`.
         seed: Of the adapters' initial values, together with each module's name.
         dropout: Of LoRA's input; 0 allows the lean kernels.
+        start: How LoRA's factors begin; None: A random, B zero.
 
     Raises:
+        SettingsError: a start that does not go together with the plan or the base.
         AdapterError: the plan belongs to another model, or the model carries an adapter already.
     """
     base = model.model if isinstance(model, LoadedModel) else model
@@ -131,10 +162,12 @@ def attach(model: LoadedModel | nn.Module, plan: Plan, *, seed: int = 0, dropout
         raise AdapterError(f"{type(base).__name__} carries an adapter already; merge it first "
                            "(load_model merges one by default).")
     plan = require_plan_fits(plan, anatomy)
+    start = start or Start()
+    require_start(start.init, plan, base)
     flags = {p: p.requires_grad for p in base.parameters()}
     modes = {m: m.training for m in base.modules()}
     try:
-        with _attached(base, anatomy, plan, seed, dropout) as attachment:
+        with _attached(base, anatomy, plan, seed, dropout, start) as attachment:
             yield attachment
     finally:
         for parameter, flag in flags.items():
@@ -145,33 +178,37 @@ def attach(model: LoadedModel | nn.Module, plan: Plan, *, seed: int = 0, dropout
 
 
 @contextlib.contextmanager
-def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout: float
-              ) -> Iterator[Attachment]:
+def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout: float,
+              start: Start) -> Iterator[Attachment]:
     if plan.method == "full":
         with _full_rank(base, anatomy, plan) as (trainable, original):
             yield Attachment(plan, anatomy, base, base, trainable, original)
         return
-    from peft import get_peft_model
-
     config = plan.lora_config(base, dropout=dropout)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model: Any = get_peft_model(base, config)
-    except (ValueError, NotImplementedError) as error:  # PEFT's own refusals, of a kind of layer or of a family
-        raise AdapterError(f"PEFT cannot adapt these matrices of {type(base).__name__}: {' '.join(str(error).split())} "
-                           "Choose other target modules.") from None
-    try:
-        _seed_adapters(model, seed)
+    with contextlib.ExitStack() as stack:
+        try:
+            model, changed = stack.enter_context(started(base, anatomy, plan, config, start, seed))
+        except (ValueError, NotImplementedError) as error:  # PEFT's own refusals, of a kind of layer or of a family
+            raise AdapterError(f"PEFT cannot adapt these matrices of {type(base).__name__}: "
+                               f"{' '.join(str(error).split())} Choose other target modules.") from None
+        stack.callback(_take_off, model, base)
+        if start.init == "default":
+            _seed_adapters(model, seed)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         found = sum(p.numel() for p in trainable.values())
         if found != plan.params:
             raise AdapterError(f"PEFT made {found:,} trainable parameters where the plan has {plan.params:,}.")
-        yield Attachment(plan, anatomy, model, base, trainable)
-    finally:
-        model.unload()
-        # PEFT leaves its config behind, and save_pretrained would then write an adapter
-        for name in ("peft_config", "_hf_peft_config_loaded", "active_adapter"):
-            base.__dict__.pop(name, None)
+        attachment = Attachment(plan, anatomy, model, base, trainable, changed)
+        if changed:
+            attachment._first = attachment.state()
+        yield attachment
+
+
+def _take_off(model: Any, base: nn.Module) -> None:
+    model.unload()
+    # PEFT leaves its config behind, and save_pretrained would then write an adapter
+    for name in ("peft_config", "_hf_peft_config_loaded", "active_adapter"):
+        base.__dict__.pop(name, None)
 
 
 def adapted_layer(base: nn.Module, module: ModulePlan) -> Any:

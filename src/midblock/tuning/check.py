@@ -163,7 +163,8 @@ def _updates(attachment: Attachment) -> list[ModuleUpdate]:
     if attachment.is_peft:
         for module in attachment.plan.modules:
             layer = adapted_layer(attachment.base, module)
-            weight = base_weight(layer)
+            before = attachment.original(module.parameter)
+            weight = base_weight(layer) if before is None else before.float()
             found.append(_update(module.name, module.block, module.kind, merged_weight(layer) - weight, weight))
         return found
     for name, parameter in attachment.trainable.items():

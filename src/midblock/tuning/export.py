@@ -35,19 +35,25 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's ``--max-lora-rank`` takes."""
 
 
-def vllm_note(plan: Plan) -> str | None:
-    """What a vLLM user must know about this adapter; None for full-rank updates."""
-    if plan.rank is None:
+def vllm_note(plan: Plan, written_rank: int | None = None) -> str | None:
+    """What a vLLM user must know about this adapter; None for full-rank updates.
+
+    Args:
+        plan: What was trained.
+        written_rank: The rank that was written, where it is not the plan's (`Attachment.written_rank`).
+    """
+    rank = written_rank or plan.rank
+    if rank is None:
         return None
     if plan.method == "dora":
         return "vLLM serves no DoRA adapter: serve the merged model (--merge)"
     if any(m.experts for m in plan.modules):
         return "adapters of stacked experts are read by PEFT; for vLLM serve the merged model (--merge)"
-    fitting = next((r for r in VLLM_RANKS if r >= plan.rank), None)
+    fitting = next((r for r in VLLM_RANKS if r >= rank), None)
     if fitting is None:
-        return f"rank {plan.rank} is above vLLM's largest ({VLLM_RANKS[-1]}): serve the merged model (--merge)"
+        return f"rank {rank} is above vLLM's largest ({VLLM_RANKS[-1]}): serve the merged model (--merge)"
     return f"vLLM: --enable-lora --max-lora-rank {fitting}" + (
-        "" if fitting == plan.rank else f" (rank {plan.rank}; --pad-rank writes it as {fitting})")
+        "" if fitting == rank else f" (rank {rank}; --pad-rank writes it as {fitting})")
 
 
 def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str, card: str | None = None) -> Path:
@@ -75,6 +81,12 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
             attachment.model.save_pretrained(temporary, save_embedding_layers=False)  # type: ignore[operator]
         config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name
+        # how the factors began is of no use to whoever loads them, and PEFT would begin them so again
+        config.update({"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None})
+        if attachment.starts_from_weights:
+            save_file(attachment.plain_state(), temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            config["r"] *= 2
+            config["lora_alpha"] *= 2**0.5 if config.get("use_rslora") else 2
         if config.get("layers_to_transform") is None:  # PEFT shortens long lists to the ends of names
             config["target_modules"] = target_names(attachment.plan)
         write_json(temporary / "adapter_config.json", config)
@@ -189,7 +201,8 @@ def depth_picture(plan: Plan) -> str:
 
 
 def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, Any], check: str,
-               held_out: Mapping[str, Estimate] | None = None, merged: bool = False) -> str:
+               held_out: Mapping[str, Estimate] | None = None, merged: bool = False,
+               written_rank: int | None = None) -> str:
     """Text of a ``README.md``: what was trained where, on what, and what was measured.
 
     Args:
@@ -201,6 +214,7 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
         held_out: Mean held-out loss ``base``, ``tuned`` and their ``difference``; also written as results that the
             hub reads.
         merged: Whether the card is of a merged checkpoint.
+        written_rank: Rank of the adapter as it is written, where it is not the plan's.
     """
     kind = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full-rank update"}[plan.method]
     what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
@@ -211,7 +225,7 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
             metric_name=f"held-out loss, {side} tuning (nats a row)", metric_value=round(found.value, 6))
             for side, found in (("before", held_out["base"]), ("after", held_out["tuned"]))]}
     about = ModelCardData(base_model=base_name, library_name="transformers" if merged else "peft",
-                          tags=["midblock", plan.method], **measured)
+                          pipeline_tag="text-generation", tags=["midblock", plan.method], **measured)
     head = ["---", about.to_yaml(), "---", ""]
     rows = "\n".join(f"| {r['block']} | {r['matrices']} | {r['rank']} | {r['parameters']:,} |"
                      for r in plan.table().to_dict("records"))
@@ -229,7 +243,7 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
         f"![Depth from input to output, the trained blocks filled: {plan.depth_map()}]({_PICTURE})", "",
         plan.summary().split("\n", 1)[1].replace("\n", "  \n"), "",
         "## Use", "", usage, ""]
-    if (note := vllm_note(plan)) and not merged:
+    if (note := vllm_note(plan, written_rank)) and not merged:
         body += [note + ".", ""]
     body += ["## Training", "", "| | |", "|---|---|", f"| data | {_cell(data)} |", facts, "", check + ".", "",
              "## Trained matrices", "", "| block | matrices | rank | parameters |", "|---|---|---|---|", rows, ""]

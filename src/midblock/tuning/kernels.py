@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midblock import metrics
+from midblock.capture.forward import text_inputs
 from midblock.capture.scoring import head_rows
 from midblock.models import Anatomy
 from midblock.models.attention import packed_hidden
@@ -130,14 +131,9 @@ def supervised_loss(anatomy: Anatomy, inputs: dict[str, Tensor], *, plain: bool,
 
 
 def _encoder_decoder_loss(anatomy: Anatomy, inputs: dict[str, Tensor]) -> Tensor:
-    """The prompt goes to the encoder as it is; the decoder learns the labelled tokens."""
-    lm = anatomy.causal_lm
-    labels = inputs["labels"]
-    start = lm.config.decoder_start_token_id
-    first = torch.full_like(labels[:, :1], start)
-    shifted = torch.cat([first, inputs["input_ids"][:, :-1]], dim=1)
-    logits = lm(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"),
-                decoder_input_ids=shifted, use_cache=False).logits
+    """The encoder reads the prompt; the decoder learns the labelled tokens."""
+    lm, labels = anatomy.causal_lm, inputs["labels"]
+    logits = lm(**text_inputs(lm, inputs["input_ids"], inputs["attention_mask"], labels)).logits
     return F.cross_entropy(logits[labels != -100].float(), labels[labels != -100], reduction="sum")
 
 
@@ -158,14 +154,16 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
                 scaling: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        ctx.shape = x.shape
         down = a.to(x.dtype)
         up = (b * scaling).to(x.dtype)
         inner = rows @ down.t()
         out = F.linear(rows, weight, bias)
         out.addmm_(inner, up.t())
         ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
+        # of the input's shape without being a view of another tensor: some families multiply it in place
+        return out.resize_(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -188,7 +188,8 @@ def _where(anatomy: Anatomy, wanted: WhereSettings, whole: bool) -> tuple[list[M
         origin = f"mask {wanted.mask}" if wanted.mask is not None else f"blocks {format_blocks(blocks)}"
     if whole:
         return every_matrix(anatomy, blocks), [], origin
-    return *modules_of_blocks(anatomy, blocks, wanted.target_modules), origin
+    return *modules_of_blocks(anatomy, blocks, wanted.target_modules,
+                             adapters=getattr(wanted, "method", "lora") != "full"), origin
 
 
 def _size(anatomy: Anatomy, wanted: PlanSettings, modules: Sequence[ModulePlan], targets: Sequence[str]

@@ -31,6 +31,7 @@ from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import LoadedModel, find_anatomy
 from midblock.models.attention import attends_by_row
 from midblock.models.forwards import forwards_replaced, replace_forward
+from midblock.settings.base import name_of
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.prefix_identity import first_trainable_block, noise_in, prefix_identity, prefix_stamp
 from midblock.tuning.prefix_rows import RowInputs, row_inputs, rows_in
@@ -168,7 +169,8 @@ class FrozenPrefix:
 
     def _refused(self, error: CacheRefusedError) -> None:
         if not self._give_up:
-            raise error
+            raise CacheRefusedError(f"{error} Set {name_of('cache')} to none: blocks before the first trained one get "
+                                    "no gradient then either.") from error
         self.cache = None
         self._notes.append(f"prefix cache off: {error}")
 
@@ -283,20 +285,19 @@ class FrozenPrefix:
         if lm.config.is_encoder_decoder:
             raise CacheRefusedError(
                 f"the prefix of {type(lm).__name__} cannot be cached: its decoder blocks also read an encoder's "
-                "output. Use cache='none' (still no gradient before the first trainable block).")
+                "output.")
         if noise := noise_in(self.anatomy, start):
             raise CacheRefusedError(
                 f"the prefix is random in training mode, so its output cannot be cached: {', '.join(noise[:3])}"
-                f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading, or use "
-                "cache='none'.")
+                f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading.")
         rope = str(getattr(lm.config.get_text_config(decoder=True), "rope_parameters", None) or {})
         if "'dynamic'" in rope:
             raise CacheRefusedError("the prefix cannot be cached: dynamic rotary embeddings depend on the longest "
-                                    "sequence seen so far. Use cache='none'.")
+                                    "sequence seen so far.")
         try:
             verify_resume(lm, self.anatomy, [start])
         except ArchitectureError as error:
-            raise CacheRefusedError(f"the prefix cannot be cached: {error} Use cache='none'.") from error
+            raise CacheRefusedError(f"the prefix cannot be cached: {error}") from error
 
     def _current_namespace(self, start: int) -> str:
         stamp = (start, *prefix_stamp(self.anatomy, start))
@@ -343,7 +344,7 @@ class FrozenPrefix:
                 *(self._compute(original, call, start) for _ in range(2))):
             raise CacheRefusedError(
                 f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
-                "forwards of one row differ in training mode. Use cache='none'.")
+                "forwards of one row differ in training mode.")
         self._probed = True
 
     def _nearest(self, inputs: RowInputs, rows: list[int], start: int) -> tuple[int, Tensor | None]:

@@ -88,8 +88,7 @@ def row_inputs(call: dict[str, Any], outer: dict[str, Tensor], config: Any, *, b
     rows, length = content.shape[:2]
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if bounds is not None and (mask is not None or rows != 1 or bounds[0] != 0 or bounds[-1] != length):
-        raise CacheRefusedError("packed rows came with an attention mask, or with bounds that do not cover them. "
-                                "Use cache='none'.")
+        raise CacheRefusedError("packed rows came with an attention mask, or with bounds that do not cover them.")
     if isinstance(mask, dict):
         mask = outer.get("attention_mask", mask)
     # such as token types, from which such a model makes its masks
@@ -97,10 +96,10 @@ def row_inputs(call: dict[str, Any], outer: dict[str, Tensor], config: Any, *, b
               if k not in _PER_ROW and v.shape == (rows, length)]
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length)):
         raise CacheRefusedError("the attention mask is not one 0/1 value per token, so rows cannot be told "
-                                "apart from their padding. Use cache='none'.")
+                                "apart from their padding.")
     if positions is not None and not (isinstance(positions, Tensor) and positions.ndim == 2
                                       and positions.shape[-1] == length):
-        raise CacheRefusedError("position_ids have a form that the cache does not know. Use cache='none'.")
+        raise CacheRefusedError("position_ids have a form that the cache does not know.")
     # long rotary embeddings switch with the padded length
     scope = str(length) if "longrope" in str(getattr(config, "rope_parameters", "")) else ""
     ids = content.detach().cpu()
@@ -117,8 +116,7 @@ def row_inputs(call: dict[str, Any], outer: dict[str, Tensor], config: Any, *, b
             own = where[row, lo:hi]
             offset = int(own[0])
             if not torch.equal(own, torch.arange(offset, offset + hi - lo, dtype=own.dtype)):
-                raise CacheRefusedError("positions restart inside a row (packing); set packing=False, or use "
-                                        "cache='none'.")
+                raise CacheRefusedError("positions restart inside a row (packing); set packing=False.")
         # padding on the left is kept too: its last state predicts the row's first token
         digest = hashlib.sha256(row_bytes(ids[row, begin:hi]))
         digest.update(f"{ids.dtype} {lo - begin} {offset} {scope}".encode())
@@ -139,18 +137,16 @@ def _require_known(call: dict[str, Any], config: Any, *, packed: bool) -> None:
             continue
         if name in _PACKED:
             raise CacheRefusedError(f"packed rows ({name} was given) cannot be cached by sample; set "
-                                    "packing=False (and padding_free=False), or use cache='none'.")
+                                    "packing=False (and padding_free=False).")
         if name == "output_router_logits":
             raise CacheRefusedError("router logits of all blocks were asked for (output_router_logits), but a "
-                                    "cached prefix computes none; set router_aux_loss_coef=0.0, or use "
-                                    "cache='none'.")
+                                    "cached prefix computes none; set router_aux_loss_coef=0.0.")
         if isinstance(value, Tensor | dict | list | tuple):
             raise CacheRefusedError(f"the model was called with {name}=..., of which the cache does not know "
-                                    "whether the prefix depends on it. Use cache='none'.")
+                                    "whether the prefix depends on it.")
     if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is not False:
         raise CacheRefusedError("the config asks for router logits of all blocks (output_router_logits), but a "
-                                "cached prefix computes none; set router_aux_loss_coef=0.0, or use "
-                                "cache='none'.")
+                                "cached prefix computes none; set router_aux_loss_coef=0.0.")
 
 
 def _bounds(call: dict[str, Any]) -> list[int] | None:
@@ -171,7 +167,7 @@ def _span(real: Tensor) -> tuple[int, int]:
     first = int(real.int().argmax())
     if not bool(real[first:first + count].all()):
         raise CacheRefusedError("the attention mask has a gap inside a row, so the row is more than one "
-                                "sample. Use cache='none'.")
+                                "sample.")
     return first, first + count
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midblock import stats
 from midblock.capture import score_batch
-from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
+from midblock.data import Batch, Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.data.registry import task_words
 from midblock.errors import DataError, SettingsError
 from midblock.extras import require
@@ -45,6 +45,9 @@ from midblock.tuning.export import (
     vllm_note,
     with_weights,
 )
+from midblock.tuning.gguf_adapter import require_gguf, write_gguf
+from midblock.tuning.hub import push_adapter, require_hub
+from midblock.tuning.initial import NEEDS_ROWS, Start, require_start
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan, require_plan_fits
 from midblock.tuning.steps import TrainResult
@@ -61,6 +64,8 @@ __all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_qu
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
 # tokens of the one backward pass before training
 _TRIAL_TOKENS = 16
+# rows that a start of the adapter is computed from
+_START_ROWS = 64
 
 
 @dataclass
@@ -77,8 +82,14 @@ class TuneResult(TableResult):
     """The adapter's tensors (or the trained weights), on the CPU."""
     adapter: Path | None = None
     """Folder of the PEFT adapter."""
+    written_rank: int | None = None
+    """Rank of the adapter as it is written: twice the plan's where its start was taken out of the base weights."""
     merged: Path | None = None
     """Folder of the merged checkpoint."""
+    gguf: Path | None = None
+    """The adapter for llama.cpp."""
+    pushed: str | None = None
+    """Address of the repository that the adapter was uploaded to."""
     merge_difference: float | None = None
     """Largest difference of a logit between merged checkpoint and adapter + base."""
     held_out: dict[str, Estimate] = field(default_factory=dict)
@@ -153,8 +164,10 @@ class TuneResult(TableResult):
         """What ``run.json`` stores."""
         return {"plan": self.plan.to_dict(), "training": self.training.describe(), "check": self.check.describe(),
                 "tokens": self.rows.describe(), "adapter": None if self.adapter is None else self.adapter.name,
+                "gguf": None if self.gguf is None else self.gguf.name, "pushed": self.pushed,
                 "merged": None if self.merged is None else self.merged.name,
-                "merge_difference": self.merge_difference, "held_out": self.held_out, "vllm": vllm_note(self.plan),
+                "merge_difference": self.merge_difference, "held_out": self.held_out,
+                "vllm": vllm_note(self.plan, self.written_rank),
                 "notes": self.notes}
 
 
@@ -188,8 +201,9 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         MissingExtraError: trl is not installed.
     """
     require("trl", "midblock tune")
-    require("trl", "midblock tune")
     wanted = TuneSettings(**{**({} if settings is None else settings.given()), **overrides})
+    if wanted.push:
+        require_hub()
     store = prefix_cache(wanted.cache if cache is None else cache, wanted.cache_limit)
     if isinstance(model, LoadedModel):
         loaded, solved = model, None
@@ -199,13 +213,18 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
     plan = make_plan(loaded, wanted) if plan is None and solved is None else require_plan_fits(
         plan or solved, loaded)  # type: ignore[arg-type]
     refuse_quantised(plan, wanted, quantised=loaded.quantized is not None)
-    _check_exports(plan, wanted)
+    _check_exports(plan, loaded, wanted)
     rows, data_name = _token_rows(data, loaded, wanted)
     held = wanted.eval_data if eval_data is None else eval_data
     held_rows = None if held is None else _token_rows(
         held, loaded, wanted.replace(samples=wanted.eval_samples), split="test")[0]
     folder = None if out is None else Path(out)
-    with attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout) as attachment:
+    if folder is None and (wanted.gguf or wanted.push):
+        raise SettingsError(f"{name_of('gguf' if wanted.gguf else 'push')} needs a folder to write the adapter to; "
+                            "give out.")
+    require_start(wanted.init, plan, loaded.model)
+    with attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout,
+                start=Start(wanted.init, _start_batches(rows, loaded, wanted))) as attachment:
         before = frozen_digests(attachment)
         ids, mask_ids = _check_tokens(rows, loaded)
         require_gradients(attachment, ids[:1, :_TRIAL_TOKENS], mask_ids[:1, :_TRIAL_TOKENS])
@@ -216,7 +235,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
                         **(trl_options or {}))
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
         spec = data if isinstance(data, str) else getattr(data, "spec", "")
-        result = TuneResult(plan, trained, report, rows, Table(), attachment.state(), notes=list(trained.notes),
+        result = TuneResult(plan, trained, report, rows, Table(), attachment.plain_state(), notes=list(trained.notes),
                             origin=Origin((loaded.spec,), spec))
         if held_rows is not None and base_losses is not None:
             result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
@@ -228,6 +247,8 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         result.plan.save(save_checkpoint(loaded.model, loaded.tokenizer, folder / "base") / PLAN_FILE)
     if folder is not None and result.weights:
         _write_merged(result, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
+    if wanted.push and result.adapter is not None:
+        result.pushed = push_adapter(result.adapter, wanted.push)
     return result
 
 
@@ -297,12 +318,18 @@ def refuse_quantised(plan: Plan, wanted: TuneSettings, *, quantised: bool) -> No
                             "full.")
 
 
-def _check_exports(plan: Plan, wanted: TuneSettings) -> None:
+def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> None:
+    if wanted.gguf:
+        require_gguf(plan, loaded)
+    if wanted.push and plan.method == "full":
+        raise SettingsError(f"{name_of('push')} uploads an adapter, and a full-rank update is none; upload OUT/model "
+                            "with `hf upload`.")
     if wanted.pad_rank and (plan.method != "lora" or any(m.experts for m in plan.modules)):
         raise SettingsError(f"{name_of('pad_rank')} is for LoRA adapters of linear layers; the method is "
                             f"{plan.method}.")
-    if wanted.pad_rank and plan.rank is not None and plan.rank > VLLM_RANKS[-1]:
-        raise SettingsError(f"rank {plan.rank} is above the largest that vLLM takes ({VLLM_RANKS[-1]}); merge the "
+    written = (plan.rank or 0) * (1 if wanted.init in ("default", "eva") else 2)
+    if wanted.pad_rank and written > VLLM_RANKS[-1]:
+        raise SettingsError(f"rank {written} is above the largest that vLLM takes ({VLLM_RANKS[-1]}); merge the "
                             f"adapter instead ({name_of('merge')}).")
 
 
@@ -344,13 +371,16 @@ def _export(result: TuneResult, attachment: Attachment, loaded: LoadedModel, wan
     plan = result.plan
     if attachment.is_peft:
         _free(folder / "adapter", resume)
+        result.written_rank = attachment.written_rank
         base = str((folder / "base").resolve()) if wanted.export_base else base_name(loaded)
         result.adapter = export_adapter(attachment, folder / "adapter", base_name=base,
                                         card=_card(result, loaded, wanted, data, base=base))
         if wanted.pad_rank:
-            assert plan.rank is not None
-            pad_adapter(result.adapter, next(r for r in VLLM_RANKS if r >= plan.rank))
-        if note := vllm_note(plan):
+            assert attachment.written_rank is not None
+            pad_adapter(result.adapter, next(r for r in VLLM_RANKS if r >= attachment.written_rank))
+        if wanted.gguf:
+            result.gguf = write_gguf(result.adapter, loaded, folder / "adapter.gguf", base=base)
+        if note := vllm_note(plan, attachment.written_rank):
             result.notes.append(note)
     if wanted.merge or not attachment.is_peft:
         result.weights = merged_weights(attachment)
@@ -379,6 +409,14 @@ def _check_tokens(rows: TokenRows, loaded: LoadedModel) -> tuple[Tensor, Tensor]
     cut = [replace(r, ids=r.ids[:_CHECK_TOKENS], supervised=()) for r in rows.rows[:_CHECK_ROWS]]
     batch = make_batches(cut, batch_size=_CHECK_ROWS, pad_id=pad_token_id(loaded.tokenizer))[0].to(loaded.device)
     return batch.input_ids, batch.attention_mask
+
+
+def _start_batches(rows: TokenRows, loaded: LoadedModel, wanted: TuneSettings) -> list[Batch]:
+    """Training rows that the adapter's start is computed from."""
+    if wanted.init not in NEEDS_ROWS:
+        return []
+    made = make_batches(rows.rows[:_START_ROWS], batch_size=wanted.batch_size, pad_id=pad_token_id(loaded.tokenizer))
+    return [batch.to(loaded.device) for batch in made]
 
 
 def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, progress: Progress) -> list[float]:
@@ -445,4 +483,5 @@ def _card(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, data: s
         "speed": f"{run.tokens_per_second:,.0f} tokens/s", "peak memory": f"{run.peak_memory_bytes / 2**20:,.0f} MiB",
         "dtype": str(loaded.dtype).removeprefix("torch.")}
     return model_card(result.plan, base_name=base or base_name(loaded), data=data, training=facts,
-                      check=result.check.summary(), held_out=result.held_out, merged=base is None)
+                      check=result.check.summary(), held_out=result.held_out, merged=base is None,
+                      written_rank=result.written_rank)

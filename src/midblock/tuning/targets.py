@@ -7,6 +7,8 @@ was dropped is listed. A target that means nothing anywhere in the model is an e
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +34,9 @@ _NEVER = ("norm", "bias", "adapter")
 # what PEFT refuses: fused kernels read these weights past their module (`_check_lora_target_modules_mamba`)
 _MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _MAMBA_LEAVES = frozenset({"out_proj", "conv1d"})
-# a sparse attention's indexer chooses tokens by their ranks, through which no gradient goes
-_NO_GRADIENT = re.compile(r"(?:^|\.)indexer(?:\.|$)")
+# a sparse attention's indexer chooses tokens by their ranks, through which no gradient goes; Mamba's fused kernels
+# read the weight of dt_proj past its module; of Zamba2's own adapters a block uses one
+_NO_GRADIENT = re.compile(r"(?:^|\.)indexer(?:\.|$)|(?:^|\.)dt_proj$|_adapter_list\.")
 
 
 @dataclass
@@ -54,10 +57,36 @@ def _is_stack(part: Projection) -> bool:
     return not part.linear and len(part.shape) == 3 and _is_expert(part.module) and part.kind not in _NEVER
 
 
-def _usable(part: Projection, model_type: str) -> bool:
+def _usable(part: Projection, model_type: str, adapters: bool) -> bool:
     leaf = part.module.rpartition(".")[2]
     return part.linear and part.kind not in _NEVER and not _is_expert(part.module) \
-        and not _NO_GRADIENT.search(part.module) and not (model_type in _MAMBA_TYPES and leaf in _MAMBA_LEAVES)
+        and not _NO_GRADIENT.search(part.module) and not (model_type in _MAMBA_TYPES and leaf in _MAMBA_LEAVES) \
+        and not (adapters and _peft_renames(model_type, part.module))
+
+
+@functools.cache
+def _peft_renames(model_type: str, module: str) -> bool:
+    """Whether PEFT takes an adapter of this module for one of transformers 4 and moves it to another module.
+
+    In some families of mixtures PEFT reads ``gate_proj`` of any module as the experts', and renames what transformers
+    renamed since: an adapter of a shared expert or of a dense block would not be read back.
+    """
+    from transformers import conversion_mapping
+
+    changes = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    if changes is None:
+        return False
+    name = f"model.{module}.lora_A.weight"
+    for change in changes:
+        if type(change).__name__ == "WeightRenaming" and not name.endswith(change.rename_source_key(name)[0]):
+            return True
+    family = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    if family is None or importlib.util.find_spec("peft") is None:
+        return False
+    from peft.utils import transformers_weight_conversion as peft_names
+
+    moved = getattr(peft_names, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})
+    return module.rpartition(".")[2] in moved
 
 
 def _named(part: Projection, target: str) -> bool:
@@ -81,9 +110,9 @@ def _found(parts: Iterable[Projection]) -> str:
     return "; ".join(linear + stacked) or "nothing"
 
 
-def _pick(block: nn.Module, targets: Sequence[str], model_type: str) -> _Picked:
+def _pick(block: nn.Module, targets: Sequence[str], model_type: str, adapters: bool) -> _Picked:
     every = list(projections(block).values())
-    usable = [p for p in every if _usable(p, model_type) or _is_stack(p)]
+    usable = [p for p in every if _usable(p, model_type, adapters) or _is_stack(p)]
     wanted = {t: None for target in targets for t in _GROUPS.get(target, (target,))}
     kinds = {p.kind for p in usable if not _is_stack(p)}
     chosen: set[str] = set()
@@ -107,19 +136,23 @@ def _pick(block: nn.Module, targets: Sequence[str], model_type: str) -> _Picked:
                               f"{len(refused) - 1} more), which are not adapted one by one: their indices are not "
                               "block indices. Name attention matrices (attention) instead")
         elif refused:
-            absent[target] = f"matches only {refused[0].module}, which cannot be adapted ({_why(refused[0])})"
+            absent[target] = (f"matches only {refused[0].module}, which cannot be adapted "
+                              f"({_why(refused[0], model_type)})")
         else:
             absent[target] = "matches no linear layer"
     return _Picked([p for p in every if p.name in chosen], absent)
 
 
-def _why(part: Projection) -> str:
+def _why(part: Projection, model_type: str) -> str:
     if not part.linear:
         return "it is not a linear layer"
+    if _peft_renames(model_type, part.module):
+        return (f"PEFT takes an adapter of it for the experts' in a {model_type} model; method full "
+                "trains it")
     return "no gradient reaches it" if _NO_GRADIENT.search(part.module) else "PEFT refuses it in a Mamba model"
 
 
-def modules_of_blocks(anatomy: Anatomy, blocks: Sequence[int], targets: Sequence[str]
+def modules_of_blocks(anatomy: Anatomy, blocks: Sequence[int], targets: Sequence[str], *, adapters: bool = True
                       ) -> tuple[list[ModulePlan], list[Missing]]:
     """The matrices that targets mean in some blocks, and what they do not reach there.
 
@@ -127,6 +160,8 @@ def modules_of_blocks(anatomy: Anatomy, blocks: Sequence[int], targets: Sequence
         anatomy: Of the model; it may be on the meta device.
         blocks: Ascending.
         targets: Kinds, groups or names.
+        adapters: Whether they get a PEFT adapter, which a few matrices cannot have; otherwise they are trained
+            themselves.
 
     Returns:
         Matrices in the order of the model; one `Missing` for each block where a target that the model knows means
@@ -136,13 +171,13 @@ def modules_of_blocks(anatomy: Anatomy, blocks: Sequence[int], targets: Sequence
         SettingsError: a target means nothing in the whole model, or none means anything in these blocks.
     """
     model_type = str(getattr(anatomy.causal_lm.config, "model_type", ""))
-    own = {b: _pick(anatomy.blocks[b], targets, model_type) for b in blocks}
+    own = {b: _pick(anatomy.blocks[b], targets, model_type, adapters) for b in blocks}
     planned = [_module(anatomy, b, p) for b, picked in own.items() for p in picked.parts]
     nowhere = set.intersection(*(set(p.absent) for p in own.values()))
     if nowhere:  # the other blocks tell a target of a hybrid model from a mistake
         for b, block in enumerate(anatomy.blocks):
             if b not in own:
-                nowhere &= set(_pick(block, targets, model_type).absent)
+                nowhere &= set(_pick(block, targets, model_type, adapters).absent)
     first = own[blocks[0]]
     grouped = {t for target in targets for t in _GROUPS.get(target, ())}
     parts = list(projections(anatomy.blocks[blocks[0]]).values())
@@ -158,7 +193,7 @@ def modules_of_blocks(anatomy: Anatomy, blocks: Sequence[int], targets: Sequence
 
 
 def _reached(anatomy: Anatomy, targets: Sequence[str], model_type: str) -> str:
-    where = [b for b, block in enumerate(anatomy.blocks) if _pick(block, targets, model_type).parts]
+    where = [b for b, block in enumerate(anatomy.blocks) if _pick(block, targets, model_type, True).parts]
     return f"blocks {format_blocks(where)} do." if where else "no block has any."
 
 
