@@ -70,7 +70,7 @@ def stored_experts(config: Mapping[str, Any], names: Iterable[str]) -> dict[str,
         stack, pattern = rename_source_key(name, renamings, converters)
         number = re.search(r"\.experts\.(\d+)\.", name)
         sources = next((c.source_patterns for c in converters if pattern in c.source_patterns), None)
-        if number is None or sources is None:
+        if number is None or sources is None or pattern is None:
             continue
         found[name] = (stack, int(number[1]), sources.index(pattern), len(sources))
         count[stack] = max(count.get(stack, 0), int(number[1]) + 1)

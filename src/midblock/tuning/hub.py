@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from midblock.errors import OutputError, SettingsError
 from midblock.models.quiet import first_line
@@ -58,6 +59,7 @@ def _card(path: Path) -> bytes:
     from huggingface_hub import ModelCard
 
     card = ModelCard(path.read_text(encoding="utf-8"))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(card.data.base_model)):
-        card.data.base_model = None
+    data: Any = card.data
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(data.base_model)):
+        data.base_model = None
     return str(card).encode()

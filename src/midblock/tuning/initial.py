@@ -96,7 +96,7 @@ def started(model: nn.Module, anatomy: Anatomy, plan: Plan, config: Any, start: 
             if start.init != "default":
                 torch.manual_seed(seed)
                 _configure(model, anatomy, config, start)
-            made: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+            made: Any = get_peft_model(model, config)
             if start.init == "eva":
                 _eva(made, start)
         changed = {n: kept for n, (_, kept) in originals.items() if not torch.equal(held[n].data, kept)}
@@ -147,7 +147,7 @@ def _run(anatomy: Anatomy, inputs: Iterable[dict[str, Tensor]], *, backward: boo
         with torch.set_grad_enabled(backward):
             loss = supervised_loss(anatomy, batch, plain=False)
         if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
 
 def _eva(model: Any, start: Start) -> None:
