@@ -35,8 +35,10 @@ _FIGURES = {
     3: "Accuracy of the next token read out of every hidden state",
     4: "Change of the weights and norm of the gradients over depth",
     5: "Correlation over depth (Pearson) of what was measured, mean over data sets",
-    6: "Accuracy after segments of one model replaced those of the other, with both models as they are",
-    7: "Score by pattern of tuned segments at equal numbers of trainable parameters",
+    6: "Accuracy after segments of one model replaced those of the other, with both models as they are; the first "
+       "digit is the segment nearest the embeddings",
+    7: "Score by pattern of tuned segments (the first digit nearest the embeddings) at equal numbers of trainable "
+       "parameters",
 }
 _TABLES = {1: "Score by tuned third", 2: "Score by tuned tenth", 3: "Families and their alignment",
            4: "Perplexity of general text after tuning"}
