@@ -55,7 +55,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -232,7 +232,7 @@ class RunFolder:
             "format_version": FORMAT_VERSION, "status": "running", "command": command,
             "given": given,
             "settings": resolved, "argv": sys.argv[1:],
-            "versions": {"python": platform.python_version(), **_package_versions()},
+            "versions": {"python": platform.python_version(), **package_versions()},
             "platform": {"system": platform.platform(), "machine": platform.machine(),
                          "cpus": os.cpu_count()},
             "git": _git_state(),

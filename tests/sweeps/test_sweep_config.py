@@ -100,14 +100,14 @@ def test_overrides_that_are_no_values(tmp_path, value):
             load_config(path, [f"{key}={value}"])
 
 
-def test_the_engine_of_older_configurations_is_passed_over_with_a_note(tmp_path):
+def test_engines(tmp_path):
     values = tiny_values(tmp_path)
-    notes: list[str] = []
-    assert parse_config({**values, "engine": "local"}, note=notes.append) == parse_config(values)
-    assert len(notes) == 1
-    assert "'engine' is not needed" in notes[0]
-    with pytest.raises(SettingsError, match="unknown key engine"):
+    assert parse_config(values).engine == parse_config({**values, "engine": "local"}).engine == "local"
+    assert parse_config({**values, "engine": "processes", "workers": 3}).workers == 3
+    with pytest.raises(SettingsError, match=r"engine 'cluster' is not one of local, processes"):
         parse_config({**values, "engine": "cluster"})
+    with pytest.raises(SettingsError, match="workers must be"):
+        parse_config({**values, "workers": -1})
 
 
 def test_equal_texts_stay_on_one_side_of_the_split():

@@ -61,7 +61,7 @@ def sweep(
     from midblock.errors import SettingsError
     from midblock.sweeps.config import load_config
 
-    loaded = load_config(config, overrides or [], note=console.warn)
+    loaded = load_config(config, overrides or [])
     if report_to is not None:
         loaded = loaded.replace(report_to=report_to)
     options = trust.model_dump()

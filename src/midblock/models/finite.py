@@ -13,6 +13,8 @@ from midblock.models.checkpoints import Checkpoint
 
 __all__ = ["check_finite_files", "check_finite_weights", "require_finite"]
 
+_PIECE = 1 << 22
+
 
 def check_finite_weights(model: nn.Module, *, where: str = "model") -> None:
     """Refuse NaN and infinity in parameters and persistent buffers, naming the tensors.
@@ -38,7 +40,9 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> N
                 continue
             if tensor.dtype.itemsize < 2:
                 tensor = tensor.float()
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            # in pieces: a sum in another dtype makes a copy of all that it adds up
+            if any(not torch.isfinite(piece.sum(dtype=torch.float32)) and not torch.isfinite(piece).all()
+                   for piece in tensor.detach().reshape(-1).split(_PIECE)):
                 bad.append(f"{tensor_name} ({int((~torch.isfinite(tensor)).sum())} of {tensor.numel()})")
     if bad:
         raise CheckpointError(f"{where}: weights with NaN or infinity: {', '.join(bad[:4])}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -196,3 +196,7 @@ class SweepConfig(PlaceSettings):
     cache_limit: int | str | None = declared(TuneSettings, "cache_limit")
     report_to: str | None = setting(None, metavar="NAME", help=(
         "A tracker of every run, as for transformers (tensorboard, trackio, wandb, ...)."))
+    engine: Literal["local", "processes"] = setting("local", help=(
+        "local: one run after another in this process; processes: several workers on this machine."))
+    workers: int = setting(0, ge=0, le=1024, help=(
+        "Workers of engine processes; 0: one per GPU, or one for every two cores that memory holds."))

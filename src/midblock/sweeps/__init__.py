@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from midblock.sweeps.engine import Engine, LocalEngine
     from midblock.sweeps.outcome import SweepResult
     from midblock.sweeps.planning import SweepPlan, plan_sweep
+    from midblock.sweeps.processes import ProcessesEngine
     from midblock.sweeps.records import RunRecord, TaskScores, read_records
     from midblock.sweeps.run import SweepState, dry_run, sweep
     from midblock.sweeps.scores import ArmInfo
     from midblock.sweeps.statistics import SweepStatistics, analyse
 
-__all__ = ["Arm", "ArmInfo", "Engine", "Job", "LocalEngine", "RunRecord", "SweepConfig", "SweepData", "SweepPlan",
-           "SweepResult", "SweepState", "SweepStatistics", "TaskScores", "analyse", "dry_run", "dump_config",
-           "expand_arms", "jobs_of", "load_config", "load_sweep_data", "parse_config", "plan_sweep", "read_records",
-           "sweep"]
+__all__ = ["Arm", "ArmInfo", "Engine", "Job", "LocalEngine", "ProcessesEngine", "RunRecord", "SweepConfig",
+           "SweepData", "SweepPlan", "SweepResult", "SweepState", "SweepStatistics", "TaskScores", "analyse", "dry_run",
+           "dump_config", "expand_arms", "jobs_of", "load_config", "load_sweep_data", "parse_config", "plan_sweep",
+           "read_records", "sweep"]
 
 __getattr__, __dir__ = on_first_use(__name__, __file__, __all__)

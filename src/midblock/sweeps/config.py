@@ -7,7 +7,7 @@ reported at once with the path of each key.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +60,17 @@ def _faults_across(config: SweepConfig) -> list[str]:
     return faults
 
 
-def _ignore(note: str) -> None:
-    """Nobody listens."""
-
-
-def parse_config(values: Mapping[str, Any], *, where: str = "the sweep's configuration",
-                 note: Callable[[str], None] = _ignore) -> SweepConfig:
+def parse_config(values: Mapping[str, Any], *, where: str = "the sweep's configuration") -> SweepConfig:
     """Validate a configuration.
 
     Args:
         values: As read from YAML.
         where: Name of the source in messages.
-        note: Told of keys that mean nothing any more.
 
     Raises:
         SettingsError: with every fault, one a line, each with the path of its key.
     """
     values = dict(values)
-    if values.get("engine") == "local":
-        note(f"{where}: the key 'engine' is not needed any more; leave it out.")
-        del values["engine"]
     faults = _task_faults(values)
     try:
         config = SweepConfig.model_validate(values)
@@ -113,14 +104,12 @@ def _task_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 @as_keys()
-def load_config(path: Path | str, overrides: Sequence[str] = (), *,
-                note: Callable[[str], None] = _ignore) -> SweepConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
     """A configuration file with ``KEY=VALUE`` overrides (``training.epochs=1``, ``evaluation.0.samples=20``).
 
     Args:
         path: The YAML file.
         overrides: Keys to set.
-        note: Told of keys that mean nothing any more.
 
     Raises:
         SettingsError: no such file, not YAML, or any fault in it (all are listed).
@@ -132,7 +121,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *,
     faults = [fault for text in overrides if (fault := _override(values, text))]
     if faults:
         raise _refusal(f"--set for {path}", faults)
-    return parse_config(values, where=str(path), note=note)
+    return parse_config(values, where=str(path))
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:

@@ -18,6 +18,7 @@ from midblock.sweeps.data import SweepData, load_sweep_data
 from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.outcome import SweepResult
 from midblock.sweeps.planning import SweepPlan, outline_of, plan_sweep
+from midblock.sweeps.processes import ProcessesEngine
 from midblock.sweeps.records import RunRecord, read_records, write_record
 from midblock.tuning.estimate import outline
 
@@ -59,7 +60,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
           given: dict[str, object] | None = None, loaded: LoadedModel | None = None,
           trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress = silent,
           listener: Callable[[SweepState], None] | None = None,
-          engine: Callable[[SweepConfig, LoadedModel, SweepData], Engine] = LocalEngine) -> SweepResult:
+          engine: Callable[[SweepConfig, LoadedModel, SweepData], Engine] | None = None) -> SweepResult:
     """Train and score every arm of a configuration and compare them.
 
     Args:
@@ -72,7 +73,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         loaded: The base, if it is loaded already.
         progress: Told what is being done.
         listener: Called after every run.
-        engine: Makes the engine.
+        engine: Makes the engine; default the one that the configuration names.
 
     Raises:
         SettingsError: faults in the configuration, arms that do not fit, or other settings than
@@ -85,12 +86,13 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
     if not resume:
         RunFolder.check_free(out)
     data = load_sweep_data(config)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if loaded is None:
         loaded = load_model(config.model, **config.placement(), trust_remote_code=trust_remote_code,
                             allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
-                   may_differ=("name", "arms", "seeds", "statistics", "report_to")) as run:
+                   may_differ=("name", "arms", "seeds", "statistics", "report_to", "engine", "workers")) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
@@ -108,13 +110,19 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
             tell(SweepState(dict(records), plan, _left(plan, records, fresh)))
 
         if todo:
-            made = engine(config, loaded, data)
-            if isinstance(made, LocalEngine):
+            made = _engine(config, loaded, data, trust) if engine is None else engine(config, loaded, data)
+            if isinstance(made, LocalEngine | ProcessesEngine):
                 made.trackers = run.path / "trackers"
             made.run(todo, finished, progress=progress)
         result = SweepResult.of(config, plan, [records[j.key] for j in plan.jobs])
         result.write(run)
         return result
+
+
+def _engine(config: SweepConfig, loaded: LoadedModel, data: SweepData, trust: dict[str, bool]) -> Engine:
+    if config.engine == "local":
+        return LocalEngine(config, loaded, data)
+    return ProcessesEngine(config, loaded, data, trust=trust)
 
 
 def _stands(record: RunRecord, job: Job) -> bool:
