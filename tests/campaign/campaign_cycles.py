@@ -34,7 +34,7 @@ _TUNE = [
 WORKS: dict[str, list[str]] = {
     "tune, no cache": [*_TUNE, "--cache", "none"],
     "tune, cache in memory": [*_TUNE, "--cache", "memory"],
-    "tune, cache on disk": [*_TUNE, "--cache", "disk:cache"],
+    "tune, cache on disk": [*_TUNE, "--cache", "disk:prefixes"],
     "sweep": ["sweep", "sweep.yaml", "--quiet"],
     "profile": ["profile", "m", "m-sft", "--data", "d.jsonl", "--samples", "8", "--token-samples", "6", "--replicates",
                 "20", "--batch-size", "2", "--quiet"],

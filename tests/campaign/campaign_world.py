@@ -37,13 +37,13 @@ def interrupted_after(calls: int) -> Iterator[None]:
         console.progress_bar, progress.silent = kept, quiet
 
 
-_TUNE = "tune m --data d.jsonl --mask 00100 --rank 2 --dtype float32 --batch-size 4 --max-length 32 --quiet"
-_PROFILE = ("profile m m-sft --data d.jsonl --samples 6 --max-length 32 --token-samples 4 --replicates 20 "
+TUNE = "tune m --data d.jsonl --mask 00100 --rank 2 --dtype float32 --batch-size 4 --max-length 32 --quiet"
+PROFILE = ("profile m m-sft --data d.jsonl --samples 6 --max-length 32 --token-samples 4 --replicates 20 "
             "--batch-size 2 --quiet")
-_IMPORTANCE = ("importance m --data d.jsonl --max-steps 4 --score-steps 3 --rank 2 --check-every 2 --window 2 "
+IMPORTANCE = ("importance m --data d.jsonl --max-steps 4 --score-steps 3 --rank 2 --check-every 2 --window 2 "
                "--batch-size 4 --max-length 32 --quiet")
-_EVALUATE = "evaluate m --task perplexity --data d.jsonl --samples 4 --max-length 32 --quiet"
-_STUDY = "study m m-sft --data d.jsonl --only weights,lens --lens-samples 4 --max-length 32 --quiet"
+EVALUATE = "evaluate m --task perplexity --data d.jsonl --samples 4 --max-length 32 --quiet"
+STUDY = "study m m-sft --data d.jsonl --only weights,lens --lens-samples 4 --max-length 32 --quiet"
 CACHE = "cache"
 """The folder below the world that is midblock's cache: converted models."""
 
@@ -136,19 +136,19 @@ def build(folder: Path) -> None:
     os.environ["MIDBLOCK_CACHE"] = str(folder / CACHE)
     try:
         ok("inspect tiny.gguf")
-        ok(f"{_TUNE} --steps 2 --out runs/tune --cache disk:rows")
+        ok(f"{TUNE} --steps 2 --out runs/tune --cache disk:rows")
         shutil.copytree("runs/tune/adapter", "adapter")
-        ok(f"{_PROFILE} --out runs/profile")
+        ok(f"{PROFILE} --out runs/profile")
         ok("weights m m-sft --quiet --out runs/weights")
         for seed in ("0", "1"):
-            ok(f"{_IMPORTANCE} --seed {seed} --apply top:0.25 --out runs/importance-{seed}")
+            ok(f"{IMPORTANCE} --seed {seed} --apply top:0.25 --out runs/importance-{seed}")
         shutil.copy(next(Path("runs/importance-0/plans").glob("ila*.json")), "plan.json")
-        ok(f"{_EVALUATE} --out runs/evaluate")
+        ok(f"{EVALUATE} --out runs/evaluate")
         ok("sweep sweep.yaml --out runs/sweep --quiet")
-        ok(f"{_STUDY} --out runs/study")
-        for words, calls in ((f"{_TUNE} --steps 6 --save-steps 1 --out stopped/tune", 4),
-                             (f"{_PROFILE} --out stopped/profile", 4),
-                             (f"{_IMPORTANCE} --out stopped/importance", 5),
+        ok(f"{STUDY} --out runs/study")
+        for words, calls in ((f"{TUNE} --steps 6 --save-steps 1 --out stopped/tune", 4),
+                             (f"{PROFILE} --out stopped/profile", 4),
+                             (f"{IMPORTANCE} --out stopped/importance", 5),
                              ("sweep sweep.yaml --out stopped/sweep --quiet", 8)):
             with interrupted_after(calls):
                 ok(words, code=130)
@@ -168,11 +168,11 @@ class Case:
     """The damaged file; None: an option has a strange value."""
 
 
-_ONE = "tune m --dtype float32 --batch-size 4 --max-length 32 --quiet --steps 1 --out out"
+ONE = "tune m --dtype float32 --batch-size 4 --max-length 32 --quiet --steps 1 --out out"
 _MODEL = ("{m}/config.json {m}/model.safetensors {m}/tokenizer.json {m}/tokenizer_config.json "
           "{m}/generation_config.json {m}/config.json {m}/model.safetensors")
 _M, _SFT = _MODEL.format(m="m"), _MODEL.format(m="m-sft")
-_F = "--samples 4 --max-length 32 --quiet --out out"
+FAST = "--samples 4 --max-length 32 --quiet --out out"
 COMMANDS: list[tuple[str, str]] = [
     ("inspect m", "m/config.json m/model.safetensors m/config.json"),
     ("inspect shards", "shards/model.safetensors.index.json shards/*"),
@@ -183,41 +183,42 @@ COMMANDS: list[tuple[str, str]] = [
     ("weights m m-sft --no-spectra --quiet --out out", "m-sft/model.safetensors"),
     ("weights m shards --no-spectra --quiet --out out", "shards/model.safetensors.index.json shards/*"),
     ("weights m adapter --quiet --out out", "adapter/adapter_config.json adapter/adapter_model.safetensors"),
-    (f"lens m m-sft --data d.jsonl {_F}", f"d.jsonl {_SFT}"),
-    (f"lens m --data d.json {_F}", "d.json"),
-    (f"lens m --data d.csv {_F}", "d.csv"),
-    (f"lens m --data d.parquet {_F}", "d.parquet"),
-    (f"lens m --data d.jsonl.gz {_F}", "d.jsonl.gz"),
+    (f"lens m m-sft --data d.jsonl {FAST}", f"d.jsonl {_SFT}"),
+    (f"lens m --data d.json {FAST}", "d.json"),
+    (f"lens m --data d.csv {FAST}", "d.csv"),
+    (f"lens m --data d.parquet {FAST}", "d.parquet"),
+    (f"lens m --data d.jsonl.gz {FAST}", "d.jsonl.gz"),
     ("weights tiny.gguf tiny.gguf --no-spectra --quiet --out out", "cache/converted/*"),
-    (f"profile m m-sft --data d.jsonl --replicates 20 --token-samples 2 {_F}",
+    (f"profile m m-sft --data d.jsonl --replicates 20 --token-samples 2 {FAST}",
      "d.jsonl m/config.json m/tokenizer.json"),
-    (f"{_PROFILE} --out stopped/profile --resume", "stopped/profile/*"),
-    (f"swap m m-sft --data d.jsonl {_F}", "m-sft/config.json d.jsonl"),
-    (f"merge m m-sft --alphas 0,1,1,1,0 --data d.jsonl --save saved {_F}", "m-sft/config.json m-sft/model.safetensors"),
-    (f"gradients m --data d.jsonl {_F}", "d.jsonl m/config.json"),
-    (f"steer m m-sft --data d.jsonl {_F}", "d.jsonl m-sft/config.json"),
+    (f"{PROFILE} --out stopped/profile --resume", "stopped/profile/*"),
+    (f"swap m m-sft --data d.jsonl {FAST}", "m-sft/config.json d.jsonl"),
+    (f"merge m m-sft --alphas 0,1,1,1,0 --data d.jsonl --save saved {FAST}",
+     "m-sft/config.json m-sft/model.safetensors"),
+    (f"gradients m --data d.jsonl {FAST}", "d.jsonl m/config.json"),
+    (f"steer m m-sft --data d.jsonl {FAST}", "d.jsonl m-sft/config.json"),
     ("correlate runs/profile runs/weights --quiet --out out",
      "runs/profile/run.json runs/profile/table.csv runs/weights/table.csv runs/weights/run.json"),
-    (f"{_ONE} --mask 00100 --rank 2 --data d.jsonl", f"d.jsonl {_M}"),
-    (f"{_ONE} --mask 00100 --rank 2 --data chat.jsonl", "chat.jsonl chat.jsonl m/tokenizer_config.json"),
-    (f"{_ONE} --plan plan.json --data d.jsonl", "plan.json"),
-    (f"{_TUNE} --steps 2 --cache disk:rows --out out", "rows/*"),
-    (f"{_TUNE} --steps 6 --save-steps 1 --out stopped/tune --resume", "stopped/tune/*"),
-    (f"evaluate m --adapter adapter --task perplexity --data d.jsonl {_F}",
+    (f"{ONE} --mask 00100 --rank 2 --data d.jsonl", f"d.jsonl {_M}"),
+    (f"{ONE} --mask 00100 --rank 2 --data chat.jsonl", "chat.jsonl chat.jsonl m/tokenizer_config.json"),
+    (f"{ONE} --plan plan.json --data d.jsonl", "plan.json"),
+    (f"{TUNE} --steps 2 --cache disk:rows --out out", "rows/*"),
+    (f"{TUNE} --steps 6 --save-steps 1 --out stopped/tune --resume", "stopped/tune/*"),
+    (f"evaluate m --adapter adapter --task perplexity --data d.jsonl {FAST}",
      "adapter/adapter_config.json adapter/adapter_model.safetensors adapter/adapter_config.json"),
-    (f"evaluate m --task answer_loss --data d.jsonl {_F}", "d.jsonl m/config.json"),
-    (f"{_EVALUATE} --out runs/evaluate --resume", "runs/evaluate/*"),
+    (f"evaluate m --task answer_loss --data d.jsonl {FAST}", "d.jsonl m/config.json"),
+    (f"{EVALUATE} --out runs/evaluate --resume", "runs/evaluate/*"),
     ("compare samples_a.jsonl samples_b.jsonl --quiet --out out", "samples_a.jsonl samples_b.jsonl"),
     ("sweep sweep.yaml --dry-run", "sweep.yaml sweep.yaml sweep.yaml d.jsonl m/config.json"),
     ("sweep sweep.yaml --out runs/sweep --resume --quiet", "runs/sweep/* runs/sweep/results/*"),
     ("sweep sweep.yaml --out stopped/sweep --resume --quiet", "stopped/sweep/*"),
-    (f"importance m --data d.jsonl --max-steps 2 --score-steps 2 --rank 2 {_F}", "d.jsonl m/config.json"),
-    (f"{_IMPORTANCE} --out stopped/importance --resume", "stopped/importance/*"),
+    (f"importance m --data d.jsonl --max-steps 2 --score-steps 2 --rank 2 {FAST}", "d.jsonl m/config.json"),
+    (f"{IMPORTANCE} --out stopped/importance --resume", "stopped/importance/*"),
     ("overlap runs/importance-0 runs/importance-1 --quiet --out out",
      "runs/importance-0/run.json runs/importance-0/table.csv runs/importance-1/table.csv"),
-    (f"locate m {_F}", "m/config.json m/model.safetensors"),
+    (f"locate m {FAST}", "m/config.json m/model.safetensors"),
     ("locate --validate runs/sweep --quiet --out out", "runs/sweep/run.json runs/sweep/table.csv"),
-    (f"{_STUDY} --out runs/study --resume", "runs/study/*"),
+    (f"{STUDY} --out runs/study --resume", "runs/study/*"),
     ("study study.yaml --quiet --out out", "study.yaml"),
     ("report runs --out report.html", "runs/*/run.json runs/*/table.csv"),
 ]

@@ -1,33 +1,24 @@
 """Damaged inputs end in one clear line or in a result. All that builds the small world is slow; the judge is not."""
 
+# ruff: noqa: F811  (the fixture is imported by name)
 from __future__ import annotations
 
 import json
 import os
 import random
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from campaign_fixtures import world  # noqa: F401
 from campaign_mutations import KINDS, damage
 from campaign_world import COMMANDS, Case, case_of
 
-from campaign import campaign, is_good, judge, make_world, run_case, snapshot
+from campaign import campaign, is_good, judge, run_case, snapshot
 from midblock.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = 24
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("campaign")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-        make_world(folder / "world")
-        yield folder / "world"
 
 
 @pytest.mark.slow
