@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ _SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tmp_path_factory.mktemp("known")
+def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("known")
 
 
 def check(world: Path, folder: Path, words: str, damage: Damage, code: int, says: str) -> tuple[Path, str]:
