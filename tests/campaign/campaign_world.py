@@ -48,6 +48,24 @@ CACHE = "cache"
 """The folder below the world that is midblock's cache: converted models."""
 
 
+def build_models(folder: Path) -> Any:
+    """Write ``m``, a tiny Llama of 5 blocks, and ``m-sft``, a changed copy; returns the latter."""
+    import torch
+
+    from conftest import build_tiny_tokenizer
+    from families import FAMILIES
+    from midblock.models import save_checkpoint
+
+    model = FAMILIES["llama"](seed=0, num_hidden_layers=5)
+    save_checkpoint(model, build_tiny_tokenizer(), folder / "m")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_checkpoint(model, build_tiny_tokenizer(), folder / "m-sft")
+    return model
+
+
 def build(folder: Path) -> None:
     """Fill an empty folder; takes about a minute.
 
@@ -59,25 +77,16 @@ def build(folder: Path) -> None:
     import gzip
 
     import pandas as pd
-    import torch
 
     from conftest import build_tiny_tokenizer
-    from families import FAMILIES
     from gguf_helpers import write_gguf
     from midblock.cli.app import run
-    from midblock.models import save_checkpoint
 
     def ok(words: str, code: int = 0) -> None:
         found = run(words.split())
         assert found == code, (words, found)
 
-    model = FAMILIES["llama"](seed=0, num_hidden_layers=5)
-    save_checkpoint(model, build_tiny_tokenizer(), folder / "m")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    save_checkpoint(model, build_tiny_tokenizer(), folder / "m-sft")
+    model = build_models(folder)
     model.save_pretrained(folder / "shards", max_shard_size="60KB")
     build_tiny_tokenizer().save_pretrained(folder / "shards")
     assert len(list((folder / "shards").glob("*.safetensors"))) > 1
