@@ -10,8 +10,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from campaign_mutations import OPTIONS, damage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -48,7 +52,7 @@ CACHE = "cache"
 """The folder below the world that is midblock's cache: converted models."""
 
 
-def build_models(folder: Path) -> Any:
+def build_models(folder: Path) -> PreTrainedModel:
     """Write ``m``, a tiny Llama of 5 blocks, and ``m-sft``, a changed copy; returns the latter."""
     import torch
 
