@@ -6,25 +6,54 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from campaign_fixtures import world  # noqa: F401
 from campaign_mutations import KINDS, damage
-from campaign_world import COMMANDS, Case, case_of
+from campaign_results import run_in
+from campaign_world import COMMANDS, FAST, Case, build_models, case_of
 
 from campaign import campaign, is_good, judge, run_case, snapshot
 from midblock.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FAST = 24
+CASES = 8
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "w"
+    folder.mkdir()
+    build_models(folder)
+    (folder / "d.jsonl").write_text("".join(
+        json.dumps({"prompt": f"what is {i}? ", "completion": f"it is {i}."}) + "\n" for i in range(6)))
+    return folder
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("words", "target"), [
+    ("inspect m", "m/config.json"), ("inspect m", "m/model.safetensors"),
+    ("weights m m-sft --no-spectra --quiet --out out", "m-sft/model.safetensors"),
+    (f"lens m --data d.jsonl {FAST}", "d.jsonl"), (f"lens m --data d.jsonl {FAST}", "m/config.json")])
+def test_a_few_damaged_inputs(small: Path, tmp_path: Path, words: str, target: str) -> None:
+    """What of the campaign is fast enough for every run of the tests."""
+    for seed in range(CASES):
+        place = tmp_path / str(seed)
+        shutil.copytree(small, place)
+        what = damage(place / target, random.Random(f"{words} {target} {seed}"))
+        before = snapshot(place)
+        code, out, err = run_in(place, words.split())
+        verdict = judge(Case(words.split(), target), code, out, err, before, place, 0.0)
+        assert verdict in ("ok", "refused"), (what, verdict, err)
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_some_damaged_inputs(world: Path) -> None:
-    bad = [result for number in range(FAST) if not is_good(result := run_case(11, number, world))]
+    bad = [result for number in range(24) if not is_good(result := run_case(11, number, world))]
     assert bad == []
 
 
