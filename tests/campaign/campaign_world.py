@@ -160,11 +160,12 @@ def build(folder: Path) -> None:
         ok("sweep sweep.yaml --out runs/sweep --quiet")
         ok(f"{STUDY} --out runs/study")
         for words, calls in ((f"{TUNE} --steps 6 --save-steps 1 --out stopped/tune", 4),
-                             (f"{PROFILE} --out stopped/profile", 4),
+                             (f"{PROFILE} --out stopped/profile", 2),
                              (f"{IMPORTANCE} --out stopped/importance", 5),
                              ("sweep sweep.yaml --out stopped/sweep --quiet", 8)):
             with interrupted_after(calls):
                 ok(words, code=130)
+        assert list(Path("stopped/profile").rglob("part-*.safetensors"))
     finally:
         os.chdir(kept)
         os.environ.pop("MIDBLOCK_CACHE")

@@ -321,8 +321,9 @@ ADAPTER = "adapter/adapter_config.json"
                                                           lambda v: v.update(settings=[], models=5)), "run.json"),
     *[(f"a result is {t[:20]}", SWEEP, text(RESULT, t), "seed1.json")
       for t in ("null", "{}", '{"scores": "x"}', "[1]")],
-    ("a text score, sealed", SWEEP, resealed(RESULT, lambda v: v["scores"].__setitem__(
-        0, {**v["scores"][0], "value": "x"}) if isinstance(v["scores"], list) else v.update(scores="x")), "seed1.json"),
+    *[(f"sealed {k} = {x!r}", SWEEP, resealed(RESULT, lambda v, k=k, x=x: v["tasks"]["answers"].update({k: x})),
+       "seed1.json") for k, x in (("metric", 5), ("items", "x"), ("items", None), ("higher_is_better", "maybe"))],
+    ("sealed tasks of another type", SWEEP, resealed(RESULT, lambda v: v.update(tasks=[1])), "seed1.json"),
     *[(f"an index value {v!r}", "inspect shards", index(v), "name of a file") for v in ([], 5, None, {}, True, "")],
     *[(f"adapter {n} = {v!r}", ADAPTED, config(n, v, ADAPTER), "adapter")
       for n, v in (("base_model_name_or_path", 7), ("base_model_name_or_path", []), ("lora_alpha", "x"), ("r", -1),
@@ -386,14 +387,14 @@ def _draws(place: Path) -> None:
      resealed("runs/profile/run.json", lambda v: [m.update(blocks=999_999) for m in v["models"].values()]), "blocks"),
     ("a million random draws", DRY, _draws, "random"),
     ("a long line in a small gzip", f"lens m --data d.jsonl.gz {FAST}", _zip_line, "more than [0-9,]+ bytes"),
-    *[(f"a pipe as {n}", w, _pipe(n), "regular file")
+    *[(f"a pipe as {n}", w, _pipe(n), "regular file|no config.json")
       for n, w in (("d.jsonl", LENS), ("m/config.json", "inspect m"), ("sweep.yaml", DRY), ("plan.json", PLAN))],
     *[(f"/dev/zero as {n}", w, _zero(n), "regular file|no config.json")
       for n, w in (("d.jsonl", LENS), ("m/config.json", "inspect m"), ("sweep.yaml", DRY), ("plan.json", PLAN))],
     ("importance of budget 0", f"{IMPORTANCE} --apply top:0.3 --budget 0 --out out", nothing, "budget"),
     ("importance of budget -5", f"{IMPORTANCE} --apply top:0.3 --budget -5 --out out", nothing, "budget"),
     ("a forged error in a file's name", f"lens m --data \x1b[31m\nError:forged.jsonl {FAST}", nothing, r"\\x1b"),
-    ("a forged error in an index", "inspect shards", index("\x1b[31m\nError: forged"), "x1b|same folder|missing"),
+    ("a forged error in an index", "weights m shards --no-spectra --quiet --out out", index("\x1b[31m\nError: forged"), "x1b|same folder|missing"),
     ("a forged error in a metric", "correlate runs/profile runs/weights --quiet --out out --metrics \x1b[31m\nError:x",
      nothing, r"\\x1b"),
 ])
@@ -411,7 +412,7 @@ def test_a_mask_of_100001_digits_in_a_table(world: Path, place: Path) -> None:
         resealed("runs/sweep/run.json", lambda v: v["digests"].update(
             {"table.csv": hashlib.sha256(path.read_bytes()).hexdigest()}))(place)
 
-    check(world, place, "locate --validate runs/sweep --quiet --out out", damage, 2, "mask|masks|blocks")
+    check(world, place, "locate --validate runs/sweep --quiet --out out", damage, 2, "no score of 00100")
 
 
 def test_a_file_of_too_many_rows(world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
