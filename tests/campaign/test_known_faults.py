@@ -394,7 +394,8 @@ def _draws(place: Path) -> None:
     ("importance of budget 0", f"{IMPORTANCE} --apply top:0.3 --budget 0 --out out", nothing, "budget"),
     ("importance of budget -5", f"{IMPORTANCE} --apply top:0.3 --budget -5 --out out", nothing, "budget"),
     ("a forged error in a file's name", f"lens m --data \x1b[31m\nError:forged.jsonl {FAST}", nothing, r"\\x1b"),
-    ("a forged error in an index", "weights m shards --no-spectra --quiet --out out", index("\x1b[31m\nError: forged"), "x1b|same folder|missing"),
+    ("a forged error in an index", "weights m shards --no-spectra --quiet --out out", index("\x1b[31m\nError: forged"),
+     "x1b|same folder|missing"),
     ("a forged error in a metric", "correlate runs/profile runs/weights --quiet --out out --metrics \x1b[31m\nError:x",
      nothing, r"\\x1b"),
 ])
