@@ -26,7 +26,7 @@ from midblock.errors import OutputError
 from midblock.reading import read_sealed, sealed
 from midblock.results import json_ready
 
-__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_errors", "read_written", "recomputed",
+__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_error", "output_errors", "read_written", "recomputed",
            "remove", "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json", "write_sealed"]
 
 FORMAT_VERSION = 2
@@ -53,10 +53,21 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"cannot write {path}: the disk is full; free some space, then repeat the command with "
-                              "--resume.") from error
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise output_error(path, error) from error
+
+
+def output_error(path: Path, error: Exception) -> OutputError:
+    """What to tell of a failed write; a full disk is known by its number, or by words (safetensors has no numbers).
+
+    Args:
+        path: What was to be written.
+        error: What the system or a library said.
+    """
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return OutputError(f"cannot write {path}: the disk is full; free some space, then repeat the command with "
+                           "--resume.")
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return OutputError(f"cannot write {path}: {said.removesuffix('.')}.")
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ WORKS: dict[str, list[str]] = {
                  "32", "--batch-size", "2", "--quiet"],
 }  # fmt: skip
 WAYS = ("SIGKILL", "SIGTERM", "full disk")
-_TIMED = ("second", "memory", "time", "bytes", "digest", "cache", "started", "finished", "per_s", "hits", "misses")
+_TIMED = ("second", "memory", "time", "bytes", "digest", "cache", "started", "finished", "per_s", "hits", "misses",
+          "rows_", "prefix")
 
 
 def start(words: list[str], place: Path, log: Path) -> int:

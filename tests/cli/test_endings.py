@@ -62,6 +62,27 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no timer")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_destructor_is_not_lost(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    class Ending:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    hook = sys.unraisablehook
+    came = 0
+    with pytest.raises(KeyboardInterrupt), signals_end_as_interrupts():
+        ending = Ending()
+        del ending
+        for came in range(500):  # noqa: B007
+            time.sleep(0.01)
+    assert came < 499
+    assert "Traceback" not in capfd.readouterr().err
+    assert sys.unraisablehook is hook
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
 def test_the_second_signal_does_not_cut_the_saving_short() -> None:
     saved = []
 

@@ -35,6 +35,7 @@ from midblock.quantities import label_of
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
+from midblock.writing import output_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -251,10 +252,8 @@ def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], fo
                     with safe_open(kept, framework="pt") as stored, torch.no_grad():
                         for w in changed:
                             w.base.data.copy_(stored.get_tensor(w.name))
-    except SafetensorError as error:
-        raise OutputError(f"cannot write beside {folder}: {error}.") from error
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from error
+    except (SafetensorError, OSError) as error:
+        raise output_error(folder, error) from error
 
 
 # ---------------------------------------------------------------------------------------------

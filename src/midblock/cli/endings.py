@@ -39,7 +39,8 @@ class Ended(KeyboardInterrupt):
 def signals_end_as_interrupts(raised: list[Ended] | None = None) -> Iterator[None]:
     """Within the context SIGTERM (a cluster's time limit) and SIGHUP (a lost terminal) raise `Ended`, once.
 
-    A signal that is already handled or ignored (``nohup``) stays so. Nothing changes outside the main thread.
+    A signal that is already handled or ignored (``nohup``) stays so. Nothing changes outside the main thread. What a
+    signal raises while an object is being destroyed Python drops; it is then raised again a moment later.
 
     Args:
         raised: What is raised is appended to it.
@@ -54,14 +55,34 @@ def signals_end_as_interrupts(raised: list[Ended] | None = None) -> Iterator[Non
             raised.append(ended)
         raise ended
 
+    lost: list[BaseException] = []
+    report = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+            report(what)
+            return
+        lost.append(what.exc_value)
+        signal.signal(signal.SIGALRM, once_more)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    def once_more(number: int, frame: object) -> None:
+        raise lost[-1]
+
     changed: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         changed = {n: signal.getsignal(n) for n in _SIGNALS if signal.getsignal(n) == signal.SIG_DFL}
         for number in changed:
             signal.signal(number, end)
+        sys.unraisablehook = dropped
     try:
         yield
     finally:
+        if sys.unraisablehook is dropped:
+            sys.unraisablehook = report
+        if lost:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number, handler in changed.items():
             signal.signal(number, handler)
 

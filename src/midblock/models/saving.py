@@ -14,8 +14,8 @@ from torch import nn
 
 from midblock.errors import AdapterError, CheckpointError, OutputError
 from midblock.models.checkpoints import Checkpoint
-from midblock.models.quiet import first_line, quiet
-from midblock.writing import temporary_folder, umask
+from midblock.models.quiet import quiet
+from midblock.writing import output_error, temporary_folder, umask
 
 __all__ = ["save_checkpoint"]
 
@@ -64,7 +64,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
                 path.chmod(0o666 & ~umask())
             os.replace(temporary, folder)
     except SafetensorError as error:
-        raise OutputError(f"cannot write {folder}: {first_line(error)}.") from error
+        raise output_error(folder, error) from error
     return folder
 
 

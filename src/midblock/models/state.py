@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midblock.errors import OutputError
 from midblock.reading import parse_json, shortened
-from midblock.writing import atomic_path
+from midblock.writing import atomic_path, output_error
 
 __all__ = ["load_state", "save_state"]
 
@@ -37,7 +37,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, An
         try:
             save_file(kept, temporary, metadata={"state": text, "sha256": _digest(kept, text)})
         except SafetensorError as error:  # it carries the system's words, but is not an OSError
-            raise OutputError(f"cannot write {path}: {error}.") from error
+            raise output_error(path, error) from error
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

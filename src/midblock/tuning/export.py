@@ -24,7 +24,7 @@ from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.peft_config import target_names
 from midblock.tuning.plan import Plan
-from midblock.writing import atomic_path, write_json
+from midblock.writing import atomic_path, output_error, write_json
 
 __all__ = ["PLAN_FILE", "VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
            "vllm_note", "with_weights"]
@@ -96,7 +96,7 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
         temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError as error:
-        raise OutputError(f"cannot write the adapter to {folder}: {error.strerror or error}.") from error
+        raise output_error(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -35,6 +35,7 @@ from midblock.tuning.checkpoints import (
 from midblock.tuning.kernels import has_plain_head, lean_lora
 from midblock.tuning.prefix import FrozenPrefix
 from midblock.tuning.steps import StepLog, TrainResult
+from midblock.writing import output_error
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -176,7 +177,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         except TrainingError as error:
             raise TrainingError(_what_is_kept(str(error), place if folder is not None else None)) from None
         except OSError as error:
-            raise OutputError(f"cannot write a checkpoint to {place}: {error.strerror or error}.") from error
+            raise output_error(place, error) from error
         attachment.model.eval()
         return _result(watch, blocks, attachment, prefix.describe(), notes + prefix.notes, begun)
 
