@@ -228,7 +228,8 @@ class Cycles:
     @staticmethod
     def _interruption(way: str, code: int, told: str, out: Path) -> list[str]:
         """What is wrong with the way in which the first run ended."""
-        wrong = ["traceback"] if "Traceback" in told else []
+        at = told.find("Traceback")
+        wrong = [f"traceback: {told[max(0, at - 200):][:1500]}"] if at >= 0 else []
         if code == 0 or way == "SIGKILL":
             return wrong
         if way == "SIGTERM":
