@@ -27,7 +27,8 @@ from midblock.reading import read_sealed, sealed
 from midblock.results import json_ready
 
 __all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_error", "output_errors", "read_written",
-           "recomputed", "remove", "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json", "write_sealed"]
+           "recomputed", "remove", "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json",
+           "write_sealed"]
 
 FORMAT_VERSION = 2
 """Of everything that midblock writes and reads back; 2: with digests."""
