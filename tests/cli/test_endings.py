@@ -18,7 +18,7 @@ from midblock.cli.endings import Ended, check_words, foreseen, signals_end_as_in
 from midblock.errors import SettingsError
 
 RUN = """
-import sys, time, pathlib
+import signal, sys, time, pathlib
 import typer
 from midblock.cli import app
 from midblock.provenance import RunFolder
@@ -30,6 +30,8 @@ def wait(out: pathlib.Path = typer.Option(...), resume: bool = typer.Option(Fals
         while True:
             time.sleep(0.05)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore these
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 app.app.command("wait")(wait)
 sys.exit(app.run(["wait", "--out", sys.argv[1]]))
 """
@@ -72,6 +74,7 @@ def test_a_signal_in_a_destructor_is_not_lost(number: int, capfd: pytest.Capture
 
     hook = sys.unraisablehook
     ended = False
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work() -> None:
         nonlocal ended
@@ -81,8 +84,11 @@ def test_a_signal_in_a_destructor_is_not_lost(number: int, capfd: pytest.Capture
             time.sleep(5)
             ended = True
 
-    with pytest.raises(KeyboardInterrupt):
-        work()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not ended
     assert "Traceback" not in capfd.readouterr().err
     assert sys.unraisablehook is hook
