@@ -108,7 +108,7 @@ def test_the_judge_sees_what_was_left_or_touched(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text("[]")
     assert judge(case, 0, "", "", before, tmp_path, 1.0) == "touched m/config.json"
     (tmp_path / ".midblock-tmp-x").write_text("")
-    assert judge(case, 0, "", "", before, tmp_path, 1.0) == "half-written"
+    assert judge(case, 0, "", "", before, tmp_path, 1.0) == "half-written .midblock-tmp-x"
     (tmp_path / ".midblock-tmp-x").unlink()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(json.dumps({"status": "running"}))

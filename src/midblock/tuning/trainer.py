@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from midblock.data import TokenRow, TokenRows, pad_token_id
-from midblock.errors import DataError, OutputError, TrainingError
+from midblock.errors import DataError, TrainingError
 from midblock.models import Anatomy
 from midblock.models.attention import can_pack, dense_attention
 from midblock.models.forwards import forwards_kept
