@@ -12,24 +12,9 @@ from typing import Literal
 
 from midblock.errors import BlockRangeError
 
-__all__ = [
-    "MIDDLE",
-    "ZONES",
-    "ZONES_TITLE",
-    "Zone",
-    "all_masks_single",
-    "blocks_from_spec",
-    "contiguous_ranges",
-    "depth",
-    "format_blocks",
-    "parse_blocks",
-    "segment_blocks",
-    "segment_bounds",
-    "validate_mask",
-    "where_most",
-    "zone",
-    "zone_means",
-]
+__all__ = ["MIDDLE", "ZONES", "ZONES_TITLE", "Zone", "all_masks_single", "blocks_from_spec", "contiguous_ranges",
+           "depth", "format_blocks", "parse_blocks", "segment_blocks", "segment_bounds", "validate_mask",
+           "where_most", "zone", "zone_means", "zones_in_words"]
 
 Zone = Literal["early", "middle", "late"]
 ZONES: tuple[Zone, ...] = ("early", "middle", "late")
@@ -244,6 +229,20 @@ def zone_means(layers: Iterable[int], values: Iterable[float], last: int) -> dic
 
 
 _EVEN = 1.25  # zones whose means are within this factor are called even
+
+
+def zones_in_words(means: Mapping[str, float], form: str = ".3g") -> str:
+    """Means of zones in words; a zone without one is left out.
+
+    Args:
+        means: Zone -> mean, as `zone_means` gives it.
+        form: Format of the numbers.
+
+    Example:
+        >>> zones_in_words({"early": 0.5, "middle": float("nan"), "late": 2.0})
+        'early 0.5, late 2'
+    """
+    return ", ".join(f"{zone} {value:{form}}" for zone, value in means.items() if not math.isnan(value))
 
 
 def where_most(means: Mapping[str, float], what: str = "blocks") -> str:

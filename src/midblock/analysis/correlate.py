@@ -123,7 +123,7 @@ class CorrelationResult(TableResult):
                 continue
             defined = int(part["r"].notna().sum())
             lines.append(f"{method}: {int((part['p_holm'] < 0.05).sum())} of {defined} pairs have Holm p < 0.05"
-                         + (f" ({len(part) - defined} pairs are undefined)." if defined < len(part) else "."))
+                         + (f" ({len(part) - defined} undefined)." if defined < len(part) else "."))
         shown: Method = "spearman" if (self.pairs["method"] == "spearman").any() else "pearson"
         for _, row in self.strongest(5, shown).iterrows():
             interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"

@@ -31,7 +31,7 @@ from midblock.models import LoadedModel, kind_of, require_full_weights, split_fu
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
-from midblock.segments import zone_means
+from midblock.segments import zone_means, zones_in_words
 from midblock.settings import GradientSettings
 from midblock.training import MasterAdamW, Update, training_steps
 
@@ -155,7 +155,7 @@ class GradientsResult(TableResult):
         return Answer(
             f"{stage}: the gradient relative to the weights is largest in block {int(top['layer'])} of 0 to "
             f"{self.num_blocks - 1}: {top['value']:.3g}{interval}, n = {int(top['n'])} batches (mean "
-            + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").",
+            f"{zones_in_words(means)}).",
             "A large gradient says where the loss pushes, not what tuning there gains; no score is shown to choose "
             "better than the fixed middle.",
             self.origin.words("locate", models=1))
@@ -173,8 +173,7 @@ class GradientsResult(TableResult):
                 zones = zone_means(part.index, part, self.num_blocks - 1)
                 top = int(part.idxmax())
                 where = f"block {top} (depth {top / max(1, self.num_blocks - 1):.2f}: {part[top]:.4g})"
-                lines.append(f"{stage}: {metric} is largest at {where}; "
-                             + ", ".join(f"{name} {value:.4g}" for name, value in zones.items()) + ".")
+                lines.append(f"{stage}: {metric} is largest at {where}; {zones_in_words(zones, '.4g')}.")
         return lines
 
     def figures(self) -> dict[str, Figure]:

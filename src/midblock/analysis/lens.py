@@ -287,6 +287,9 @@ class LensResult(TableResult):
         for pair in comparisons(self.stages):
             kl = frame[(frame["metric"] == "kl") & (frame["stage"] == side_of(pair))]
             top = kl.loc[kl["value"].idxmax()]
+            if not top["value"] > _SAME_NATS:
+                lines.append(f"{side_of(pair)}: the same predictions at every hidden state read.")
+                continue
             final = at("top1_agreement", side_of(pair), last, "stage")
             lines.append(f"{side_of(pair)}: largest KL({pair[1]} || {pair[0]}) {top['value']:.4g} nats at hidden "
                          f"{int(top['layer'])}; the most likely token agrees on {final.value:.1%} of positions at "

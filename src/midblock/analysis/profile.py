@@ -21,7 +21,7 @@ from midblock.models.chain import comparisons, side_of
 from midblock.progress import Progress, silent
 from midblock.quantities import FAMILIES, label_of, moved, quantities
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
-from midblock.segments import ZONES, where_most, zone_means
+from midblock.segments import ZONES, where_most, zone_means, zones_in_words
 from midblock.settings import ProfileSettings
 
 if TYPE_CHECKING:
@@ -88,11 +88,10 @@ class ProfileResult(TableResult):
         h, frame = int(row["largest at hidden"]), self.frame
         found = frame[(frame["stage"] == stage) & (frame["metric"] == row.name) & (frame["layer"] == h)].iloc[0]
         means = {str(zone): row[zone] for zone in ZONES}
-        told = ", ".join(f"{zone} {value:.3g}" for zone, value in means.items() if not pd.isna(value))
         return Answer(
             f"{stage}: hidden states moved most at hidden {h} of {last}: {label_of(str(row.name), unit='').lower()} "
             f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}], n = {int(found['n'])} samples "
-            f"(mean {told}).",
+            f"(mean {zones_in_words(means)}).",
             f"By that measure {where_most(means, 'hidden states')}. Where states move says what tuning did; swap "
             "measures which blocks carry it.",
             self.origin.words("swap"))
@@ -113,10 +112,9 @@ class ProfileResult(TableResult):
                     h = int(moved[metric])
                     words.append(f"{metric} at hidden {h} (depth {h / (self.num_hidden - 1):.2f}: "
                                  f"{part.loc[metric, 'there']:.4g})")
-            late, middle = part.loc["cosine", "late"], part.loc["cosine", "middle"]
             lines.append(f"{side_of(pair)}: largest change of " + ", ".join(words) + ".")
-            lines.append(f"{side_of(pair)}: mean cosine similarity early {part.loc['cosine', 'early']:.4f}, "
-                         f"middle {middle:.4f}, late {late:.4f}.")
+            means = {zone: part.loc["cosine", zone] for zone in ZONES}
+            lines.append(f"{side_of(pair)}: mean cosine similarity {zones_in_words(means, '.4f')}.")
         lines.append("Sample-level intervals are t intervals of the mean; dataset-level ones resample samples "
                      f"({self.settings.resampling} bootstrap, {self.settings.replicates} replicates).")
         return lines

@@ -73,9 +73,9 @@ class StabilityResult(TableResult):
         return regions
 
     def answer(self) -> Answer:
-        """As of a profile; n counts seeds."""
+        """As of a profile; the n of its interval counts seeds."""
         own = self._as_profile().answer()
-        return replace(own, found=own.found.replace(" samples", " seeds"))
+        return replace(own, found=own.found.replace(" samples (mean", " seeds (mean"))
 
     def details(self) -> list[str]:
         """Where the change is, and at how many depths it is there with every seed."""

@@ -98,6 +98,9 @@ class SwapResult(TableResult):
                 part = frame[(frame["metric"] == "loss") & (frame["side"] == "difference")
                              & (frame["recipient"] == recipient) & (frame["donor"] == donor)
                              & (frame["head"] == recipient)]
+                if not part["value"].abs().gt(0).any():
+                    lines.append(f"{donor} segments in {recipient} ({recipient} head): none changes the loss.")
+                    continue
                 best, worst = part.loc[part["value"].idxmin()], part.loc[part["value"].idxmax()]
 
                 def told(row: Any) -> str:

@@ -35,7 +35,7 @@ from midblock.models.chain import comparisons, side_of, stage_names
 from midblock.progress import Progress, silent
 from midblock.quantities import matrix_order
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
-from midblock.segments import ZONES, depth, format_blocks, where_most, zone_means
+from midblock.segments import ZONES, depth, format_blocks, where_most, zone_means, zones_in_words
 from midblock.settings.weights import WeightsSettings
 
 if TYPE_CHECKING:
@@ -125,11 +125,11 @@ class WeightsResult(TableResult):
         row = self.regions().set_index(["stage", "metric", "matrix"]).loc[(stage, "weight_change_relative", "all")]
         which = "all" if len(blocks) == self.num_blocks else f"{len(blocks)} of {self.num_blocks}"
         means = {str(zone): row[zone] for zone in ZONES}
-        told = ", ".join(f"{zone} {value:.3g}" for zone, value in means.items() if not pd.isna(value))
         return Answer(
-            f"{stage}: {which} blocks changed ({format_blocks(blocks)}), relative to their weights by {told}; most in "
-            f"block {int(row['largest at block'])} ({row['there']:.3g}); every weight was compared.",
-            f"By the weights {where_most(means, 'blocks' if which == 'all' else 'the changed blocks')}. That says what "
+            f"{stage}: {which} blocks changed ({format_blocks(blocks)}), relative to their weights by "
+            f"{zones_in_words(means)}; most in block {int(row['largest at block'])} ({row['there']:.3g}); every weight "
+            "was compared.",
+            f"By the weights {where_most(means, 'blocks' if which == 'all' else 'changed blocks')}. That says what "
             "tuning moved, not which blocks are best to tune.",
             self.origin.words("profile", "--data", "arithmetic", data=False))
 
@@ -160,8 +160,7 @@ class WeightsResult(TableResult):
                     continue
                 b = int(row["largest at block"])
                 lines.append(f"{stage}: {what}: largest in block {b} (depth {depth(b, self.num_blocks):.2f}: "
-                             f"{row['there']:.4g}); mean early {row['early']:.4g}, "
-                             f"middle {row['middle']:.4g}, late {row['late']:.4g}.")
+                             f"{row['there']:.4g}); mean {zones_in_words({z: row[z] for z in ZONES}, '.4g')}.")
             ranks = frame[(frame["stage"] == stage) & (frame["kind"] == "block")
                           & (frame["metric"] == "weight_change_effective_rank")].groupby("matrix")["value"].mean()
             if len(ranks := ranks.dropna()):
