@@ -174,8 +174,9 @@ def test_the_direction_comes_from_one_half_and_the_other_is_scored(name, togethe
         for place, own in {"none": {}, **groups}.items():
             with steered(base.anatomy, own, 0.5):
                 for i in scored:
-                    logits = base.model(**model_inputs(base.model, single[i])).logits[0, :-1]
-                    target = single[i].input_ids[0, 1:]
+                    logits, target = base.model(**model_inputs(base.model, single[i])).logits[0], single[i].input_ids[0]
+                    # t5's decoder reads the text shifted right: its state at a place is of that token
+                    logits, target = logits[1:] if name == "t5" else logits[:-1], target[1:]
                     loss.setdefault(place, []).append(torch.nn.functional.cross_entropy(logits, target).item())
     tokens = np.array([single[i].input_ids.shape[1] - 1 for i in scored])
 

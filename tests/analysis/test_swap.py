@@ -227,8 +227,10 @@ def test_models_that_cannot_be_resumed_are_run_whole_and_that_is_recorded(family
             for row in tokenize(data.sample(4, 0), base.tokenizer, max_length=64).rows:
                 batch, = make_batches([row], batch_size=1, pad_id=0)
                 with torch.inference_mode():
-                    logits = model(**model_inputs(model, batch)).logits[0, :-1]
-                total += torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum").item()
+                    logits, target = model(**model_inputs(model, batch)).logits[0], batch.input_ids[0]
+                # t5's decoder reads the text shifted right: its state at a place is of that token
+                logits, target = logits[1:] if family == "t5" else logits[:-1], target[1:]
+                total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
                 count += len(logits)
             row = result.frame[(result.frame.recipient == name) & (result.frame["head"] == name)
                                & (result.frame.layer == mask) & (result.frame.metric == "loss")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,15 +38,18 @@ def test_nothing_is_put_in_place_before_it_is_asked_for_or_too_much_is_on_the_wa
     assert target.all()
 
 
-def test_counted_tokens_are_those_of_the_mask():
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_counted_tokens_are_those_of_the_mask(encoder_decoder):
+    anatomy = SimpleNamespace(causal_lm=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=encoder_decoder)))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 50, (4, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 4:] = mask[3, 1:] = 0
     batch = Batch((0, 1, 2, 3), ids, mask)
     hidden = torch.randn(4, 7, 3, generator=generator)
-    found, counts = counted_tokens(batch, hidden.device), counted_positions(batch)
-    assert torch.equal(found.of(hidden), hidden[counts])
+    found, counts = counted_tokens(batch, hidden.device, anatomy), counted_positions(batch)
+    # a decoder whose text is shifted right has read token t only in its next state
+    assert torch.equal(found.of(hidden), (hidden.roll(-1, dims=1) if encoder_decoder else hidden)[counts])
     assert torch.equal(found.target, ids.roll(-1, dims=1)[counts])
     assert torch.equal(found.row, counts.nonzero()[:, 0])
     assert torch.equal(found.position, counts.nonzero()[:, 1])
