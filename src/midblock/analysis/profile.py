@@ -113,7 +113,7 @@ class ProfileResult(TableResult):
                     words.append(f"{metric} at hidden {h} (depth {h / (self.num_hidden - 1):.2f}: "
                                  f"{part.loc[metric, 'there']:.4g})")
             lines.append(f"{side_of(pair)}: largest change of " + ", ".join(words) + ".")
-            means = {zone: part.loc["cosine", zone] for zone in ZONES}
+            means = {str(zone): part.loc["cosine", zone] for zone in ZONES}
             lines.append(f"{side_of(pair)}: mean cosine similarity {zones_in_words(means, '.4f')}.")
         lines.append("Sample-level intervals are t intervals of the mean; dataset-level ones resample samples "
                      f"({self.settings.resampling} bootstrap, {self.settings.replicates} replicates).")
