@@ -2,7 +2,7 @@
 #   make demo    the whole program on a real small model, no network but the package index
 #   make test    fast tests        make slow   the tests on the real embedded model
 #   make lint    ruff and mypy     make docs   the documentation, strict     make check   all three
-#   make bench   every benchmark of docs/performance.md, about 20 minutes on two cores; nothing else should run
+#   make bench   every benchmark of docs/performance.md, estimated at 20 minutes on two cores; nothing else should run
 #   make notebooks   runs the notebooks of examples/ and keeps what they print and draw
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark of docs/performance.md on this machine, one after another, with nothing else running: about 20 minutes on
+# Every benchmark of docs/performance.md on this machine, one after another, with nothing else running: estimated at 20 minutes on
 # two cores. Tables go to OUT/NAME.md (default: runs/benchmarks) as docs/performance.md has them, and all of them to OUT/all.md.
 #
 #   make bench                          benchmarks/all.sh [OUT [NAME ...]]

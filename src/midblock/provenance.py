@@ -56,6 +56,7 @@ def peak_memory_bytes() -> int:
 
 
 def package_versions() -> dict[str, str]:
+    """Name -> version of the installed packages on which results depend."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
