@@ -82,7 +82,9 @@ def test_rsa_equals_spearman_of_correlation_distances() -> None:
     assert -1 <= metrics.rsa(tied, other).item() <= 1
 
 
-def test_layer_cka_equals_debiased_cka_of_every_pair() -> None:
+@pytest.mark.parametrize("numbers", [1 << 22, 500, 1])  # all rows at once, some, one
+def test_layer_cka_equals_debiased_cka_of_every_pair(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midblock.metrics.likeness._GRAM_NUMBERS", numbers)
     x, y = gaussian(3, 10, 6), gaussian(4, 10, 8, seed=5)
     y[1] = torch.cat([x[1], gaussian(10, 2, seed=6)], dim=1)
     found = metrics.layer_cka(x, y)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from midblock.errors import UndefinedMetricError
 from midblock.metrics._inputs import features, norms, safe_scale, unit_largest_entry
+from midblock.metrics.cka import _centered
 
 __all__ = ["layer_cka", "mutual_neighbours", "procrustes_angle", "rsa"]
 
@@ -154,6 +155,9 @@ def _average_ranks(values: Tensor) -> Tensor:
     return found
 
 
+_GRAM_NUMBERS = 1 << 22  # numbers of Gram matrices held at once, 32 MiB
+
+
 def layer_cka(x: Tensor, y: Tensor) -> Tensor:
     """Debiased linear CKA [4] of every layer of one model with every layer of another.
 
@@ -176,28 +180,33 @@ def layer_cka(x: Tensor, y: Tensor) -> Tensor:
     if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or x.shape[1] < 4:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (layers, n, d): the same 4 samples or "
                          "more.")
-    n = x.shape[1]
+    n, same = x.shape[1], y is x
+    first = torch.stack([_centered(features(layer, "x")) for layer in x])
+    second = first if same else torch.stack([_centered(features(layer, "y")) for layer in y])
 
-    def hollow(layers: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        flat, sums = [], []
-        for layer in layers:
-            scaled = safe_scale(features(layer, name))
-            centred = scaled - scaled.mean(dim=0)
-            gram = (centred @ centred.mT).fill_diagonal_(0)
-            flat.append(gram.flatten())
-            sums.append(gram.sum(dim=1))
-        return torch.stack(flat), torch.stack(sums)
+    def hollow(layers: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 of every layer's Gram matrix without its diagonal, (L, rows, n)."""
+        rows = layers[:, start:stop] @ layers.mT
+        rows.diagonal(offset=start, dim1=1, dim2=2).zero_()
+        return rows
 
-    (k, k_rows), (m, m_rows) = hollow(x, "x"), hollow(y, "y")
+    def hsic(products: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+        return (products + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
 
-    def hsic(a: Tensor, b: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
-        """Of every layer of one with every layer of the other."""
-        product: Tensor = a @ b.mT
-        sums = rows_a.sum(1)[:, None] * rows_b.sum(1)
-        rows: Tensor = rows_a @ rows_b.mT
-        return (product + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
-
-    own_x = torch.stack([hsic(k[i:i + 1], k[i:i + 1], k_rows[i:i + 1], k_rows[i:i + 1])[0, 0] for i in range(len(k))])
-    own_y = torch.stack([hsic(m[i:i + 1], m[i:i + 1], m_rows[i:i + 1], m_rows[i:i + 1])[0, 0] for i in range(len(m))])
+    # some rows of the Gram matrices at a time, so that memory does not grow with the square of n
+    step = max(1, _GRAM_NUMBERS // (n * (len(first) + len(second))))
+    joined, joined_rows = (torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device) for _ in range(2))
+    own = {"x": torch.zeros(3, len(x), dtype=torch.float64, device=x.device),
+           "y": torch.zeros(3, len(y), dtype=torch.float64, device=x.device)}  # products, rows, sums
+    for start in range(0, n, step):
+        k = hollow(first, start, min(n, start + step))
+        m = k if same else hollow(second, start, min(n, start + step))
+        for name, part in (("x", k), ("y", m)):
+            sums = part.sum(dim=2)
+            own[name] += torch.stack([part.square().sum(dim=(1, 2)), sums.square().sum(dim=1), sums.sum(dim=1)])
+        joined += k.flatten(1) @ m.flatten(1).mT
+        joined_rows += k.sum(dim=2) @ m.sum(dim=2).mT
+    own_x, own_y = (hsic(products, rows, sums.square()) for products, rows, sums in (own["x"], own["y"]))
     scale = (own_x.clamp_min(0)[:, None] * own_y.clamp_min(0)).sqrt()
-    return torch.where(scale > 0, hsic(k, m, k_rows, m_rows) / scale, torch.full_like(scale, math.nan))
+    both = hsic(joined, joined_rows, own["x"][2][:, None] * own["y"][2])
+    return torch.where(scale > 0, both / scale, torch.full_like(scale, math.nan))
