@@ -76,6 +76,19 @@ def test_a_limit_decides_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         load_chain([spec], device="cpu", stream="perhaps")
 
 
+def test_what_is_streamed_has_the_faster_dtype_also_where_it_would_not_fit(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = str(saved(tmp_path / "a", dtype=torch.bfloat16))
+    monkeypatch.setattr("midblock.models.dtypes.product_rates",
+                        lambda config, device, narrow: {"float32": 9e10, "bfloat16": 3e9})
+    monkeypatch.setattr("midblock.models.dtypes._memory_bytes", lambda device, spread=False: 1e4)
+    monkeypatch.setattr("midblock.models.chain.free_memory", lambda device: 1 << 13)
+    assert load_chain([spec], device="cpu", stream="never")[0].dtype == torch.bfloat16
+    streamed = load_chain([spec], device="cpu", stream="auto")[0]
+    assert streamed.dtype == torch.float32
+    assert streamed.streamed is not None
+
+
 def test_what_cannot_be_streamed_is_refused_or_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "a")
     edit_config(folder, quantization_config={"quant_method": "fp8"})

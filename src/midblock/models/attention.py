@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy
+from midblock.models.forwards import forwards_kept
 
 __all__ = ["attends_by_row", "can_pack", "dense_attention", "packed_hidden", "worth_packing"]
 
@@ -123,7 +124,8 @@ def _rows_stay_apart(anatomy: Anatomy) -> bool:
     handle = anatomy.embeddings.register_forward_hook(keep)
     anatomy.body.eval()
     try:
-        with torch.enable_grad():
+        # a prefix that is cached around the body would answer for it
+        with torch.enable_grad(), forwards_kept([anatomy.body], plain=True):
             padded = anatomy.body(input_ids=ids, attention_mask=mask, use_cache=False)[0][mask.bool()].detach()
             packed = packed_hidden(anatomy, ids, mask.bool())
             reached, = torch.autograd.grad(packed[split:].float().square().sum(), embedded[-1])

@@ -102,7 +102,9 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
         plain = (f if f in DTYPES.values() else torch.float32 for f in stored_dtypes)  # float8, int8
         options["dtype"] = choose_dtype(
             "auto", stored=functools.reduce(torch.promote_types, plain), config=config,
-            parameters=0 if options.get("load_4bit") or options.get("load_8bit") else parameters,
+            # read block by block they need no memory for whole models, whatever the dtype
+            parameters=0 if options.get("load_4bit") or options.get("load_8bit") or (
+                stream != "never" and _can_stream(list(specs), options)) else parameters,
             spread=options.get("device_map") is not None, device=resolve_device(options.get("device", "auto")),
             models=len(specs))
     why = _why_streamed(list(specs), stream, memory_limit, options)
@@ -141,13 +143,9 @@ def _why_streamed(specs: list[str], stream: str, memory_limit: int | str | None,
     dtype, device = options["dtype"], resolve_device(options.get("device", "auto"))
     size = dtype.dtype.itemsize if isinstance(dtype, DtypeChoice) else choose_dtype(
         dtype, stored=torch.float32, device=device).dtype.itemsize
-    need, trust = 0, bool(options.get("trust_remote_code"))
-    placed = any(options.get(o) for o in ("device_map", "load_4bit", "load_8bit"))
-    for spec in specs:
-        folder, adapter = _model_folder(spec, options)
-        if why_not_streamed(folder, read_config(folder, spec, trust), adapter, placed=placed) is not None:
-            return None
-        need += size * parameters_in(folder)
+    if not _can_stream(specs, options):
+        return None
+    need = sum(size * parameters_in(_model_folder(spec, options)[0]) for spec in specs)
     room = free_memory(device)
     if limit is not None and device.type == "cpu":
         room = min(room, limit - resident_memory())
@@ -155,6 +153,15 @@ def _why_streamed(specs: list[str], stream: str, memory_limit: int | str | None,
         return None
     return (f"as {len(specs)} x {size_text(need / len(specs))} of weights do not fit into the "
             f"{size_text(max(0, room))} that are free" + (" under the limit" if limit is not None else ""))
+
+
+def _can_stream(specs: list[str], options: dict[str, Any]) -> bool:
+    """Whether the blocks of all stages can be read one after another."""
+    trust = bool(options.get("trust_remote_code"))
+    placed = any(options.get(o) for o in ("device_map", "load_4bit", "load_8bit"))
+    places = ((spec, *_model_folder(spec, options)) for spec in specs)
+    return all(why_not_streamed(folder, read_config(folder, spec, trust), adapter, placed=placed) is None
+               for spec, folder, adapter in places)
 
 
 _ROOM_TO_WORK = 1 << 29
