@@ -37,8 +37,8 @@ class SupervisedHead:
     read ``model(**inputs, labels=labels).loss``; such a forward then has no ``logits``. Loss and gradients are those
     without it, up to the order of sums. As in `midblock.tune`, padding on the right stays out of the blocks where
     attention can keep rows apart, attention on a CPU is midblock's, and plain LoRA layers compute in the dtype of
-    their base (`midblock.tuning.kernels.lean_lora`). Forwards without gradient or labels, and models whose logits are more
-    than their head (soft caps, scaled logits, encoder-decoders, a trained head), are left alone; ``notes`` says so.
+    their base (`midblock.tuning.kernels.lean_lora`). Forwards without gradient or labels, and models whose logits are
+    more than their head (soft caps, scaled logits, encoder-decoders, a trained head) are left alone; ``notes`` says so.
 
     Args:
         model: A transformers causal LM or a PEFT model around one, with its adapters attached; a `LoadedModel`.
