@@ -165,3 +165,55 @@ def test_the_lowest_room_does_not_need_torch(room: str) -> None:
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True,
                           timeout=60)
     assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------------------------------------
+# only `removing` removes, and only `writing` renames into a place
+
+REMOVING = {"unlink", "rmtree", "rmdir", "remove", "removedirs", "replace", "rename", "renames", "move"}
+MAY_REMOVE = {"removing.py": {"unlink", "rmtree", "rmdir"}, "writing.py": {"replace"}}
+
+
+def removals(source: str) -> list[tuple[int, str]]:
+    """Line and name of every call that removes a file or puts one in the place of another.
+
+    ``a.replace(b)`` and ``a.rename(b)`` with one plain argument are a path's; those of texts take two, those of frames
+    and settings keywords. ``remove`` is the system's only as a function of ``os``: lists have one too.
+    """
+    found = []
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            found += [(node.lineno, a.name) for a in node.names if a.name in REMOVING]
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, of = node.func.attr, node.func.value
+        system = isinstance(of, ast.Name) and of.id in ("os", "shutil")
+        path = name in ("unlink", "rmdir") or (
+            name in ("replace", "rename") and len(node.args) == 1 and not node.keywords)
+        if name in REMOVING and (system or path):
+            found.append((node.lineno, name))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_nothing_is_removed_but_in_one_place(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    found = {(line, call) for line, call in removals(path.read_text(encoding="utf-8"))
+             if call not in MAY_REMOVE.get(name, ())}
+    assert not found, f"{name} removes files by itself: use midblock.removing or midblock.writing"
+
+
+@pytest.mark.parametrize("source", [
+    "path.unlink()", "Path(p).unlink(missing_ok=True)", "shutil.rmtree(p)", "os.remove(p)", "os.unlink(p)",
+    "folder.rmdir()", "os.replace(a, b)", "a.replace(b)", "a.rename(b)", "os.rename(a, b)", "shutil.move(a, b)",
+    "from os import unlink", "from shutil import rmtree as gone"])
+def test_a_removal_is_seen(source: str) -> None:
+    assert len(removals(source)) == 1
+
+
+@pytest.mark.parametrize("source", [
+    "text.replace('a', 'b')", "frame.rename(columns=x)", "settings.replace(seed=1)", "names.remove(x)",
+    "replace(found, layers=x)", "remove_named(path)"])
+def test_what_removes_no_file_is_not_seen(source: str) -> None:
+    assert removals(source) == []

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,19 +25,18 @@ from pydantic import BaseModel, Field
 
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.reading import file_digest, read_csv, user_path, validated
+from midblock.removing import LOCK, TEMPORARY, remove_empty, remove_marked, remove_named
 from midblock.results import Table, json_ready
 from midblock.writing import (
     FORMAT_VERSION,
-    TEMPORARY,
     atomic_path,
     output_errors,
     read_written,
-    remove,
     write_json,
     write_sealed,
 )
 
-__all__ = ["RunFolder", "check_whole", "peak_memory_bytes", "read_run", "read_table"]
+__all__ = ["RunFolder", "check_whole", "held", "peak_memory_bytes", "read_run", "read_table"]
 
 _PACKAGES = ("midblock", "torch", "transformers", "peft", "trl", "accelerate", "datasets",
              "lm-eval", "safetensors", "gguf", "numpy", "scipy", "pandas")
@@ -161,11 +160,35 @@ def _check_digest(path: Path, digest: str) -> None:
                           "new folder.")
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within the context no other process of midblock writes into a folder, which is made if absent.
+
+    Raises:
+        OutputError: another one does, or it cannot be written.
+    """
+    created = not folder.exists()
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        _let_go(folder, lock)
+        if created:
+            remove_empty(folder)
+
+
+def _let_go(folder: Path, lock: Any) -> None:
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            remove_named(folder / LOCK)
+        lock.release()
+
+
 def _lock(path: Path) -> Any:
     """Hold a run folder for this process; the system lets it go when the process ends."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path / ".lock", timeout=0, thread_local=False)
+    lock = FileLock(path / LOCK, timeout=0, thread_local=False)
     try:
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -288,18 +311,14 @@ class RunFolder:
         for folder, folders, files in os.walk(self.path):
             for name in [n for n in (*folders, *files) if n.startswith(TEMPORARY)]:
                 with contextlib.suppress(OSError):
-                    remove(Path(folder) / name)
+                    remove_named(Path(folder) / name)
             folders[:] = [n for n in folders if not n.startswith(TEMPORARY)]
 
     def _leave(self, *, remove: bool = False) -> None:
         """Let the folder go; ``remove``: and the folder itself, where it holds nothing."""
-        if self._held is not None:
-            with contextlib.suppress(OSError):
-                (self.path / ".lock").unlink(missing_ok=True)
-            self._held.release()
+        _let_go(self.path, self._held)
         if remove:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+            remove_empty(self.path)
 
     @property
     def finished(self) -> bool:
@@ -378,7 +397,7 @@ class RunFolder:
         self.run["finished"] = _now()
         try:
             if isinstance(error, MidblockError) and self._created and self._only_run_json():
-                (self.path / "run.json").unlink(missing_ok=True)
+                remove_marked(self.path / "run.json", [self.path / "run.json"])
             elif error is None:
                 self.save()
             else:  # the first error is the one to show
@@ -388,4 +407,4 @@ class RunFolder:
             self._leave(remove=isinstance(error, MidblockError) and self._created)
 
     def _only_run_json(self) -> bool:
-        return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"run.json", ".lock"}
+        return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"run.json", LOCK}

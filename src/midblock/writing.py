@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -23,17 +22,16 @@ from typing import Any
 import platformdirs
 
 from midblock.errors import OutputError
-from midblock.reading import read_sealed, sealed
+from midblock.reading import file_digest, read_sealed, sealed
+from midblock.removing import TEMPORARY, remove_named
 from midblock.results import json_ready
 
-__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_path", "cache_dir", "output_error", "output_errors", "read_written",
-           "recomputed", "remove", "remove_leftovers", "sha256_of", "temporary_folder", "umask", "write_json",
-           "write_sealed"]
+__all__ = ["FORMAT_VERSION", "TEMPORARY", "atomic_folder", "atomic_path", "cache_dir", "output_error", "output_errors",
+           "read_written", "recomputed", "remove_leftovers", "replace_own", "sha256_of", "temporary_folder", "umask",
+           "write_json", "write_sealed"]
 
 FORMAT_VERSION = 2
 """Of everything that midblock writes and reads back; 2: with digests."""
-TEMPORARY = ".midblock-tmp-"
-"""How the name of every file and folder begins that is renamed into its place when it is complete."""
 _STALE_SECONDS = 3600.0
 
 
@@ -87,12 +85,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield Path(name)
             os.replace(name, path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            remove_named(Path(name))
 
 
 @contextlib.contextmanager
 def temporary_folder(beside: Path) -> Iterator[Path]:
-    """A new folder beside ``beside`` that is gone afterwards, unless it was renamed to another place.
+    """A new folder beside ``beside`` that is gone afterwards.
 
     Raises:
         OutputError: the disk is full or the folder cannot be made.
@@ -105,7 +103,64 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
             temporary.chmod(0o777 & ~umask())
             yield temporary
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_named(temporary)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``; rename it to that if no error came.
+
+    Raises:
+        OutputError: ``folder`` is not empty (also where another process has made it meanwhile), the disk is full, or
+            it cannot be written.
+    """
+    def require_free() -> None:
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise OutputError(f"{folder} exists and is not an empty folder; name another.")
+
+    with output_errors(folder):
+        require_free()
+        with temporary_folder(beside=folder) as temporary:
+            yield temporary
+            require_free()
+            os.replace(temporary, folder)
+
+
+def replace_own(made: Path, folder: Path, record: str) -> list[Path]:
+    """Move the files of a temporary folder into another, where only files of an earlier call's are replaced.
+
+    Args:
+        made: From `temporary_folder`; files only.
+        folder: Where to; made if absent.
+        record: Name of the file there that holds the digests of what was written, by name.
+
+    Returns:
+        The files at their place.
+
+    Raises:
+        OutputError: a file of the same name is there that no such call wrote, or that was changed since; nothing is
+            moved then.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        known: dict[str, Any] = {}
+        if (folder / record).is_file():
+            known = read_sealed(folder / record, advice="move these files away", error=OutputError)["files"]
+        files = sorted(p.name for p in made.iterdir())
+        for name in files:
+            place = folder / name
+            if place.is_symlink() or (
+                    place.exists() and file_digest(place, error=OutputError) not in known.get(name, ())):
+                raise OutputError(f"{place} is there, and is not as midblock wrote it; move it to another place, or "
+                                  "name another folder.")
+        now = {name: [file_digest(made / name, error=OutputError)] for name in files}
+        # what stands there if a crash comes in between: the former file, or the new one
+        write_json(folder / record, sealed({"files": {**known, **{n: [*known.get(n, ()), *now[n]] for n in files}}}))
+        for name in files:
+            os.replace(made / name, folder / name)
+        write_json(folder / record, sealed({"files": {**known, **now}}))
+    return [folder / name for name in files]
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -122,7 +177,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
                 continue
             with contextlib.suppress(OSError):
                 if time.time() - _last_written(Path(entry.path)) > _STALE_SECONDS:
-                    remove(Path(entry.path))
+                    remove_named(Path(entry.path))
                     removed.append(Path(entry.path))
     return removed
 
@@ -141,14 +196,6 @@ def _runs(process: str) -> bool:
 
 def _last_written(path: Path) -> float:
     return max(float(p.lstat().st_mtime) for p in (path, *(path.rglob("*") if path.is_dir() else ())))
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a whole folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def umask() -> int:

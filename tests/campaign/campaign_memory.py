@@ -34,7 +34,25 @@ COMMANDS = {
     "tune, cache": "tune m --data d.jsonl --mask 00100 --rank 2 --dtype float32 --epochs 1 --cache disk:rows "
                    f"--cache-limit 256K {_CUT}",
     "evaluate": f"evaluate m --task perplexity --data d.jsonl --samples {{n}} {_CUT}",
+    "evaluate, answer_loss": f"evaluate m --task answer_loss --data d.jsonl --samples {{n}} {_CUT}",
+    "sweep": "sweep sweep.yaml --quiet",
+    "study": "study m m-sft --data d.jsonl --samples {n} --token-samples 50 --lens-samples {n} --swap-samples {n} "
+             f"--gradient-samples {{n}} {_CUT}",
+    "compare": "compare samples_a.jsonl samples_b.jsonl --quiet",
+    "correlate": "correlate runs/profile runs/weights --quiet",
+    "locate, validate": "locate --validate runs/sweep --quiet",
+    "report": "report runs",
+    "figures": "figures runs --columns one --quiet",
 }
+BEFORE = {
+    "correlate": {"profile": COMMANDS["profile"], "weights": "weights m m-sft --quiet"},
+    "locate, validate": {"sweep": COMMANDS["sweep"]},
+    "report": {name: COMMANDS[name] for name in ("profile", "lens", "swap", "evaluate", "sweep")},
+    "figures": {name: COMMANDS[name] for name in ("profile", "lens", "swap", "sweep")},
+}
+"""Runs that a command reads, by name; of as many samples."""
+WITHOUT_SAMPLES = ("inspect", "pairs", "weights", "overlap", "demo")
+"""Commands that are given no samples: what they read grows with the model only (`demo` runs others of fixed sizes)."""
 CACHE_LIMIT = 256 << 10
 
 
@@ -51,6 +69,22 @@ def peak_of(words: list[str], place: Path) -> int:
     return int(used.ru_maxrss) * 1024
 
 
+def _write_inputs(place: Path, count: int) -> None:
+    (place / "d.jsonl").write_text("".join(
+        json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
+        for i in range(count)))
+    for name, right in (("a", 0.9), ("b", 0.4)):
+        (place / f"samples_{name}.jsonl").write_text("".join(
+            json.dumps({"doc_id": n, "doc_hash": f"h{n}", "doc": {"q": str(n)}, "filter": "none", "metrics": ["acc"],
+                        "acc": float(n < right * count)}) + "\n" for n in range(count)))
+    (place / "sweep.yaml").write_text(json.dumps({
+        "model": "m", "dtype": "float32", "device": "cpu", "seeds": [0, 1],
+        "train": {"data": "d.jsonl", "split": "all", "max_length": 32},
+        "training": {"epochs": 1, "batch_size": 8, "learning_rates": [0.01]},
+        "arms": {"baseline": "11111", "singles": 5}, "budget": "match:11111@2", "statistics": {"replicates": 100},
+        "evaluation": [{"task": "answer_loss", "data": "d.jsonl", "name": "answers", "max_length": 32}]}))
+
+
 def measure(world: Path, name: str, samples: int) -> dict[str, Any]:
     """Peaks of one command at ``samples`` and at ten times as many, and the largest size of its cache in bytes."""
     found: dict[str, Any] = {"command": name, "samples": samples}
@@ -58,9 +92,9 @@ def measure(world: Path, name: str, samples: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=world.parent) as folder:
             place = Path(folder) / "w"
             shutil.copytree(world, place)
-            (place / "d.jsonl").write_text("".join(
-                json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
-                for i in range(count)))
+            _write_inputs(place, count)
+            for run, words in BEFORE.get(name, {}).items():
+                peak_of([*words.format(n=count).split(), "--out", f"runs/{run}"], place)
             found[key] = peak_of([*COMMANDS[name].format(n=count).split(), "--out", "out"], place)
             found["cache"] = sum(p.stat().st_size for p in place.glob("rows/prefix-*/*"))
     found["ratio"] = round(found["peak_10"] / found["peak"], 4)

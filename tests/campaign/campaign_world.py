@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from campaign_mutations import OPTIONS, damage
 
+from midblock.removing import LOCK
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -235,6 +237,7 @@ COMMANDS: list[tuple[str, str]] = [
     (f"{STUDY} --out runs/study --resume", "runs/study/*"),
     ("study study.yaml --quiet --out out", "study.yaml"),
     ("report runs --out report.html", "runs/*/run.json runs/*/table.csv"),
+    ("figures runs --columns one --quiet --out out", "runs/*/run.json runs/*/table.csv"),
 ]
 
 
@@ -248,7 +251,7 @@ def case_of(seed: int, number: int, world: Path) -> Case:
     target = rng.choice(targets.split())
     if "*" in target:
         files = sorted(p for p in world.glob(f"{target.removesuffix('/*')}/**/*" if target.endswith("/*") else target)
-                       if p.is_file() and not {"figures", ".lock"} & {*p.relative_to(world).parts})
+                       if p.is_file() and not {"figures", LOCK} & {*p.relative_to(world).parts})
         target = str(rng.choice(files).relative_to(world))
     return Case(words, target)
 

@@ -32,5 +32,13 @@ def test_ten_times_the_samples_take_no_more_memory(found: dict[str, dict[str, An
     assert found[name]["bytes_per_sample"] <= 40_000
 
 
+def test_every_command_is_measured_or_takes_no_samples() -> None:
+    from campaign_memory import WITHOUT_SAMPLES
+
+    from midblock.cli import app
+
+    assert {name.split(",")[0] for name in COMMANDS} | {*WITHOUT_SAMPLES} == {*app.COMMANDS}
+
+
 def test_a_cache_stays_below_its_limit(found: dict[str, dict[str, Any]]) -> None:
     assert 0 < found["tune, cache"]["cache"] <= CACHE_LIMIT

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from midblock.analysis.passes import PassState
 from midblock.errors import OutputError
-from midblock.models.state import load_state, save_state
+from midblock.models.state import STATE_MARKER, load_state, save_state
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -55,3 +56,26 @@ def test_other_files_are_refused(tmp_path: Path, raw: bytes) -> None:
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(OutputError, match="is not what midblock wrote"):
         load_state(path)
+
+
+@pytest.mark.parametrize("name", ["part-00000.safetensors", "importance.safetensors", "seed-0.json", "notes.txt"])
+def test_a_folder_that_holds_something_else_is_not_taken_for_state(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match="which no interrupted run of midblock left there"):
+        save_state(tmp_path / name, tensors(), {})
+    with pytest.raises(OutputError, match="which no interrupted run of midblock left there"):
+        PassState(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_others_put_into_a_state_folder_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    save_state(folder / "part-00000.safetensors", tensors(), {})
+    (folder / "notes.txt").write_text("mine")
+    PassState(folder).discard()
+    assert sorted(p.name for p in folder.iterdir()) == [STATE_MARKER, "notes.txt"]
+    (folder / "notes.txt").unlink()
+    PassState(folder).discard()
+    assert not folder.exists()
+    PassState(folder).discard()  # nothing to do

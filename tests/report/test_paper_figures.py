@@ -235,6 +235,18 @@ def test_a_style_that_matplotlib_does_not_know_is_one_error(made: Path, tmp_path
     assert "is not a style of matplotlib" in capsys.readouterr().err
 
 
+def test_a_users_own_table_of_the_same_name_stays(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "table-1.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"table-1\.tex is there, and is not as midblock wrote it"):
+        paper_figures([made / "study"], out=tmp_path / "paper", columns="one")
+    assert {p.name for p in (tmp_path / "paper").iterdir()} == {"table-1.tex"}
+    (tmp_path / "paper" / "table-1.tex").rename(tmp_path / "mine.tex")
+    first = paper_figures([made / "study"], out=tmp_path / "paper", columns="one").files
+    assert paper_figures([made / "study"], out=tmp_path / "paper", columns="one").files == first
+    assert all(p.is_file() for files in first.values() for p in files)
+
+
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["figures", str(made / "study"), "--out", str(tmp_path / "o"), "--columns", "two", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

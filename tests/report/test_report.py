@@ -221,6 +221,22 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("content", ["<html><title>midblock</title></html>", "", "notes"])
+def test_only_a_page_of_midblocks_is_replaced(folders: Path, tmp_path: Path, content: str,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.html"
+    out.write_text(content)
+    assert run(["report", str(folders), "--out", str(out)]) == 2
+    assert "no page that midblock wrote" in capsys.readouterr().err
+    assert out.read_text() == content
+    out.unlink()
+    for _ in range(2):  # a page of its own is
+        assert run(["report", str(folders), "--out", str(out), "--quiet"]) == 0
+    (tmp_path / "d.html").mkdir()
+    assert run(["report", str(folders), "--out", str(tmp_path / "d.html")]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_the_command(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(folders), "--out", str(tmp_path / "r.html"), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,6 +178,50 @@ def test_tune_resumes_into_the_same_folder(problems: str, tmp_path: Path, tiny_t
     second = tune(base, problems, mask="0010", rank=2, settings=FAST, out=tmp_path / "out", save_steps=4, resume=True)
     assert second.training.losses == first.training.losses
     assert all(torch.equal(first.state[n], second.state[n]) for n in first.state)
+
+
+@pytest.mark.parametrize("name", ["adapter", "model", "base"])
+def test_what_was_changed_in_an_export_is_not_removed(problems: str, tmp_path: Path, tiny_tokenizer: Any, name: str
+                                                      ) -> None:
+    base = load_model(folder_of("llama", tmp_path, tiny_tokenizer), dtype="float32")
+    options: dict[str, Any] = {"mask": "0010", "rank": 2, "settings": FAST, "out": tmp_path / "out", "save_steps": 4,
+                               "merge": True, "export_base": True}
+    tune(base, problems, **options)
+    files = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "out" / name).rglob("*")}
+    tune(base, problems, **options, resume=True)  # what is as it was written is written again
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "out" / name).rglob("*")} == files
+    for other in ("notes.txt", "config.json" if name != "adapter" else "README.md"):
+        path = tmp_path / "out" / name / other
+        kept = path.read_bytes() if path.exists() else None
+        path.write_text("mine")
+        with pytest.raises(OutputError, match=rf"{other} is not as midblock wrote it; move it"):
+            tune(base, problems, **options, resume=True)
+        assert path.read_text() == "mine"
+        path.unlink() if kept is None else path.write_bytes(kept)
+
+
+def test_an_export_that_a_kill_cut_is_made_again(problems: str, tmp_path: Path, tiny_tokenizer: Any,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_model(folder_of("llama", tmp_path, tiny_tokenizer), dtype="float32")
+    options: dict[str, Any] = {"mask": "0010", "rank": 2, "settings": FAST, "out": tmp_path / "out", "save_steps": 4,
+                               "merge": True, "export_base": True}
+    real = os.replace
+    for name in ("adapter", "base", "model"):  # just before and just after each folder appears
+        for late in (False, True):
+            def dying(old: Any, new: Any, name: str = name, late: bool = late) -> None:
+                if Path(new) == tmp_path / "out" / name:
+                    if late:
+                        real(old, new)
+                    raise KeyboardInterrupt
+                real(old, new)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", dying)
+                with pytest.raises(KeyboardInterrupt):
+                    tune(base, problems, **options, resume=(tmp_path / "out").exists())
+    found = tune(base, problems, **options, resume=True)
+    assert found.merged is not None
+    assert all((tmp_path / "out" / name).is_dir() for name in ("adapter", "base", "model"))
 
 
 def test_an_adapter_loads_in_a_fresh_process_by_its_own_name(problems: str, tmp_path: Path, tiny_tokenizer: Any,

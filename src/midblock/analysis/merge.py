@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from midblock.quantities import label_of
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import format_blocks, segment_bounds
 from midblock.settings.merge import MergeSettings
-from midblock.writing import output_error
+from midblock.writing import output_error, temporary_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,9 +236,8 @@ def save_merged(base: LoadedModel, sft: LoadedModel, alphas: Sequence[float], fo
     folder = Path(folder).expanduser()
     changed = _weights(base, sft, alphas, alpha_rest)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.base.", dir=folder.parent) as aside:
-            kept = Path(aside) / "weights.safetensors"
+        with temporary_folder(beside=folder) as aside:
+            kept = aside / "weights.safetensors"
             if changed:
                 save_file({w.name: w.base.data.contiguous() for w in changed}, kept)
             try:

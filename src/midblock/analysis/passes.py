@@ -24,8 +24,9 @@ from midblock.metrics._inputs import FiniteChecks, finite_checks_together
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, stage_names
 from midblock.models.inference import many_unembeddings
-from midblock.models.state import load_state, save_state
+from midblock.models.state import STATE_MARKER, load_state, require_state_folder, save_state
 from midblock.progress import Progress, silent
+from midblock.removing import remove_marked
 from midblock.results import Origin, Table
 from midblock.writing import recomputed
 
@@ -185,6 +186,7 @@ class PassState:
     """
 
     def __init__(self, folder: Path, every: float = 60.0) -> None:
+        require_state_folder(folder)
         self.folder = folder
         self._every = every
         self._last = time.monotonic()
@@ -205,7 +207,7 @@ class PassState:
                     raise OutputError(f"{path} holds other measurements than those that are wanted now.")
             except OutputError as error:
                 recomputed(error, "Its samples are run again.")
-                path.unlink(missing_ok=True)
+                remove_marked(self.folder / STATE_MARKER, [path])
                 continue
             samples = state["samples"]
             for name, accumulator in accumulators.items():
@@ -234,10 +236,8 @@ class PassState:
 
     def discard(self) -> None:
         """Remove the saved parts: the run is finished."""
-        for path in self.folder.glob("part-*.safetensors"):
-            path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if (self.folder / STATE_MARKER).is_file():
+            remove_marked(self.folder / STATE_MARKER, list(self.folder.glob("part-*.safetensors")), folder=True)
 
 
 def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],

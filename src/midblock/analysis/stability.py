@@ -8,7 +8,6 @@ against no change; Holm's adjustment is over the hidden states of one quantity.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +22,10 @@ from midblock.data import Dataset, load_data
 from midblock.errors import OutputError, SettingsError
 from midblock.models import LoadedModel
 from midblock.models.chain import comparisons, resolve_stages, side_of, stage_names
+from midblock.models.state import STATE_MARKER, mark_state_folder
 from midblock.progress import Progress, silent
 from midblock.quantities import moved, unchanged
+from midblock.removing import remove_marked
 from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.settings import ProfileSettings
 from midblock.writing import read_written, recomputed, write_sealed
@@ -133,6 +134,8 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
     keys = stage_names(len(models), names)
     dataset = load_data(data, seed=chosen.seed) if isinstance(data, str) else data
     numbers = [chosen.seed + k for k in range(seeds)]
+    if state_folder is not None:
+        mark_state_folder(state_folder)
     tables: list[Table] = []
     counts: list[dict[str, Any]] = []
     likeness: list[pd.DataFrame] = []
@@ -154,11 +157,8 @@ def profile_seeds(stages: Sequence[LoadedModel | str] | LoadedModel | str, sft: 
         counts.append(count)
         likeness.append(layers)
     if state_folder is not None:
-        for number in numbers:
-            (state_folder / f"seed-{number}.json").unlink(missing_ok=True)
-            shutil.rmtree(state_folder / f"seed-{number}", ignore_errors=True)
-        if state_folder.is_dir() and not any(state_folder.iterdir()):
-            state_folder.rmdir()
+        remove_marked(state_folder / STATE_MARKER, [state_folder / f"seed-{number}.json" for number in numbers],
+                      folder=True)
     wanted = max(chosen.samples, chosen.token_samples)
     least = {name: int(min(c[name] for c in counts)) for name in ("pooled_samples", "token_samples")}
     total = {**counts[0], **least, "truncated": max(c.get("truncated", 0) for c in counts),

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock
 
 from midblock.errors import OutputError, SettingsError
 from midblock.models.products import product_rate
@@ -197,8 +198,10 @@ def product_rates(config: Any, device: torch.device, narrow: torch.dtype = torch
     if key not in known:
         known[key] = _time_products(shapes, device, narrow)
         try:
-            write_json(file, {**_read_rates(file), key: known[key]})
-        except OutputError:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_name(".product-rates.lock")):  # two processes remember both of theirs
+                write_json(file, {**_read_rates(file), key: known[key]})
+        except (OutputError, OSError, NotImplementedError):
             _LOG.debug("%s cannot be written; product rates are measured anew by each process", file)
     return known[key]
 

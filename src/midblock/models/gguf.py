@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import mmap
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ from midblock.errors import CheckpointError, ModelNotFoundError, OutputError
 from midblock.models.checkpoints import Checkpoint, file_digest
 from midblock.models.quiet import first_line, foreign
 from midblock.reading import open_file, read_json, read_sealed, sealed, shortened
-from midblock.writing import cache_dir, recomputed, sha256_of
+from midblock.removing import remove_marked
+from midblock.writing import cache_dir, recomputed, sha256_of, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +99,7 @@ def _remove_converted(folder: Path, damage: str) -> None:
     if names or not (folder / _ORIGIN).is_file():
         what = f"holds {shortened(min(names))}, which midblock did not write" if names else f"lacks {_ORIGIN}"
         raise OutputError(f"{folder} is damaged ({damage}) and {what}; remove the folder.")
-    shutil.rmtree(folder)
+    remove_marked(folder / _ORIGIN, list(folder.iterdir()), folder=True)
 
 
 def _write_converted(path: Path, folder: Path, spec: str) -> None:
@@ -122,12 +121,12 @@ def _write_converted(path: Path, folder: Path, spec: str) -> None:
         tokenizer.model_max_length = limit
     _split_digits(path, tokenizer)
 
-    def origin(written: Path) -> str:
-        return json.dumps(sealed({
+    def mark(written: Path) -> None:
+        write_json(written / _ORIGIN, sealed({
             "file": path.name, "precision": _GGUF_PRECISION.get(_gguf_number(path, b"general.file_type"), "bfloat16"),
             "digests": {p.name: reading.file_digest(p) for p in written.iterdir()}}))
 
-    save_checkpoint(model, tokenizer, folder, files={_ORIGIN: origin})
+    save_checkpoint(model, tokenizer, folder, finish=mark)
 
 
 class _Relay(io.StringIO):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from midblock.errors import AdapterError, CheckpointError, OutputError
+from midblock.errors import AdapterError, CheckpointError
 from midblock.models.checkpoints import Checkpoint
 from midblock.models.quiet import quiet
-from midblock.writing import output_error, temporary_folder, umask
+from midblock.writing import atomic_folder, output_error, umask
 
 __all__ = ["save_checkpoint"]
 
 
 def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
-                    files: Mapping[str, str | Callable[[Path], str]] | None = None) -> Path:
+                    finish: Callable[[Path], object] | None = None) -> Path:
     """Write a model and its tokenizer as a safetensors folder that appears whole or not at all.
 
     A tied head is stored once and stays tied; a head that training has untied is stored and the
@@ -31,7 +30,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
         model: A transformers model (merge an adapter first).
         tokenizer: Its tokenizer; None writes none.
         folder: Absent or empty.
-        files: Further text files by name; a function makes its text from the folder as written so far.
+        finish: Called with the folder as written so far, before it appears; it may write further files.
 
     Returns:
         The folder.
@@ -47,22 +46,19 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, folder: Path | str, *,
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise AdapterError(f"{type(model).__name__} is not a plain transformers model; merge the adapter first "
                            "(merge_and_unload), or save the adapter itself.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not an empty folder; name another.")
-    _clear_gguf_state(model)
-    _state_tying(model)
     try:
-        with temporary_folder(beside=folder) as temporary:
+        with atomic_folder(folder) as temporary:
+            _clear_gguf_state(model)
+            _state_tying(model)
             with quiet():
                 model.save_pretrained(temporary, max_shard_size="5GB")
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
-            for name, text in (files or {}).items():
-                (temporary / name).write_text(text if isinstance(text, str) else text(temporary), encoding="utf-8")
             _check_written(model, temporary)
             for path in temporary.iterdir():  # safetensors writes files that only their owner can read
                 path.chmod(0o666 & ~umask())
-            os.replace(temporary, folder)
+            if finish is not None:
+                finish(temporary)
     except SafetensorError as error:
         raise output_error(folder, error) from error
     return folder

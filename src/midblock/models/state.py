@@ -15,22 +15,49 @@ from torch import Tensor
 
 from midblock.errors import OutputError
 from midblock.reading import parse_json, shortened
-from midblock.writing import atomic_path, output_error
+from midblock.writing import TEMPORARY, atomic_path, output_error, write_json
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["STATE_MARKER", "load_state", "mark_state_folder", "require_state_folder", "save_state"]
+
+STATE_MARKER = "midblock-state.json"
+
+
+def require_state_folder(folder: Path) -> None:
+    """Refuse a folder for the state of an interrupted run that holds what midblock did not write.
+
+    Raises:
+        OutputError: it is not marked and not empty.
+    """
+    if folder.is_dir() and not (folder / STATE_MARKER).is_file():
+        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith(TEMPORARY))
+        if others:
+            raise OutputError(f"{folder} holds {shortened(others[0])}, which no interrupted run of midblock left "
+                              "there; name an empty or a new folder for the state.")
+
+
+def mark_state_folder(folder: Path) -> None:
+    """Make a folder and mark it as midblock's, so that what is saved in it may be removed.
+
+    Raises:
+        OutputError: it holds what midblock did not write, or cannot be written.
+    """
+    require_state_folder(folder)
+    if not (folder / STATE_MARKER).is_file():
+        write_json(folder / STATE_MARKER, {"made by": "midblock, state of an interrupted run; --resume reads it"})
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and an object atomically as a safetensors file with a SHA-256 of both.
 
     Args:
-        path: The file.
+        path: The file; its folder is marked as midblock's.
         tensors: Any shapes and dtypes that safetensors holds; copied to the CPU.
         state: Plain JSON values.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or its folder holds what midblock did not write.
     """
+    mark_state_folder(path.parent)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(state))
     with atomic_path(path) as temporary:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from midblock import __version__
-from midblock.reading import printable
+from midblock.errors import OutputError
+from midblock.reading import open_file, printable, user_path
 from midblock.report.charts import SECTIONS, Chart, charts_of
 from midblock.report.collect import LeftOut, Run, collect
 from midblock.report.findings import findings_of
 from midblock.results import json_ready
-from midblock.writing import atomic_path
+from midblock.writing import atomic_path, output_errors
 
 __all__ = ["build_report", "render"]
+
+_GENERATOR, _BEGINNING = b'<meta name="generator" content="midblock ', 4096
 
 
 def build_report(folders: Sequence[Path | str], out: Path, *, title: str | None = None) -> dict[str, Any]:
@@ -27,16 +30,18 @@ def build_report(folders: Sequence[Path | str], out: Path, *, title: str | None 
 
     Args:
         folders: Run folders, or folders that hold some (three levels down).
-        out: The HTML file; replaced where it exists.
+        out: The HTML file; an earlier page of midblock's is replaced.
         title: Heading; by default the models' names.
 
     Returns:
         ``path``, ``bytes``, the ``runs`` shown, what was ``left_out`` and why, and the ``findings``.
 
     Raises:
-        OutputError: no finished run, or the file cannot be written.
+        OutputError: no finished run, the file is there and no page of midblock's, or it cannot be written.
         ModuleNotFoundError: plotly or jinja2 is absent (the extra ``report``).
     """
+    out = user_path(out, error=OutputError)
+    _require_own(out)
     runs, left_out = collect(folders)
     page, findings = render(runs, left_out, title=title)
     with atomic_path(out) as temporary:
@@ -44,6 +49,17 @@ def build_report(folders: Sequence[Path | str], out: Path, *, title: str | None 
     return {"path": str(out), "bytes": len(page.encode()), "findings": findings,
             "runs": [{"command": r.command, "folder": str(r.folder)} for r in runs],
             "left_out": [{"folder": o.folder, "reason": o.reason} for o in left_out]}
+
+
+def _require_own(out: Path) -> None:
+    """Refuse to replace a file that is no page of midblock's."""
+    with output_errors(out):
+        if not out.exists():
+            return
+    with open_file(out, error=OutputError) as stream:
+        begins = stream.read(_BEGINNING)
+    if _GENERATOR not in begins:
+        raise OutputError(f"{out} is there and is no page that midblock wrote; name another file.")
 
 
 def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = (), *, title: str | None = None,

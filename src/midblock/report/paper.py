@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from midblock import stats
+from midblock.errors import OutputError
 from midblock.figures import figure_style, save_figure
 from midblock.progress import Progress, silent
+from midblock.provenance import held
 from midblock.quantities import known, label_of
-from midblock.reading import printable
+from midblock.reading import printable, user_path
 from midblock.report.collect import LeftOut, Run, collect
 from midblock.results import Answer
 from midblock.settings.figures import FigureSettings
-from midblock.writing import atomic_path
+from midblock.writing import atomic_path, replace_own, temporary_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +50,7 @@ _ALIKE = ("cka", "cosine", "mean_shift")
 _STATES = ("effective_rank", "condition_number", "spectral_norm", "dataset_entropy")
 _CORRELATED = ("weight_change", "gradient_norm", "cosine", "cka", "mean_shift", "effective_rank", "condition_number",
                "spectral_norm", "dataset_entropy", "prompt_entropy", "curvature", "sparsity", "accuracy")
+_DRAWN = "midblock-figures.json"
 _SIDES = {"base": "base", "difference": "difference", "pair": "pair"}
 
 
@@ -91,33 +94,41 @@ def paper_figures(folders: Sequence[Path | str], *, progress: Progress = silent,
 
     Raises:
         SettingsError: a style that matplotlib does not know.
-        OutputError: no finished run, or the folder cannot be written.
+        OutputError: no finished run, the folder cannot be written or is in use by another process, or holds a file of
+            the same name that midblock did not draw.
     """
     chosen = FigureSettings.of(settings, overrides)
+    out = user_path(chosen.out, error=OutputError)
     with figure_style("paper", *([chosen.style] if chosen.style else [])):
         runs, left_out = collect(folders)
-        made = PaperFigures(chosen.out, left_out=left_out)
-        widths: list[Width] = ["one", "two"] if chosen.columns == "both" else [chosen.columns]
-        total = len(_FIGURES) + len(_TABLES)
-        for number, (draw, frame) in _drawings(runs):
-            name = f"figure-{number}"
-            if draw is None or frame.empty:
-                made.absent[name] = f"it needs {_NEEDS[number]}, which is not among these runs"
-            else:
-                made.files[name] = _write_figure(draw, frame, chosen.out, name, widths)
-            progress("figures", number, total)
-        for number, table in _tables(runs):
-            name = f"table-{number}"
-            if table is None:
-                made.absent[name] = {1: "it needs a sweep with single thirds (arms: singles: 3)",
-                                     2: "it needs a sweep with single tenths (arms: singles: 10)",
-                                     4: "it needs a sweep with retention tasks"}[number]
-            else:
-                made.files[name] = _write_table(table, chosen.out, name)
-            progress("tables", len(_FIGURES) + number, total)
-        with atomic_path(chosen.out / "captions.md") as temporary:
-            temporary.write_text(_captions(made, runs), encoding="utf-8")
+        made = PaperFigures(out, left_out=left_out)
+        with held(out), temporary_folder(beside=out / _DRAWN) as place:
+            _draw(made, runs, place, ["one", "two"] if chosen.columns == "both" else [chosen.columns], progress)
+            with atomic_path(place / "captions.md") as temporary:
+                temporary.write_text(_captions(made, runs), encoding="utf-8")
+            replace_own(place, out, _DRAWN)
+    made.files = {name: [out / path.name for path in files] for name, files in made.files.items()}
     return made
+
+
+def _draw(made: PaperFigures, runs: Sequence[Run], out: Path, widths: Sequence[Width], progress: Progress) -> None:
+    total = len(_FIGURES) + len(_TABLES)
+    for number, (draw, frame) in _drawings(runs):
+        name = f"figure-{number}"
+        if draw is None or frame.empty:
+            made.absent[name] = f"it needs {_NEEDS[number]}, which is not among these runs"
+        else:
+            made.files[name] = _write_figure(draw, frame, out, name, widths)
+        progress("figures", number, total)
+    for number, table in _tables(runs):
+        name = f"table-{number}"
+        if table is None:
+            made.absent[name] = {1: "it needs a sweep with single thirds (arms: singles: 3)",
+                                 2: "it needs a sweep with single tenths (arms: singles: 10)",
+                                 4: "it needs a sweep with retention tasks"}[number]
+        else:
+            made.files[name] = _write_table(table, out, name)
+        progress("tables", len(_FIGURES) + number, total)
 
 
 _Drawing = Callable[["Width"], "list[Figure]"]

@@ -26,6 +26,7 @@ from midblock import stats
 from midblock.analysis.gradients import supervised_batches
 from midblock.data import Dataset, load_data
 from midblock.models import LoadedModel, load_model
+from midblock.models.state import require_state_folder
 from midblock.progress import Progress, silent
 from midblock.quantities import label_of, matrix_order
 from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
@@ -199,6 +200,8 @@ def importance(model: LoadedModel | str, *, data: Dataset | str, state_folder: P
                      target_modules=chosen.target_modules)
     unit_of = units_of(plan, chosen.unit)
     path = None if state_folder is None else Path(state_folder) / "importance.safetensors"
+    if path is not None:
+        require_state_folder(path.parent)
     with attach(loaded, plan, seed=chosen.seed) as attachment:
         run = Stages(attachment, Gates(list(dict.fromkeys(unit_of.values())), unit_of),
                      [b.to(loaded.device) for b in batches], chosen, path, save_seconds, progress)

@@ -13,7 +13,8 @@ __all__ = ["FigureSettings"]
 class FigureSettings(Settings):
     """The paper's figures and tables from a study."""
 
-    out: Path = setting(Path("figures"), metavar="DIR", help="Folder; files of the same names are replaced.")
+    out: Path = setting(Path("figures"), metavar="DIR", help=(
+        "Folder; files that midblock drew before are replaced."))
     columns: Literal["both", "one", "two"] = setting("both", help=(
         "Sizes: for one column of a page (3.03 inches), for both (6.30), or each."))
     style: Path | None = setting(None, metavar="FILE", help=(

@@ -59,12 +59,12 @@ class BlockWatch(TrainerCallback):
         self.trainer: Any = None
         self.steps: list[BlockStep] = []
 
-    def restore(self, last: int) -> None:
-        """Keep what the interrupted run measured up to a step; the log is written anew."""
+    def restore(self, steps: Sequence[BlockStep]) -> None:
+        """What the interrupted run measured, as its checkpoint holds it; the log is written anew."""
+        self.steps = list(steps)
         if self._log is None:
             return
-        lines = self._log.read_text(encoding="utf-8").splitlines() if last and self._log.exists() else []
-        self.steps = [s for s in (BlockStep(**json.loads(line)) for line in lines) if s.step <= last]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_text("".join(json.dumps(asdict(s)) + "\n" for s in self.steps), encoding="utf-8")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from midblock.errors import OutputError
 from midblock.reading import read_json, user_path
+from midblock.removing import TEMPORARY, remove_empty, remove_marked, remove_named
 from midblock.writing import atomic_path, sha256_of
 
 if TYPE_CHECKING:
@@ -176,13 +177,12 @@ class CacheFolder:
         (self.folder / _TOTAL).write_text(f"{value:020d}", encoding="ascii")
 
     def _recount(self) -> None:
-        """Under the lock: what is there, and what a killed process left half-written goes."""
+        """Under the lock: what is there; what a killed process left half-written goes (rows are written under it)."""
         total = 0
-        half = re.compile(rf"\.{self._id}-[0-9a-f]{{64}}\.safetensors\..*")
-        for space in self._spaces():
-            for entry in os.scandir(space):
-                if half.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    Path(entry.path).unlink(missing_ok=True)
+        for space in (self.folder, *self._spaces()):
+            for entry in list(os.scandir(space)):
+                if entry.name.startswith(TEMPORARY) and entry.is_file(follow_symlinks=False):
+                    remove_named(Path(entry.path))
             total += sum(e.stat().st_size for e in self._rows(space))
         self._set_total(total)
 
@@ -258,7 +258,7 @@ class CacheFolder:
         path = self._path(namespace, key)
         with self._locked(), contextlib.suppress(FileNotFoundError):
             size = path.lstat().st_size
-            path.unlink()
+            remove_marked(self.folder / MARKER, [path])
             self._set_total(max(0, self.bytes - size))
 
     def clear(self, keep: int = 0) -> None:
@@ -271,11 +271,9 @@ class CacheFolder:
                 self._drop(space)
 
     def _drop(self, space: Path) -> None:
-        freed = 0
-        for entry in list(self._rows(space)):
-            freed += entry.stat().st_size
-            Path(entry.path).unlink(missing_ok=True)
+        rows = list(self._rows(space))
+        freed = sum(entry.stat().st_size for entry in rows)
+        remove_marked(self.folder / MARKER, [Path(entry.path) for entry in rows])
         self._set_total(max(0, self.bytes - freed))
         self._used.discard(space.name)
-        with contextlib.suppress(OSError):  # something else lies there: it stays
-            space.rmdir()
+        remove_empty(space)  # unless something else lies there

@@ -1,18 +1,18 @@
 """Training checkpoints: what is trained, the optimizer, random states, the log of steps; safetensors and JSON only.
 
 A checkpoint is begun with one file and completed with another, which holds the digest of every file in between.
-Only folders that were begun so are ever removed: half-written ones, and all but the last two complete ones. A
-checkpoint whose files do not fit their digests is passed over, so that an older one serves.
+Only what midblock wrote into folders that were begun so is ever removed: half-written ones, and all but the last two
+complete ones. A checkpoint whose files do not fit their digests is passed over, so that an older one serves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from midblock.errors import MidblockError, OutputError
 from midblock.reading import file_digest, read_json, read_sealed, sealed
+from midblock.removing import TEMPORARY, remove_marked, remove_named
 from midblock.writing import atomic_path, write_json
 
 __all__ = ["begin", "complete", "last_checkpoint", "load_random_state", "load_tree", "random_state",
@@ -30,23 +31,29 @@ __all__ = ["begin", "complete", "last_checkpoint", "load_random_state", "load_tr
 BEGUN = "midblock_begun.json"
 COMPLETE = "midblock_complete.json"
 KEPT = 2
+_OWN = re.compile(
+    r"midblock_(begun|complete)\.json|(adapter_(model|config)|trained|optimizer|random_\d+|trainer_state|training_args)"
+    r"\.(safetensors|json)|README\.md|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|"
+    r"sentencepiece)[\w.-]*")
 _ADVICE = "an older checkpoint or the start serves"
 
 
 def begin(folder: Path) -> None:
     """Mark a folder as a checkpoint that is being written; what an earlier try left in it goes."""
-    if (folder / BEGUN).is_file():
-        shutil.rmtree(folder)
+    _remove(folder)
     write_json(folder / BEGUN, {"made by": "midblock"})
 
 
-def complete(folder: Path, step: int, steps: list[dict[str, Any]]) -> None:
-    """Seal a checkpoint with its files' digests and the log of all steps so far; older ones but the last go."""
+def complete(folder: Path, step: int, steps: list[dict[str, Any]], blocks: Sequence[dict[str, Any]] = ()) -> None:
+    """Seal a checkpoint with its files' digests and what was measured so far, of steps and of blocks in some of them.
+
+    Older ones but the last go.
+    """
     files = {str(p.relative_to(folder)): file_digest(p) for p in _files(folder)}
-    write_json(folder / COMPLETE, sealed({"step": step, "files": files, "steps": steps}))
+    write_json(folder / COMPLETE, sealed({"step": step, "files": files, "steps": steps, "blocks": list(blocks)}))
     for _, old in sorted(_numbered(folder.parent))[:-KEPT]:
-        if (old / COMPLETE).is_file() and (old / BEGUN).is_file():
-            shutil.rmtree(old, ignore_errors=True)
+        if (old / COMPLETE).is_file():
+            _remove(old)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -57,8 +64,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     wrong: list[str] = []
     for _, path in sorted(_numbered(folder), reverse=True):
         if not (path / COMPLETE).is_file():
-            if (path / BEGUN).is_file():
-                shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             continue
         try:
             files = _sealed(path)["files"]
@@ -72,9 +78,9 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, wrong
 
 
-def stored_steps(checkpoint: Path) -> list[dict[str, Any]]:
-    """The log of steps up to a checkpoint."""
-    found: list[dict[str, Any]] = _sealed(checkpoint)["steps"]
+def stored_steps(checkpoint: Path, of: Literal["steps", "blocks"] = "steps") -> list[dict[str, Any]]:
+    """What was measured up to a checkpoint."""
+    found: list[dict[str, Any]] = _sealed(checkpoint).get(of, [])
     return found
 
 
@@ -98,6 +104,15 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
         number = path.name.removeprefix("checkpoint-")
         if re.fullmatch(r"[0-9]{1,9}", number) and path.is_dir() and not path.is_symlink():
             yield int(number), path
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint that was begun: files of names that one has; what else lies there stays, and is no state."""
+    with contextlib.suppress(OSError):
+        for temporary in folder.glob(f"{TEMPORARY}*"):
+            remove_named(temporary)
+        if (folder / BEGUN).is_file():
+            remove_marked(folder / BEGUN, [p for p in folder.iterdir() if _OWN.fullmatch(p.name)], folder=True)
 
 
 def _files(folder: Path) -> list[Path]:

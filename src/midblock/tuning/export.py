@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from midblock.errors import AdapterError, OutputError
+from midblock.errors import AdapterError
 from midblock.models import LoadedModel, merged_weight, save_checkpoint
 from midblock.models.quiet import quiet
 from midblock.reading import printable, read_json
@@ -24,13 +22,13 @@ from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
 from midblock.tuning.peft_config import target_names
 from midblock.tuning.plan import Plan
-from midblock.writing import atomic_path, output_error, write_json
+from midblock.writing import atomic_folder, atomic_path, write_json
 
 __all__ = ["PLAN_FILE", "VLLM_RANKS", "export_adapter", "merged_weights", "model_card", "pad_adapter", "save_merged",
            "vllm_note", "with_weights"]
 
 PLAN_FILE = "midblock_plan.json"
-"""Marks what `tune` exported, and says what was trained."""
+"""Says what was trained, beside what `tune` exported."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's ``--max-lora-rank`` takes."""
 
@@ -56,7 +54,8 @@ def vllm_note(plan: Plan, written_rank: int | None = None) -> str | None:
         "" if fitting == rank else f" (rank {rank}; --pad-rank writes it as {fitting})")
 
 
-def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str, card: str | None = None) -> Path:
+def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str, card: str | None = None,
+                   rank: int | None = None, finish: Callable[[Path], object] | None = None) -> Path:
     """Write the adapter folder that ``peft.PeftModel.from_pretrained`` accepts; whole or not at all.
 
     Args:
@@ -64,19 +63,17 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
         folder: Absent or empty.
         base_name: Base model as users write it: hub id, absolute folder, ``smollm2``.
         card: Text of ``README.md``.
+        rank: Write it at this higher rank (`pad_adapter`).
+        finish: Called with the folder as written so far, before it appears.
 
     Raises:
-        AdapterError: a full-rank update is no adapter.
+        AdapterError: a full-rank update is no adapter, or this one cannot be padded.
         OutputError: the folder is not empty or cannot be written.
     """
     folder = Path(folder)
     if not attachment.is_peft:
         raise AdapterError("a full-rank update is no PEFT adapter; write the merged checkpoint instead.")
-    if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder} exists and is not empty; name another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         with quiet():
             attachment.model.save_pretrained(temporary, save_embedding_layers=False)  # type: ignore[operator]
         config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
@@ -93,12 +90,10 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
         attachment.plan.save(temporary / PLAN_FILE)
         if card is not None:
             _write_card(temporary, card, attachment.plan)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except OSError as error:
-        raise output_error(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if rank is not None:
+            pad_adapter(temporary, rank)
+        if finish is not None:
+            finish(temporary)
     return folder
 
 
@@ -165,15 +160,19 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn
 
 
 def save_merged(base: LoadedModel, weights: Mapping[str, Tensor], folder: Path | str, *,
-                card: str | None = None, plan: Plan | None = None) -> Path:
-    """Write base + update as a plain checkpoint (after the attachment is off the model)."""
+                card: str | None = None, plan: Plan | None = None,
+                finish: Callable[[Path], object] | None = None) -> Path:
+    """Write base + update as a plain checkpoint (after the attachment is off the model); whole or not at all."""
+    def add(made: Path) -> None:
+        if plan is not None:
+            plan.save(made / PLAN_FILE)
+        if card is not None and plan is not None:
+            _write_card(made, card, plan)
+        if finish is not None:
+            finish(made)
+
     with with_weights(base.model, weights):
-        written = save_checkpoint(base.model, base.tokenizer, folder)
-    if plan is not None:
-        plan.save(written / PLAN_FILE)
-    if card is not None and plan is not None:
-        _write_card(written, card, plan)
-    return written
+        return save_checkpoint(base.model, base.tokenizer, folder, finish=add)
 
 
 # ---------------------------------------------------------------------------------------------

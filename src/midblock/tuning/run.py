@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,16 +34,15 @@ from midblock.tuning.check import (
     require_gradients,
 )
 from midblock.tuning.export import (
-    PLAN_FILE,
     VLLM_RANKS,
     export_adapter,
     merged_weights,
     model_card,
-    pad_adapter,
     save_merged,
     vllm_note,
     with_weights,
 )
+from midblock.tuning.exported import free, noting
 from midblock.tuning.gguf_adapter import require_gguf, write_gguf
 from midblock.tuning.hub import push_adapter, require_hub
 from midblock.tuning.initial import NEEDS_ROWS, Start, require_start
@@ -243,8 +241,8 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         if folder is not None:
             _export(result, attachment, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
     if folder is not None and wanted.export_base and result.adapter is not None:
-        _free(folder / "base", resume)
-        result.plan.save(save_checkpoint(loaded.model, loaded.tokenizer, folder / "base") / PLAN_FILE)
+        free(folder, "base", resume=resume)
+        save_checkpoint(loaded.model, loaded.tokenizer, folder / "base", finish=noting(folder, "base"))
     if folder is not None and result.weights:
         _write_merged(result, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
     if wanted.push and result.adapter is not None:
@@ -370,14 +368,13 @@ def _export(result: TuneResult, attachment: Attachment, loaded: LoadedModel, wan
     """The adapter's folder; of a merged checkpoint what it needs of the attachment."""
     plan = result.plan
     if attachment.is_peft:
-        _free(folder / "adapter", resume)
+        free(folder, "adapter", resume=resume)
         result.written_rank = attachment.written_rank
         base = str((folder / "base").resolve()) if wanted.export_base else base_name(loaded)
-        result.adapter = export_adapter(attachment, folder / "adapter", base_name=base,
-                                        card=_card(result, loaded, wanted, data, base=base))
-        if wanted.pad_rank:
-            assert attachment.written_rank is not None
-            pad_adapter(result.adapter, next(r for r in VLLM_RANKS if r >= attachment.written_rank))
+        rank = next(r for r in VLLM_RANKS if r >= (attachment.written_rank or 0)) if wanted.pad_rank else None
+        result.adapter = export_adapter(attachment, folder / "adapter", base_name=base, rank=rank,
+                                        card=_card(result, loaded, wanted, data, base=base),
+                                        finish=noting(folder, "adapter"))
         if wanted.gguf:
             result.gguf = write_gguf(result.adapter, loaded, folder / "adapter.gguf", base=base)
         if note := vllm_note(plan, attachment.written_rank):
@@ -390,19 +387,13 @@ def _export(result: TuneResult, attachment: Attachment, loaded: LoadedModel, wan
 def _write_merged(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, folder: Path, data: str, ids: Tensor,
                   mask: Tensor, *, resume: bool) -> None:
     assert result.tuned_logits is not None
-    _free(folder / "model", resume)
+    free(folder, "model", resume=resume)
     with with_weights(loaded.model, result.weights):
         difference = (logits_of(loaded.model, ids, mask) - result.tuned_logits).abs()[mask.bool()]
     result.merge_difference = float(difference.max())
     result.merged = save_merged(loaded, result.weights, folder / "model", plan=result.plan,
-                                card=_card(result, loaded, wanted, data))
+                                card=_card(result, loaded, wanted, data), finish=noting(folder, "model"))
     result.weights, result.tuned_logits = {}, None
-
-
-def _free(folder: Path, resume: bool) -> None:
-    """Remove what the interrupted run exported, if it was that."""
-    if resume and folder.exists() and (folder / PLAN_FILE).is_file():
-        shutil.rmtree(folder)
 
 
 def _check_tokens(rows: TokenRows, loaded: LoadedModel) -> tuple[Tensor, Tensor]:

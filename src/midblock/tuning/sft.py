@@ -32,6 +32,7 @@ from midblock.settings.tune import TrainSettings
 from midblock.tuning import checkpoints
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.batching import BatchOrder, collator, labels_of
+from midblock.tuning.block_watch import BlockWatch
 from midblock.tuning.kernels import supervised_loss
 from midblock.tuning.steps import StepLog
 from midblock.writing import write_json
@@ -50,6 +51,7 @@ class MidblockTrainer(SFTTrainer):
         self._order = order
         self._plain_head = plain_head
         self._watch = watch
+        self.blocks: BlockWatch | None = None
         self.packed = False
         """Whether rows go through the blocks without their padding."""
         # loss, real and supervised tokens (3,); padded tokens, 0: as many as are real
@@ -113,7 +115,8 @@ class MidblockTrainer(SFTTrainer):
         checkpoints.begin(folder)
         with quiet():
             super()._save_checkpoint(model, trial)
-        checkpoints.complete(folder, self.state.global_step, [asdict(s) for s in self._watch.steps])
+        checkpoints.complete(folder, self.state.global_step, [asdict(s) for s in self._watch.steps],
+                             [] if self.blocks is None else [asdict(s) for s in self.blocks.steps])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))

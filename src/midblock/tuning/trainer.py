@@ -34,8 +34,8 @@ from midblock.tuning.checkpoints import (
 )
 from midblock.tuning.kernels import has_plain_head, lean_lora
 from midblock.tuning.prefix import FrozenPrefix
-from midblock.tuning.steps import StepLog, TrainResult
-from midblock.writing import output_error
+from midblock.tuning.steps import BlockStep, StepLog, TrainResult
+from midblock.writing import output_error, output_errors
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -152,12 +152,13 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
             start, damaged = last_checkpoint(place)
             notes += damaged
         begun = int(start.name.removeprefix("checkpoint-")) if start is not None else 0
-        if folder is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            watch.restore([] if start is None else [StepLog(**s) for s in stored_steps(start)])
-        if blocks is not None:
-            blocks.trainer = trainer
-            blocks.restore(begun)
+        with output_errors(place):
+            if folder is not None:
+                place.mkdir(parents=True, exist_ok=True)
+                watch.restore([] if start is None else [StepLog(**s) for s in stored_steps(start)])
+            if blocks is not None:
+                blocks.trainer, trainer.blocks = trainer, blocks
+                blocks.restore([] if start is None else [BlockStep(**s) for s in stored_steps(start, "blocks")])
         if begun >= trainer.args.max_steps:
             trainer._load_from_checkpoint(str(start))
             return _result(watch, blocks, attachment, {}, notes, begun)
