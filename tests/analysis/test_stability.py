@@ -14,6 +14,7 @@ from midblock.analysis import stability
 from midblock.analysis.profile import ProfileResult, ProfileSettings, profile
 from midblock.analysis.stability import profile_seeds
 from midblock.errors import SettingsError
+from midblock.models.state import STATE_MARKER, mark_state_folder
 from midblock.quantities import unchanged
 from midblock.results import Estimate, Table
 
@@ -106,7 +107,7 @@ def test_an_interrupted_repetition_resumes_where_it_was(pair, tmp_path, monkeypa
     state = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         profile_seeds(*pair, data=tiny_data(20), seeds=2, state_folder=state, **SMALL)
-    assert [p.name for p in state.iterdir()] == ["seed-0.json"]
+    assert {p.name for p in state.iterdir()} == {"seed-0.json", STATE_MARKER}
     got = profile_seeds(*pair, data=tiny_data(20), seeds=2, state_folder=state, **SMALL).frame
     assert calls == [0, 1, 1]
     np.testing.assert_allclose(got["value"].to_numpy(float), want["value"].to_numpy(float), equal_nan=True)
@@ -129,6 +130,7 @@ def test_mistakes_are_named(pair, tmp_path):
 
 
 def test_damaged_state_is_measured_again_and_told(pair, tmp_path, caplog):
+    mark_state_folder(tmp_path)
     (tmp_path / "seed-0.json").write_text(json.dumps({"rows": 3}))
     again = profile_seeds(*pair, data=tiny_data(8), seeds=2, state_folder=tmp_path, **SMALL)
     fresh = profile_seeds(*pair, data=tiny_data(8), seeds=2, **SMALL)

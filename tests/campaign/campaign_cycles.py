@@ -45,7 +45,7 @@ WORKS: dict[str, list[str]] = {
 }  # fmt: skip
 WAYS = ("SIGKILL", "SIGTERM", "full disk")
 _TIMED = ("second", "memory", "bytes", "digest", "cache", "started", "finished", "tokens_per_s")
-"""In names of what two runs of the same work have otherwise: times, sizes in memory, seals over them, state of a cache."""
+"""In names of what two runs of the same work have otherwise: times, sizes in memory, seals over them, caches."""
 
 
 def start(words: list[str], place: Path, log: Path) -> int:
@@ -114,6 +114,8 @@ def _content(path: Path, name: Path) -> Any:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="np") as stored:  # the order of its metadata is any
             return stored.metadata(), {name: stored.get_tensor(name).tobytes() for name in stored.keys()}  # noqa: SIM118
+    if path.name == "verdict.txt":
+        return path.read_text()
     if path.name in ("table.csv", "comparisons.csv", "layers.csv"):
         return _table(path).to_csv()
     return _plain(json.loads(path.read_text())) if path.suffix == ".json" and "results" in name.parts else None

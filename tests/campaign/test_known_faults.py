@@ -162,6 +162,10 @@ def each_row(change: Callable[[Path], object]) -> Damage:
     return damage
 
 
+def each_converted(damage: Damage) -> Damage:
+    return lambda place: [damage(p) for p in (place / "cache/converted").iterdir() if p.is_dir()]
+
+
 def nothing(place: Path) -> None:
     pass
 
@@ -171,6 +175,7 @@ LENS = f"lens m m-sft --data d.jsonl {FAST}"
 PLAN = f"{ONE} --plan plan.json --data d.jsonl"
 CACHED = f"{TUNE} --steps 2 --cache disk:rows --out out"
 RESUMED = f"{TUNE} --steps 6 --save-steps 1 --out stopped/tune --resume"
+GGUF = "weights tiny.gguf tiny.gguf --no-spectra --quiet --out out"
 SWEEP = "sweep sweep.yaml --out runs/sweep --resume --quiet"
 DRY = "sweep sweep.yaml --dry-run"
 OVERLAP = "overlap runs/importance-0 runs/importance-1 --quiet --out out"
@@ -211,6 +216,42 @@ def test_a_full_cache_removes_its_own_rows_only(world: Path, place: Path) -> Non
     assert all((copy / name).read_text() == "mine" for name in names)
 
 
+def _other_state(folder: str, name: str) -> Damage:
+    def damage(place: Path) -> None:
+        shutil.rmtree(place / folder)
+        (place / folder).mkdir()
+        (place / folder / name).write_text("mine")
+
+    return damage
+
+
+@cases([
+    ("a page", "report runs --out d.csv", nothing, "no page that midblock wrote"),
+    ("a table", "figures runs --columns one --quiet --out drawn",
+     lambda p: ((p / "drawn").mkdir(), text("drawn/table-1.md", "mine")(p), text("drawn/figure-1.csv", "mine")(p)),
+     r"figure-1\.csv is there, and is not as midblock wrote it"),
+    ("an exported adapter with notes", f"{TUNE} --steps 2 --out runs/tune --cache disk:rows --resume",
+     text("runs/tune/adapter/notes.txt", "mine"), r"notes\.txt is not as midblock wrote it"),
+    ("an exported adapter with another card", f"{TUNE} --steps 2 --out runs/tune --cache disk:rows --resume",
+     text("runs/tune/adapter/README.md", "mine"), r"README\.md is not as midblock wrote it"),
+    ("parts of a model as state", f"{PROFILE} --out stopped/profile --resume",
+     _other_state("stopped/profile/state", "part-00000.safetensors"), "no interrupted run of midblock left"),
+    ("a file as state", f"{IMPORTANCE} --out stopped/importance --resume",
+     _other_state("stopped/importance/state", "importance.safetensors"), "no interrupted run of midblock left"),
+])
+def test_files_of_others_are_not_replaced(world: Path, place: Path, words: str, damage: Damage, says: str) -> None:
+    before: dict[Path, bytes] = {}
+
+    def seen(copy: Path) -> None:
+        damage(copy)
+        before.update({p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and (
+            p.read_bytes() == b"mine" or p.name == "d.csv")})
+
+    check(world, place, words, seen, 2, says)
+    assert before
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
 def _exchange(place: Path) -> None:
     first, second = row_files(place)[:2]
     kept = first.read_bytes()
@@ -234,6 +275,14 @@ def _exchange(place: Path) -> None:
     ("last checkpoint's optimizer gone", RESUMED,
      lambda p: gone("optimizer.safetensors")(sorted((p / "stopped/tune/checkpoints").glob("checkpoint-*"))[-1]),
      "was not used: optimizer.safetensors is not what was written"),
+    *[(f"blocks {name}", RESUMED, damage, "") for name, damage in (
+        ("gone", gone("stopped/tune/checkpoints/blocks.jsonl")), ("cut", cut("stopped/tune/checkpoints/blocks.jsonl")),
+        ("binary", text("stopped/tune/checkpoints/blocks.jsonl", bytes(range(256)))),
+        ("of another shape", text("stopped/tune/checkpoints/blocks.jsonl", '[]\n{"step": "x"}\n')))],
+    *[(f"converted GGUF: {name}", GGUF, each_converted(damage), "is damaged.*is converted again") for name, damage in (
+        ("weights flipped", flip("model.safetensors")), ("weights cut", cut("model.safetensors")),
+        ("weights gone", gone("model.safetensors")), ("config edited", config("rms_norm_eps", 0.5, "config.json")),
+        ("tokenizer gone", gone("tokenizer.json")), ("mark edited", text("midblock.json", "{}")))],
     ("steps gone", RESUMED, gone("stopped/tune/checkpoints/steps.jsonl"), ""),
     ("steps empty", RESUMED, text("stopped/tune/checkpoints/steps.jsonl", ""), ""),
     ("steps binary", RESUMED, text("stopped/tune/checkpoints/steps.jsonl", bytes(range(256))), ""),

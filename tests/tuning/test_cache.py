@@ -19,6 +19,7 @@ from families import FAMILIES
 from midblock.cli.app import run
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.models import save_checkpoint
+from midblock.removing import TEMPORARY
 from midblock.sizes import parse_bytes
 from midblock.tuning import PrefixCache
 from midblock.tuning.cache_folder import MARKER
@@ -271,11 +272,36 @@ def test_a_total_that_a_crash_cut_short_is_counted_anew(tmp_path: Path) -> None:
         (tmp_path / ".midblock-prefix-cache.bytes").write_text(content)
         assert cache.bytes == on_disk(tmp_path)
     (tmp_path / ".midblock-prefix-cache.bytes").write_text("99999999999")
-    (rows_of(tmp_path)[0].parent / f".{rows_of(tmp_path)[0].name}.abc.safetensors").write_bytes(b"half")
     again = disk(tmp_path)
     again.put("n", "2", torch.ones(9, 9))
     assert again.bytes == on_disk(tmp_path)
-    assert len(list(rows_of(tmp_path)[0].parent.iterdir())) == 2  # the half-written file is gone
+
+
+def _die_half_way(folder: str) -> None:
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        os._exit(9)
+
+    Path.write_bytes = half  # type: ignore[method-assign,assignment]
+    disk(Path(folder)).put("n", "2", torch.ones(9, 9))
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    disk(tmp_path).put("n", "1", torch.ones(9, 9))
+    (tmp_path / ".mine").write_text("mine")
+    worker = multiprocessing.get_context("fork").Process(target=_die_half_way, args=(str(tmp_path),))
+    worker.start()
+    worker.join()
+    space = rows_of(tmp_path)[0].parent
+    assert worker.exitcode == 9
+    assert [p.name.startswith(TEMPORARY) for p in sorted(space.iterdir())] == [True, False]
+    again = disk(tmp_path)
+    assert again.get("n", "1") is not None
+    again.put("n", "3", torch.ones(9, 9))
+    assert len(list(space.iterdir())) == 2
+    assert again.bytes == on_disk(tmp_path)
+    assert (tmp_path / ".mine").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -178,13 +178,12 @@ class CacheFolder:
 
     def _recount(self) -> None:
         """Under the lock: what is there; what a killed process left half-written goes (rows are written under it)."""
-        total = 0
-        for space in (self.folder, *self._spaces()):
-            for entry in list(os.scandir(space)):
+        spaces = self._spaces()
+        for place in (self.folder, *spaces):
+            for entry in list(os.scandir(place)):
                 if entry.name.startswith(TEMPORARY) and entry.is_file(follow_symlinks=False):
                     remove_named(Path(entry.path))
-            total += sum(e.stat().st_size for e in self._rows(space))
-        self._set_total(total)
+        self._set_total(sum(e.stat().st_size for space in spaces for e in self._rows(space)))
 
     # ------------------------------------------------------------------ rows
 
