@@ -179,6 +179,7 @@ def test_interrupted_pass_resumes_to_the_same_numbers(pair, frame, tmp_path):
 
 
 def test_a_damaged_part_is_named_and_run_again(pair, tmp_path, caplog):
+    mark_state_folder(tmp_path)
     (tmp_path / "part-00000.safetensors").write_bytes(b"not a tensor file")
     again = profile(*pair, data=tiny_data(4), state_folder=tmp_path, **SIZES).frame
     whole = profile(*pair, data=tiny_data(4), **SIZES).frame
