@@ -12,6 +12,7 @@ from midblock.analysis.profile import profile
 from midblock.capture import run_blocks
 from midblock.data import make_batches, pad_token_id, tokenize
 from midblock.errors import DataError, PairMismatchError, SettingsError
+from midblock.models.state import mark_state_folder
 from midblock.quantities import quantities
 
 SIZES = {"samples": 8, "token_samples": 5, "max_length": 64, "replicates": 50}
