@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis_helpers import loaded, tiny_data
 from conftest import build_tiny_tokenizer
@@ -88,6 +89,30 @@ def test_generation_equals_that_of_plain_lm_eval(name: str) -> None:
     want = plain(name).generate_until(asked, disable_tqdm=True)
     assert MemoryLM(loaded(name), batch_size=1).generate_until(asked) == want
     assert MemoryLM(loaded(name), batch_size=3).generate_until(asked) == want
+
+
+def test_no_copy_of_the_head_is_made_for_every_row() -> None:
+    model = loaded("llama")
+    frozen = [p for p in model.model.parameters() if p.requires_grad]
+    seen: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.linear.default and args[1].shape[0] == model.anatomy.vocab_size:
+                seen.append(args[0].is_contiguous())
+            return func(*args, **(kwargs or {}))
+
+    asked = requests("generate_until", [(p, {"until": [], "max_gen_toks": 2}) for p in PROMPTS])
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with Watch():
+            MemoryLM(model, batch_size=8).generate_until(asked)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    assert len(seen) >= 2
+    assert all(seen)
 
 
 def test_an_encoder_decoder_generates_and_scores() -> None:

@@ -33,6 +33,7 @@ from midblock.capture.forward import run_blocks
 from midblock.capture.scoring import chunks_of_logits
 from midblock.data import Batch, TokenRow, make_batches, pad_token_id
 from midblock.errors import SettingsError
+from midblock.models.inference import one_product
 from midblock.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ class MemoryLM(HFLM):
         batch = batch.to(self.device)
         ends = self._end_ids(stops)
         answers = []
-        with torch.inference_mode():
+        with torch.inference_mode(), one_product(self._loaded.anatomy.head):
             rows = self._new_tokens(batch, stops, ends, longest)
         for row in rows:
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
