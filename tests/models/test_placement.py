@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from families import FAMILIES
 from midblock.analysis.gradients import gradients
@@ -25,6 +26,7 @@ from midblock.models.placement import check_spread, require_full_weights
 from midblock.settings import LoadSettings
 from midblock.settings.sweep import PlaceSettings
 from midblock.tuning import make_plan, tune
+from model_helpers import edit_config
 
 QUANTISED = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None,
                                reason="the extra 'quantized' is not installed")
@@ -140,6 +142,42 @@ def test_a_checkpoint_in_fp8_is_loaded_whole(folder: Path, tmp_path: Path) -> No
     for name, parameter in loaded.model.named_parameters():
         want = held[name]
         assert (parameter - want).abs().max() <= 2.0**-8 * want.abs().max(), name  # it may pass through bfloat16
+
+
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The sixteen numbers of e2m1 (OCP Microscaling Formats, table 5)."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_in_mxfp4_is_loaded_whole(dtype: torch.dtype, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    config = GptOssConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    stored, held = load_file(tmp_path / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(1)
+    for name in [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, wide, out = stored.pop(name).shape
+        codes = torch.randint(16, (experts, out, wide // 32, 32), generator=generator)
+        power = torch.randint(118, 124, (experts, out, wide // 32), generator=generator)
+        values = _FP4[codes] * torch.exp2(power.float() - 127)[..., None]
+        held[name] = values.reshape(experts, out, wide).transpose(1, 2)
+        stored[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        stored[f"{name}_scales"] = power.to(torch.uint8)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]})
+    loaded = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."), device="cpu")
+    assert any("stored in mxfp4, loaded in" in note for note in loaded.notes)
+    found = dict(loaded.model.named_parameters())
+    assert len(held) == 4
+    for name, want in held.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name].float(), want), name
 
 
 # ---------------------------------------------------------------------------------------------
