@@ -67,12 +67,21 @@ def test_depth_lines_draws_the_tables_values_in_the_right_panels():
 
 
 def test_depth_lines_has_relative_depth_on_top():
-    fig = depth_lines(table(["gini"]), num_layers=30)
-    top = fig.axes[0].child_axes[0]
-    fig.draw_without_rendering()
-    low, high = fig.axes[0].get_xlim()
-    assert top.get_xlim() == pytest.approx((low / 30, high / 30))
-    assert high > 30
+    ax = depth_lines(table(["gini"]), num_layers=30).axes[0]
+    assert [(t.get_text(), t.xy) for t in ax.texts] == [("depth 0", (0, 1)), ("0.5", (15, 1)), ("1", (30, 1))]
+    assert ax.get_xlim()[1] > 30
+
+
+def test_panels_below_each_other_share_their_ticks_and_draw_few_lines():
+    fig = depth_lines(table(["prompt_entropy", "gini", "curvature"], layers=31))
+    assert [ax.xaxis.get_visible() for ax in fig.axes] == [False] * 4 + [True] * 2
+    assert len({ax.get_xlim() for ax in fig.axes}) == 1
+    assert fig.axes[-1].get_xticks().tolist() == [0, 5, 10, 15, 20, 25, 30]
+    for ax in fig.axes:
+        low, high = ax.get_ylim()
+        assert 3 <= len(ax.get_yticks()) <= 5
+        assert all(low <= y <= high for y in ax.get_yticks())
+        assert not any(t.gridline.get_visible() or t.tick1line.get_visible() for t in ax.yaxis.get_major_ticks())
 
 
 def test_undefined_layers_are_gaps_not_zeros():
@@ -82,7 +91,7 @@ def test_undefined_layers_are_gaps_not_zeros():
     assert np.isnan(drawn(ax, "base").get_ydata()[[2, 3]]).all()
     frame[["value", "low", "high"]] = NAN
     texts = [t.get_text() for t in depth_lines(frame).axes[0].texts]
-    assert texts == ["undefined at every layer"]
+    assert texts[0] == "undefined at every layer"
 
 
 def test_depth_lines_hue_splits_the_sides():

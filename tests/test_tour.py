@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,13 @@ def test_the_tour_has_lines_and_says_how_long_they_take() -> None:
 @pytest.mark.parametrize("page", list(PAGES))
 def test_the_lines_of_a_page_run_as_they_stand(page: str, folder: Path) -> None:
     for line in lines(page):
+        begun = time.perf_counter()
         done = subprocess.run(line, shell=True, cwd=folder, env=environment(), capture_output=True, text=True,
                               timeout=900, check=False)
         wanted = re.search(r"# exit code (\d)", line)
         assert done.returncode == int(wanted.group(1) if wanted else 0), f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, line
+        sys.stdout.write(f"{time.perf_counter() - begun:6.1f} s  {line}\n")  # pytest -s shows what each line takes
 
 
 @pytest.mark.slow

@@ -387,7 +387,7 @@ _add("mean_shift_relative", "Mean shift, relative", "dataset", "change", unit="s
      paired=True, function="mean_shift", resampled="mean_shift_bootstrap",
      fixed={"relative": True},
      formula=r"\lVert \bar y - \bar x \rVert / \lVert \bar x \rVert", source="Paper, eq. 7, over the base's norm",
-     reading="The same, comparable over depths, whose states differ in length.")
+     reading="How far the centre of all samples moved, comparable over depths.")
 _add("change_intensity", "Change intensity", "dataset", "change", unit="units of the states", paired=True,
      function="row_changes", formula=r"\frac1N \sum_i \lVert y_i - x_i \rVert_2", source="Paper, figure 2",
      reading="How far a sample's pooled state moved, on average.")
@@ -395,7 +395,7 @@ _add("change_intensity_relative", "Change intensity, relative", "dataset", "chan
      unit="share of the base's mean norm", paired=True, function="change_intensity",
      resampled="change_intensity_bootstrap", fixed={"relative": True},
      formula=r"\tfrac1N \sum_i \lVert y_i - x_i \rVert / \lVert \bar x \rVert",
-     source="Paper, figure 2, over the base's norm", reading="The same, comparable over depths.")
+     source="Paper, figure 2, over the base's norm", reading="How far a sample moved, comparable over depths.")
 
 # robustness to augmentation
 _add("infonce", "InfoNCE", "views", "views", unit="nats", function="infonce_of_views",
@@ -415,7 +415,7 @@ _add("weight_change", "Weight change", "weight", "weights", unit="Frobenius norm
      source="Paper, eq. 1", reading="How far the weights of a block moved.")
 _add("weight_change_relative", "Weight change, relative", "weight", "weights", unit="share of the weights' norm",
      paired=True, formula=r"\lVert \Delta W \rVert_F / \lVert W_{\mathrm{base}} \rVert_F",
-     source="Paper, eq. 1, over the base's norm", reading="The same, comparable over matrices of different size.")
+     source="Paper, eq. 1, over the base's norm", reading="How far weights moved, comparable over sizes.")
 _add("weight_change_spectral_norm", "Spectral norm of the change", "weight", "weights", paired=True,
      formula=r"s_1(\Delta W)", reading="Length of the change along its strongest direction.")
 _add("weight_change_effective_rank", "Effective rank of the change", "weight", "weights", unit="dimensions",
@@ -487,5 +487,14 @@ _add("angular_distance", "Angular distance", "block", "importance", unit="angle 
      formula=r"\arccos \cos(z_{\mathrm{in}}, z_{\mathrm{out}}) / \pi", source="Gromov et al. 2024")
 _add("ila_score", "ILA score", "block", "importance", formula=r"s_i,\ \Delta W_i \sigma(s_i)",
      source="Shi et al. 2024 (ILA)", reading="Higher: the block's update matters more for the training loss.")
+_add("cka_novelty", "CKA novelty", "block", "importance", unit="1 − debiased CKA",
+     formula=r"1 - \operatorname{CKA}(Z_{\mathrm{in}}, Z_{\mathrm{out}})", reading="0 where states only pass on.")
+_add("rank_plateau", "Rank plateau", "block", "importance", unit="−|change of ln effective rank|",
+     formula=r"-\Big|\ln \frac{\operatorname{erank} Z_{\mathrm{out}}}{\operatorname{erank} Z_{\mathrm{in}}}\Big|",
+     reading="0 where a block keeps the effective rank of the states.")
+_add("weight_snr", "Weights: signal to noise", "weight", "importance", unit="energy above / below noise",
+     formula=r"\sum_{s_k > s^*} s_k^2 \Big/ \sum_{s_k \le s^*} s_k^2", reading="s*: the largest of random weights.")
+_add("relative_update", "Change by tuning", "weight", "importance", unit="share of the weights' norm", paired=True,
+     formula=r"\lVert \Delta W \rVert_F / \lVert W \rVert_F", reading="How far training moved a tuned matrix.")
 _add("update_norm", "Norm of the update", "block", "importance", unit="Frobenius norm",
      formula=r"\lVert \Delta W \rVert_F")

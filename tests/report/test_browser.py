@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from midblock.provenance import RunFolder
 from midblock.report.page import build_report
 from report.test_report import BLOCKS, EVIL, MODELS, a_run, profile_table, swap_table
 
@@ -183,3 +184,52 @@ def test_axe_finds_no_serious_fault(page: Any, dark: bool) -> None:
                for v in found.response["violations"]
                if v["impact"] in ("serious", "critical")]
     assert serious == []
+
+
+def test_several_pairs_begin_with_one_and_hide_the_figures_of_the_others(browser: Any, tmp_path: Path) -> None:
+    layers = pd.DataFrame([{"stage": "sft-base", "layer": a, "other": b, "cka_debiased": 0.5, "n": 9}
+                           for a in range(4) for b in range(4)])
+    for name in "abc":
+        models = {**MODELS, "sft": {**MODELS["sft"], "spec": f"models/{name}"}}
+        for data in ("gsm8k", "mmlu", "dolly"):
+            with RunFolder(tmp_path / name / data, command="profile", settings={}) as run:
+                run.record_inputs(models=models, data={"name": data})
+                run.write_table(profile_table())
+                run.write_table(layers, "layers.csv")
+    build_report([tmp_path], tmp_path / "r.html")
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto((tmp_path / "r.html").as_uri())
+    page.wait_for_selector("#key .main-svg")
+    squares = page.locator("#sections figure.wide")
+    assert squares.count() == 9
+    assert page.locator("#choose-pair").input_value() == "models/base → models/a"
+    assert page.locator("#sections figure.wide:visible").count() == 3
+    assert len(traces(page, "Effective rank")) == 6  # three data sets, two sides
+    page.select_option("#choose-pair", "")
+    assert page.locator("#sections figure.wide:visible").count() == 9
+    page.select_option("#choose-data", "mmlu")
+    assert page.locator("#sections figure.wide:visible").count() == 3
+    page.select_option("#choose-pair", "models/base → models/b")
+    only, = page.locator("#sections figure.wide:visible figcaption").all_inner_texts()
+    assert "models/base → models/b" in only
+    assert "mmlu" in only
+    page.close()
+
+
+def test_a_table_that_stands_open_is_made_when_it_comes_near(browser: Any, tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "lens", command="lens", settings={}) as run:
+        run.record_inputs(models=MODELS, data={"name": "gsm8k"})
+        run.write_table(profile_table())
+        run.write_table(pd.DataFrame({"token": [f"t{i}" for i in range(50)], "share": 0.5}), "kl_tokens.csv")
+    build_report([tmp_path], tmp_path / "r.html")
+    page = browser.new_page(viewport={"width": 600, "height": 500})
+    page.set_default_timeout(60_000)
+    page.goto((tmp_path / "r.html").as_uri())
+    page.wait_for_selector("#key .main-svg")
+    node = figure(page, "Tokens of the data")
+    assert node.locator("tr").count() == 0
+    node.scroll_into_view_if_needed()
+    node.locator("td").first.wait_for()
+    assert node.locator("tbody tr").count() == 50
+    page.close()

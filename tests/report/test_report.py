@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -15,11 +17,13 @@ import pytest
 from midblock.cli.app import run
 from midblock.errors import OutputError
 from midblock.provenance import RunFolder
+from midblock.report import page as page_module
 from midblock.report.charts import charts_of
 from midblock.report.collect import collect
 from midblock.report.findings import findings_of
 from midblock.report.page import build_report, render
 from midblock.results import Estimate, Table
+from sweep_helpers import write_rows, write_tiny_model
 
 pytest.importorskip("plotly")
 
@@ -66,9 +70,10 @@ def folders(tmp_path: Path) -> Path:
 
 
 def payload(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    found = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page, re.S)
     assert found
-    read: dict[str, Any] = json.loads(found.group(1))
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", found.group(1)), "nothing in it can be markup"
+    read: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(found.group(1))))
     for chart in read["charts"]:  # as the page's script does
         columns = [[c["of"][i] for i in c["at"]] if "of" in c else c["values"] for c in chart.pop("packed")]
         chart["rows"] = [list(row) for row in zip(*columns, strict=True)]
@@ -90,6 +95,16 @@ def test_the_page_holds_every_row_of_the_tables(folders: Path, tmp_path: Path) -
     assert rank["formula"]
     bars = next(c for c in charts.values() if c["kind"] == "bars")
     assert [r[bars["columns"].index("mask")] for r in bars["rows"]] == ["10000", "01000", "00100", "00010", "00001"]
+
+
+def test_data_sets_that_agree_are_one_sentence_and_a_run_counts_once(tmp_path: Path) -> None:
+    for number, (peak, data) in enumerate([("late", "gsm8k"), ("early", "mmlu"), ("late", "dolly"), ("late", "gsm8k")]):
+        a_run(tmp_path / str(number), "profile", profile_table(peak), data=data)
+    runs, _ = collect([tmp_path])
+    where = [line for line in findings_of(runs, charts_of(runs)).answer if "acted" in line]
+    assert [line.partition(":")[0].partition(" on ")[2] for line in where] == ["gsm8k and dolly", "mmlu"]
+    assert "most on late" in where[0]
+    assert "most on early" in where[1]
 
 
 @pytest.mark.parametrize("peak", ["early", "middle", "late"])
@@ -116,7 +131,7 @@ def test_a_sweeps_verdict_leads_and_names_the_next_command(tmp_path: Path) -> No
     charts = charts_of(runs)
     found = findings_of(runs, charts)
     assert found.answer[0].endswith("Use 01100.")
-    assert found.command == "midblock tune m --mask 01100 --out NEW"
+    assert found.command == f"midblock tune m --mask 01100 --out {tmp_path / 's-next'}"
     arms = next(c for c in charts if c["section"] == "arms")
     assert arms["id"] == found.key[0]
     assert arms["baseline"] == pytest.approx(0.1)
@@ -181,7 +196,6 @@ def test_text_from_outside_never_becomes_markup(evil: str, tmp_path: Path) -> No
 
 
 def test_the_policy_allows_only_the_pages_own_scripts(folders: Path) -> None:
-    import base64
     import hashlib
 
     runs, _ = collect([folders])
@@ -284,3 +298,63 @@ def test_a_correlation_is_a_square_over_blocks(tmp_path: Path) -> None:
     cells = {(r[0], r[1]): r[2] for r in chart["rows"]}
     assert len(cells) == 6
     assert all(cells[b, a] == r for (a, b), r in cells.items())
+
+
+def test_a_page_of_many_runs_stays_small_and_says_what_it_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                     ) -> None:
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        with RunFolder(tmp_path / name, command="profile", settings={}) as run:
+            run.record_inputs(models={**MODELS, "sft": {**MODELS["sft"], "spec": f"models/{name}"}},
+                              data={"name": "gsm8k"})
+            run.write_table(profile_table())
+            run.write_table(pd.DataFrame([
+                {"stage": "sft-base", "layer": h, "other": o, "cka_debiased": rng.random(), "n": 9}
+                for h in range(41) for o in range(41)]), "layers.csv")
+            run.write_table(pd.DataFrame({"token": rng.integers(0, 9**9, 1500), "share": rng.random(1500)}),
+                            "kl_tokens.csv")
+    runs, _ = collect([tmp_path])
+    whole = {c["title"]: c for c in payload(render(runs)[0])["charts"]}
+    assert len(whole) == 6
+    monkeypatch.setattr(page_module, "_LIMIT", len(render(runs)[0]) - 30_000)
+    page, _ = render(runs)
+    assert len(page.encode()) <= page_module._LIMIT
+    charts = {c["title"]: c for c in payload(page)["charts"]}
+    assert charts.keys() == whole.keys()
+    for chart in whole.values():
+        chart["rows"] = [[float(f"{v:.4g}") if isinstance(v, float) else v for v in row] for row in chart["rows"]]
+    for title, chart in charts.items():
+        if chart["kind"] == "depth":
+            assert chart == whole[title], "what the page says is never shortened"
+        else:
+            assert 0 < len(chart["rows"]) < len(whole[title]["rows"])
+            assert "all are in the run's folder" in chart["about"]
+            assert {tuple(r) for r in chart["rows"]} <= {tuple(r) for r in whole[title]["rows"]}
+        if chart["kind"] == "heatmap":
+            assert max(r[0] for r in chart["rows"]) == 40, "the last layer is among them"
+
+
+def test_figures_of_several_pairs_say_whose_they_are(tmp_path: Path) -> None:
+    for name in "ab":
+        models = {**MODELS, "sft": {**MODELS["sft"], "spec": f"models/{name}"}}
+        with RunFolder(tmp_path / name, command="profile", settings={}) as run:
+            run.record_inputs(models=models, data={"name": "gsm8k"})
+            run.write_table(profile_table())
+            run.write_table(pd.DataFrame([{"stage": "sft-base", "layer": h, "other": o, "cka_debiased": 0.5, "n": 9}
+                                          for h in range(3) for o in range(3)]), "layers.csv")
+    runs, _ = collect([tmp_path])
+    squares = [c for c in charts_of(runs) if c["kind"] == "heatmap"]
+    assert [c["pair"] for c in squares] == [runs[0].pair, runs[1].pair]
+    assert all(c["pair"] in c["title"] for c in squares)
+
+
+def test_a_tuned_models_training_curve_is_drawn(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 0, 12)
+    write_tiny_model(tmp_path / "model")
+    assert run(["tune", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--mask", "00100", "--rank",
+                "2", "--steps", "4", "--out", str(tmp_path / "tuned")]) == 0
+    runs, _ = collect([tmp_path / "tuned"])
+    charts = {c["title"]: c for c in charts_of(runs)}
+    assert [r[0] for r in charts["Loss while training: tuned"]["rows"]] == [1, 2, 3, 4]
+    assert {c.partition(":")[0] for c in charts} >= {"Gradient norm of each block", "Update of each block",
+                                                     "Drift of each block's output"}

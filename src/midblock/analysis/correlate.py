@@ -140,6 +140,9 @@ class CorrelationResult(TableResult):
         made = {}
         for method, part in self.pairs.groupby("method", sort=False):
             square = self.matrix(method)
+            if (by_block := part[part["points"] == "blocks"]).size:  # a handful of segments is no curve over depth
+                part, names = by_block, list(dict.fromkeys([*by_block["a"], *by_block["b"]]))
+                square = square.loc[names, names]
             stars = pd.DataFrame("", index=square.index, columns=square.columns)
             for row in part[part["p_holm"] < 0.05].itertuples():
                 stars.loc[row.a, row.b] = stars.loc[row.b, row.a] = "*"
@@ -148,7 +151,7 @@ class CorrelationResult(TableResult):
             names = [_words(name) for name in square.index]
             made[f"correlation-{method}"] = heatmap(
                 square.to_numpy(), names, names, centre=0.0, limits=(-1.0, 1.0), marks=stars.to_numpy(),
-                title=f"Correlation over depth ({method})", label=f"{method} correlation",
+                title="Correlation over depth", label=f"{method.capitalize()} correlation",
                 footnote=f"n = {spread} points over depth; * Holm p < 0.05 (neighbouring layers are not independent)")
         return made
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from midblock.settings import Settings
     from midblock.settings.load import LoadSettings
 
-__all__ = ["Chain", "Names", "OneOrMore", "changes_table", "loading", "run_analysis", "show", "split_names"]
+__all__ = ["Chain", "Names", "OneOrMore", "changes_table", "loading", "reading", "run_analysis", "show", "split_names"]
 
 Chain = Annotated[list[str], typer.Argument(
     metavar="BASE SFT [DPO ...]", show_default=False,
@@ -42,6 +42,13 @@ def split_names(names: str | None) -> list[str] | None:
 def loading(models: Sequence[str]) -> None:
     """The first sign of life, once what can be checked at once is right: importing what comes next takes seconds."""
     console.step(f"Loading {' and '.join(dict.fromkeys(map(str, models)))} ...")
+
+
+def reading(runs: Sequence[Path | str]) -> None:
+    """The first sign of life of a command that reads what others wrote; nothing where that is not there."""
+    if all(Path(run).exists() for run in runs):
+        names = [str(r) for r in runs]
+        console.step(f"Reading {' and '.join(names)} ..." if len(names) < 4 else f"Reading {len(names)} folders ...")
 
 
 def run_analysis(

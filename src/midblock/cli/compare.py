@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import reading
 from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Out
@@ -30,6 +31,7 @@ def compare(a: Log, b: Log, settings: CompareSettings, out: Out = None) -> None:
     McNemar (or a permutation test), Holm's correction over all tasks, and the difference that these items could have
     shown. No model is loaded.
     """
+    reading([a, b])
     from midblock.evaluation.paired import compare_logs
     from midblock.provenance import RunFolder
 

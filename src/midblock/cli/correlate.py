@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from midblock.cli import console
-from midblock.cli.analysis import show
+from midblock.cli.analysis import reading, show
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.settings import CorrelateSettings
@@ -31,6 +31,7 @@ def correlate(
     stands beside hidden b+1, its output; where one side is known per segment, the other is averaged
     over the segment's blocks.
     """
+    reading(folders)
     from midblock.analysis.correlate import correlate
     from midblock.provenance import RunFolder
     from midblock.report import save_result

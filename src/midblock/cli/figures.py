@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import reading
 from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.settings.figures import FigureSettings
@@ -28,6 +29,7 @@ def figures(
     Figures are PDF and SVG in sizes for one and two columns, with their numbers as CSV; tables are LaTeX, Markdown and
     CSV. Several models and data sets share a page. What the runs do not hold is named.
     """
+    reading(folders)
     from midblock.report.paper import paper_figures
 
     with console.progress_bar() as progress:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
-from midblock.cli.analysis import show
+from midblock.cli.analysis import reading, show
 from midblock.cli.command import command
 from midblock.cli.options import RunOut
 from midblock.settings.overlap import OverlapSettings
@@ -30,6 +30,7 @@ def overlap(
     Jaccard overlap of every pair, what two random selections would have, the overlap corrected for
     it, and a matrix figure.
     """
+    reading(folders)
     from midblock.provenance import RunFolder
     from midblock.report import save_result
     from midblock.selection.overlap import overlap as measure

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import reading
 from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.settings.report import ReportSettings
@@ -28,6 +29,7 @@ def report(
     The page opens from disk without a network and makes no request. Every figure has its data table, its definition
     and downloads; unfinished or damaged runs are named in it and left out.
     """
+    reading(folders)
     from midblock.report.findings import answer_of
     from midblock.report.page import build_report
 

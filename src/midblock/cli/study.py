@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midblock.cli import console
+from midblock.cli.analysis import reading
 from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Resume, RunOut
@@ -44,11 +45,16 @@ def study(
     Weights, profile, logit lens, swap, gradients, locate and their correlations; each checkpoint is loaded once. A part
     that fails is named and does not stop the others; an interrupted study goes on with --resume.
     """
+    file = len(models) == 1 and models[0].endswith((".yaml", ".yml"))
+    if file:
+        reading(models)
+    elif len(models) > 1:
+        console.step(f"Planning a study of {' and '.join(models)} ...")
     from midblock.errors import SettingsError
     from midblock.report.study import read_study
     from midblock.report.study import study as run_study
 
-    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+    if file:
         # which parts run may be said on the command line too; what they measure stands in the file
         chosen = settings.given()
         if data or set(chosen) - {"only", "skip"}:

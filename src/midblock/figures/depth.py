@@ -24,6 +24,7 @@ from midblock.figures.style import (
     note,
     numbers,
     outside_legend,
+    plain_grid,
     plot_series,
     styled,
     wrap,
@@ -78,32 +79,35 @@ def depth_lines(frame: pd.DataFrame, metrics: Sequence[str] | None = None, *, ti
         panels += [(metric, rows[of], bool(is_change)) for of, is_change in ((~change, False), (change, True))
                    if of.any()]
     columns = 1 if len(panels) == 1 else 2 if len(panels) <= 8 else 4
-    fig, axes = _sheet(len(panels), columns, title)
+    fig, axes, row_height = _sheet(len(panels), columns, title, legend=len(keys) > 1 or bool(shade))
     counts: list[str] = []
+    across = [v for v in MaxNLocator(integer=True, nbins=6, min_n_ticks=1).tick_values(0, last) if 0 <= v <= last]
     for place, (ax, (metric, rows, is_change)) in enumerate(zip(axes, panels, strict=True)):
         _panel(ax, rows, keys, hue, is_change)
         name = wrap(label_of(metric, change=is_change and bool((rows["side"] == "difference").any())), 26)
-        # all labels of a column in one line, as far from their panels as the margin lets them
-        ax.set_ylabel(name, fontsize=9.0 if name.count("\n") < 2 else 7.5)
+        # all labels of a column in one line, as far from their panels as the margin lets them, no longer than a row
+        longest = max(map(len, name.split("\n")))
+        ax.set_ylabel(name, fontsize=min(9.0 if name.count("\n") < 2 else 7.5, 72 * row_height / (0.58 * longest)))
         ax.yaxis.set_label_coords(-0.54 / (ax.get_position().width * fig.get_figwidth()), 0.5)
         ax.set_xlim(-0.02 * last - 0.3, last * 1.02 + 0.3)
-        integer_axis(ax)
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=4))  # ticks take most of the time of drawing many small panels
         for block in shade:
             centre = block + (drawn_kind == "hidden")
             ax.axvspan(centre - 0.5, centre + 0.5, color="#f0e6c8", alpha=0.6, linewidth=0, zorder=0,
                        label=shaded)
         counts.append(count_note(rows, counted if counted is not None else
                                  _COUNTED.get(find(metric).level, "samples") if known(metric) else "samples"))
+        lowest = place >= len(panels) - columns
+        plain_grid(ax, across, named=lowest)
         if place < columns and last > 0:
             _relative_depth(ax, last)
-        if place >= len(panels) - columns:
+        ax.xaxis.set_label_coords(0.5, -0.3 / (ax.get_position().height * fig.get_figheight()))
+        if lowest:
             ax.set_xlabel("hidden state h (0 = embeddings)" if drawn_kind == "hidden" else f"{drawn_kind}")
     if len(set(counts)) == 1:
         fig.text(0.99, 1 - 0.1 / fig.get_figheight(), counts[0], ha="right", va="top", fontsize=7.5, color=GREY)
     else:
-        for ax, count in zip(axes, counts, strict=True):
-            note(ax, count)
+        for place, (ax, count) in enumerate(zip(axes, counts, strict=True)):
+            note(ax, count, points=13.0 if place < columns else 4.0)
     _legend_below(fig, axes)
     return fig
 
@@ -124,11 +128,12 @@ def _numbered(data: pd.DataFrame, kind: str | None) -> tuple[pd.DataFrame, str]:
     return data.assign(layer=layer).sort_values("layer", kind="stable"), str(kinds[0])
 
 
-def _sheet(count: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Panels at places known beforehand: finding them by layout takes longer than all the drawing."""
+def _sheet(count: int, columns: int, title: str, *, legend: bool) -> tuple[Figure, list[Axes], float]:
+    """Panels at places known beforehand (finding them by layout takes longer than all the drawing), and a row's height.
+    """
     rows = -(-count // columns)
     width = {1: 6.4, 2: 8.2, 4: 13.6}[columns]
-    head, foot = (0.62 if title else 0.32), 0.75  # title and relative depth; axis label and legend
+    head, foot = (0.5 if title else 0.2), (0.75 if legend else 0.5)  # title; axis label and legend
     height = min(head + foot + rows * 2.05, MAX_HEIGHT)
     fig = new_figure(width, height, title, layout=None)
     cell_w, cell_h = width / columns, (height - head - foot) / rows
@@ -140,14 +145,14 @@ def _sheet(count: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
         axes.append(fig.add_axes((left / width, bottom / height,
                                   (cell_w - _MARGINS["left"] - _MARGINS["right"]) / width,
                                   (cell_h - _MARGINS["top"] - 0.12) / height)))
-    return fig, axes
+    return fig, axes, cell_h
 
 
 def _relative_depth(ax: Axes, last: float) -> None:
-    top = ax.secondary_xaxis("top", functions=(lambda v: np.asarray(v, dtype=np.float64) / last,
-                                               lambda v: np.asarray(v, dtype=np.float64) * last))
-    top.set_xticks([0, 0.5, 1.0], ["depth 0", "0.5", "1"])
-    top.tick_params(colors=GREY, labelsize=7.5, pad=1)
+    """Words above a panel: where it is 0, half and all of the depth."""
+    for share, words in ((0.0, "depth 0"), (0.5, "0.5"), (1.0, "1")):
+        ax.annotate(words, (share * last, 1.0), (0, 2), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=7.5, color=GREY, annotation_clip=False)
 
 
 def _legend_below(fig: Figure, axes: Sequence[Axes]) -> None:
@@ -207,7 +212,7 @@ def _panel(ax: Axes, part: pd.DataFrame, keys: list[tuple[str, ...]], hue: str |
             ax.axhline(same, color=GREY, linewidth=0.9, zorder=1)
     if not drawn:
         ax.text(0.5, 0.5, "undefined at every layer", transform=ax.transAxes, ha="center", va="center", color=GREY)
-        ax.set_yticks([])
+        ax.tick_params(labelleft=False)
 
 
 def _compared(rows: pd.DataFrame, side: str) -> str:

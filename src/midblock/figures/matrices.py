@@ -55,7 +55,9 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
         order = [list(map(str, rows)).index(name) for name in matrix_order([str(r) for r in rows])]
         if len(order) == len(rows):
             array, signs, rows = array[order], signs[order], [rows[i] for i in order]
-    row_names = [wrap(short_name(str(r)), 28) for r in rows]
+    row_names = [short_name(str(r)) for r in rows]
+    if len(row_names) <= 40:
+        row_names = [wrap(name, 28) for name in row_names]
     column_names = [short_name(str(c)) for c in columns]
     cell = 0.42 if max(array.shape) <= 14 else 0.22
     longest = max(len(line) for name in row_names for line in name.split("\n"))
@@ -106,19 +108,29 @@ def _colour_scale(array: npt.NDArray[np.float64], centre: float | None,
 
 
 def _heat_ticks(ax: Axes, rows: list[str], columns: list[str], width: float, height: float) -> None:
-    """As many labels as have room: every k-th where there are more."""
-    row_step = max(1, math.ceil(len(rows) / (height * 6)))
+    """Every label where there is room, in smaller type where that is enough; else every k-th."""
     longest = max(map(len, columns))
     tilted = longest > 4 and longest * len(columns) > width * 8
-    column_step = max(1, math.ceil(len(columns) / (width * (4.5 if tilted else 3.0))))
-    if not tilted:
-        column_step = max(1, math.ceil(len(columns) * (longest + 1) / (width * 9)))
-    ax.set_yticks(range(0, len(rows), row_step), rows[::row_step])
-    ax.set_xticks(range(0, len(columns), column_step), columns[::column_step])
+    row_step, row_size = _thinned(72 * 0.7 * height / len(rows) / max(name.count("\n") + 1 for name in rows))
+    column_step, column_size = _thinned(72 * 0.7 * width / len(columns) / (1.0 if tilted else 0.62 * (longest + 1)))
+    ax.set_yticks(range(0, len(rows), row_step), rows[::row_step], fontsize=row_size)
+    ax.set_xticks(range(0, len(columns), column_step), columns[::column_step], fontsize=column_size)
     if tilted:
+        turned = 90 if len(columns) > 20 else 40
         for tick in ax.get_xticklabels():
-            tick.set(rotation=40, ha="right", rotation_mode="anchor")
+            tick.set(rotation=turned, ha="right", va="center" if turned == 90 else "top", rotation_mode="anchor")
     ax.tick_params(length=0)
+
+
+def _thinned(room: float, least: float = 5.5) -> tuple[int, float]:
+    """Step and type size (points) of labels of which each has so many points.
+
+    Example:
+        >>> _thinned(20), _thinned(8), _thinned(3)
+        ((1, 8.0), (1, 6.8), (3, 5.5))
+    """
+    size = min(8.0, 0.85 * room)
+    return (1, size) if size >= least else (math.ceil(least / size), least)
 
 
 def _visible(token: str) -> str:

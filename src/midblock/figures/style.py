@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import tempfile
@@ -20,6 +21,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from midblock.errors import SettingsError
@@ -253,15 +255,43 @@ def count_note(frame: pd.DataFrame, counted: str = "samples") -> str:
     return f"n = {low} {counted}" if low == high else f"n = {low} to {high} {counted}"
 
 
-def note(ax: Axes, text: str) -> None:
-    """Small grey words above the panel's right end."""
-    if text:
-        ax.set_title(text, loc="right", fontsize=7.5, color=GREY)
+def note(ax: Axes, text: str, *, points: float = 4.0) -> None:
+    """Small grey words above the panel's right end, so many points above it."""
+    if text:  # y is given: finding it measures every label of the panel at each drawing
+        ax.set_title(text, loc="right", fontsize=7.5, color=GREY, y=1.0, pad=points)
 
 
 def integer_axis(ax: Axes) -> None:
     """Ticks at whole numbers only."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+
+
+def plain_grid(ax: Axes, across: Sequence[float], *, named: bool = True) -> None:
+    """Ticks at these x, few ones at the y drawn so far, and the grid as one line each way.
+
+    matplotlib draws a line, a mark and a label for each tick, which takes most of the time of many small panels.
+
+    Args:
+        ax: A finished panel; its limits stay as they are.
+        across: Where x has ticks.
+        named: Whether x ticks have labels; of panels below each other only the last needs them.
+    """
+    (low, high), x_limits = ax.get_ylim(), ax.get_xlim()
+    up = [v for v in MaxNLocator(4).tick_values(low, high) if low <= v <= high]
+    for places, transform, upright in ((across, ax.get_xaxis_transform(), True), (up, ax.get_yaxis_transform(), False)):
+        ends = [v for _ in places for v in (0.0, 1.0, math.nan)]
+        where = [v for place in places for v in (place,) * 3]
+        line = Line2D(where if upright else ends, ends if upright else where, transform=transform, zorder=0.5,
+                      color=mpl.rcParams["grid.color"], linewidth=mpl.rcParams["grid.linewidth"])
+        ax.add_artist(line)
+    ax.grid(visible=False)
+    if named:
+        ax.set_xticks(across)
+    else:
+        ax.xaxis.set_visible(False)
+    ax.set_yticks(up)
+    ax.tick_params(length=0, bottom=False, left=False)
+    ax.set(xlim=x_limits, ylim=(low, high))
 
 
 def labelled(axes: Sequence[Axes]) -> dict[str, Any]:

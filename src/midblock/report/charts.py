@@ -33,6 +33,10 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     charts = [*_depth_charts(runs), *_matrix_heatmaps(runs), *_segment_bars(runs), *_sweep_charts(runs),
               *_correlations(runs), *_layer_cka(runs), *_traces(runs), *_changed_tokens(runs),
               *_training(runs)]
+    if len({c["pair"] for c in charts if "pair" in c}) > 1:
+        for chart in charts:
+            if chart.get("pair") and chart["pair"] not in chart["title"]:
+                chart["title"] += f" ({chart['pair']})"
     order = {name: i for i, name in enumerate(SECTIONS)}
     charts.sort(key=lambda c: order.get(c["section"], len(order)))
     for number, chart in enumerate(charts):
@@ -41,16 +45,19 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _chart(kind: str, section: str, title: str, columns: Sequence[str], rows: list[list[Any]], *, about: str = "",
-           quantity: Quantity | None = None, axis: str = "", **more: Any) -> Chart:
+           quantity: Quantity | None = None, axis: str = "", run: Run | None = None, **more: Any) -> Chart:
     chart: Chart = {"kind": kind, "section": section if section in SECTIONS else "other", "title": title,
                     "axis": axis or title, "about": about, "formula": "", "source": "", "variants": [],
                     "columns": list(columns), "rows": rows, **more}
+    if run is not None:  # the chart is there while its pair and its data are chosen
+        chart |= {"pair": printable(run.pair), "data": printable(run.data)}
     if quantity is not None:
         chart |= {"axis": quantity.axis, "about": about or quantity.reading, "formula": quantity.formula,
                   "source": quantity.source, "variants": list(quantity.variants),
                   "unchanged": quantity.unchanged if quantity.paired else None, "paired": quantity.paired}
     sizes = [row[list(columns).index("n")] for row in rows] if "n" in columns else []
-    sizes = [n for n in sizes if n is not None]
+    # of a weight it counts entries, which say nothing of how sure a value is
+    sizes = [n for n in sizes if n is not None and (quantity is None or quantity.level != "weight")]
     chart["n"] = [min(sizes), max(sizes)] if sizes else []
     return chart
 
@@ -156,7 +163,7 @@ def _matrix_heatmaps(runs: Sequence[Run]) -> Iterator[Chart]:
             quantity = _quantity(wanted)
             yield _chart("heatmap", quantity.family if quantity else "weights",
                          f"{_title(wanted)} of each matrix{f' ({printable(str(stage))})' if stage else ''}",
-                         ("matrix", "block", "value"), rows, quantity=quantity, x="block", y="matrix")
+                         ("matrix", "block", "value"), rows, quantity=quantity, x="block", y="matrix", run=run)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ def _sweep_charts(runs: Sequence[Run]) -> Iterator[Chart]:
             base = part[part["arm"] == "base"]["value"]
             yield _chart("bars", "arms", f"{printable(str(task))}: {_title(str(metric)).lower()} of each arm",
                          _ARM_COLUMNS, _rows(part, _ARM_COLUMNS), quantity=_quantity(str(metric)), bars="arm",
-                         baseline=_cell(base.iloc[0]) if len(base) else None,
+                         baseline=_cell(base.iloc[0]) if len(base) else None, run=run,
                          about="Means over seeds and items with 95% intervals; the line is the untuned model.")
         pareto = run.more.get("pareto")
         if pareto is not None and {"task", "arm", "gain", "forgetting"} <= {*pareto.columns}:
@@ -213,7 +220,7 @@ def _sweep_charts(runs: Sequence[Run]) -> Iterator[Chart]:
                 rows = [[_cell(a), _cell(-f), _cell(g)] for a, f, g in
                         zip(part["arm"], pd.to_numeric(part["forgetting"], errors="coerce"), part["gain"], strict=True)]
                 yield _chart("scatter", "arms", f"{printable(str(task))}: gain against retention",
-                             ("arm", "retention", "gain"), rows, x="retention", y="gain",
+                             ("arm", "retention", "gain"), rows, x="retention", y="gain", run=run,
                              axis=f"Gain on {printable(str(task))} over the untuned model",
                              x_axis="Retention: change of log likelihood (nats a token)",
                              about="Up is a better score on the task, right is less forgetting of general text.")
@@ -240,7 +247,7 @@ def _correlations(runs: Sequence[Run]) -> Iterator[Chart]:
             cells = {(a, b): [v, n] for a, b, v, n in pairs} | {(b, a): [v, n] for a, b, v, n in pairs}
             rows = [[a, b, *cells[a, b]] for b in order for a in order if (a, b) in cells]
             yield _chart("heatmap", "correlation", f"Correlation over depth ({printable(str(method))})",
-                         ("one", "other", "r", "n"), rows, x="one", y="other", signed=True,
+                         ("one", "other", "r", "n"), rows, x="one", y="other", signed=True, run=run,
                          about="Each cell correlates two measures over the depths of the model; neighbouring depths "
                                "are not independent, so n overstates what is known.")
 
@@ -256,8 +263,8 @@ def _layer_cka(runs: Sequence[Run]) -> Iterator[Chart]:
             where = printable(f"{stage} {run.data}".strip())
             yield _chart("heatmap", "alignment", f"CKA of every hidden state with every other: {where}",
                          ("hidden of the earlier model", "hidden of the later model", "CKA"), rows,
-                         x="hidden of the earlier model", y="hidden of the later model",
-                         quantity=_quantity("cka_debiased"))
+                         y="hidden of the earlier model", x="hidden of the later model",
+                         quantity=_quantity("cka_debiased"), run=run)
 
 
 def _traces(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -267,7 +274,7 @@ def _traces(runs: Sequence[Run]) -> Iterator[Chart]:
             yield from _trace_heatmaps(run, trace)
             columns = [str(c) for c in trace.columns]
             yield _chart("table", "predictions", f"Most likely token at every depth: {printable(run.pair)}", columns,
-                         _rows(trace.head(2000), columns),
+                         _rows(trace.head(2000), columns), run=run,
                          about="The logit lens: what each hidden state would predict next if the blocks after it "
                                "were left out.")
 
@@ -288,6 +295,7 @@ def _trace_heatmaps(run: Run, trace: pd.DataFrame) -> Iterator[Chart]:
         where = printable(f"{stage} {run.data}".strip())
         yield _chart("heatmap", "predictions", f"What each hidden state would say next: {where}",
                      ("position", "hidden", "right", "predicted"), rows, x="position", y="hidden", text="predicted",
+                     run=run,
                      about="The logit lens on one sample: the most likely next token of every hidden state at every "
                            "position, coloured where it is the token that follows.")
 
@@ -307,7 +315,7 @@ def _changed_tokens(runs: Sequence[Run]) -> Iterator[Chart]:
             if table is not None and len(table):
                 columns = [str(c) for c in table.columns]
                 yield _chart("table", "predictions", f"{title}: {printable(run.pair)}", columns,
-                             _rows(table.head(2000), columns), about=about)
+                             _rows(table.head(2000), columns), about=about, run=run)
 
 
 _WATCHED = {
@@ -335,7 +343,7 @@ def _block_steps(runs: Sequence[Run]) -> Iterator[Chart]:
             rows = sorted([_cell(b), _cell(x), _cell(v)] for (b, x), v in grid.items()) if across == "step" else [
                 [_cell(b), _cell(x), _cell(v)] for (b, x), v in grid.items()]
             yield _chart("heatmap", "training", f"{title}: {printable(run.folder.name)}", ("block", across, name), rows,
-                         x=across, y="block", about=about + (
+                         x=across, y="block", run=run, about=about + (
                              " Mean over seeds, at the end of training." if across == "arm" else ""))
 
 
@@ -349,5 +357,5 @@ def _training(runs: Sequence[Run]) -> Iterator[Chart]:
         for name in [c for c in ("loss", "grad_norm", "update_norm", "drift") if c in numbers]:
             words = name.replace("_", " ").capitalize()
             yield _chart("lines", "training", f"{words} while training: {printable(run.folder.name)}", ("step", name),
-                         _rows(steps, ("step", name)), x="step", y=name,
+                         _rows(steps, ("step", name)), x="step", y=name, run=run,
                          axis=f"{words} (nats a token)" if name == "loss" else words)

@@ -145,8 +145,8 @@ def _read(folder: Path) -> Run | None:
     # arms and masks stay text: 00100 is no number
     more = {name: read_csv(path, text=("arm", "versus", "a", "b", "mask"), error=OutputError) for name in _FURTHER
             if (path := folder / f"{name}.csv").is_file() and path.stat().st_size > 1}
-    steps = next((p for p in (folder / "steps.jsonl", folder / "state" / "steps.jsonl") if p.is_file()), None)
-    if steps is not None:
+    steps = folder / "checkpoints" / "steps.jsonl"
+    if steps.is_file():
         rows = [row for _, row in read_jsonl(steps, error=OutputError) if isinstance(row, dict)]
         more["steps"] = pd.json_normalize(json.loads(json.dumps(rows)))
     plan = folder / "plan.json"

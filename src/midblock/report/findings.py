@@ -58,8 +58,8 @@ def _verdicts(runs: Sequence[Run]) -> list[str]:
 
 
 def _where(runs: Sequence[Run]) -> list[str]:
-    """Where tuning acted most, from the mean of early, middle and late depths."""
-    found = []
+    """Where tuning acted most, from the mean of early, middle and late depths; data sets that agree in one sentence."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     for run in runs:
         if run.command not in ("profile", "weights"):
             continue
@@ -72,16 +72,23 @@ def _where(runs: Sequence[Run]) -> list[str]:
             if len(rows) < 5 or layers.isna().any():
                 continue
             away = (rows["value"] - (find(metric).unchanged if find(metric).paired else 0.0)).abs()
-            if not (away > 0).any():
-                found.append(f"{run.pair}: {find(metric).label.lower()} shows no change at any depth.")
-                break
-            means = zone_means(layers.astype(int), away, int(layers.max()))
+            means = {str(z): v for z, v in zone_means(layers.astype(int), away, int(layers.max())).items()}
             what = "blocks" if (rows["kind"] == "block").all() else "hidden states"
-            found.append(f"{run.pair}{f' on {run.data}' if run.data else ''}: by {find(metric).label.lower()}, "
-                         f"{where_most(means, what)} (mean change "
-                         + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").")
+            words = where_most(means, what) if (away > 0).any() else ""
+            found.setdefault((run.pair, find(metric).label.lower(), words), {})[run.data] = means
             break
-    return found
+    return [_sentence(*key, by_data) for key, by_data in found.items()]
+
+
+def _sentence(pair: str, label: str, words: str, by_data: Mapping[str, Mapping[str, float]]) -> str:
+    *most, last = by_data
+    names = f"{', '.join(most)} and {last}" if most else last
+    place = f"{pair}{f' on {names}' if names else ''}"
+    if not words:
+        return f"{place}: {label} shows no change at any depth."
+    means = pd.DataFrame(list(by_data.values())).mean()
+    return (f"{place}: by {label}, {words} (mean change "
+            + ", ".join(f"{zone} {value:.3g}" for zone, value in means.items()) + ").")
 
 
 def _readings(runs: Sequence[Run]) -> list[str]:
@@ -111,7 +118,8 @@ def _next(runs: Sequence[Run]) -> str:
     for run in runs:
         for line in run.summary.splitlines():
             if run.command == "sweep" and line.startswith(_NEXT):
-                return line.removeprefix(_NEXT)
+                here = {"config.yaml": str(run.folder / "config.yaml"), "NEW": f"{run.folder}-next"}
+                return shlex.join(here.get(word, word) for word in line.removeprefix(_NEXT).split())
     specs = [str(m.get("spec") or "") for run in runs for m in run.models.values()]
     model = next((s for s in specs if s), "smollm2")
     data = next((str(run.record.get("settings", {}).get("data") or run.data) for run in runs if run.data), "arithmetic")

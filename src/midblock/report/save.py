@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
@@ -50,9 +52,22 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
     """
     names = [run.write_table(result.table).name, run.write_text("summary.txt", result.summary() + "\n").name]
     names += [run.write_table(frame, f"{name}.csv").name for name, frame in result.tables().items() if len(frame)]
-    figures = result.figures()
-    for number, (name, figure) in enumerate(figures.items(), start=1):
-        names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
-        progress("figures", number, len(figures))
+    with _uncollected():
+        figures = result.figures()
+        for number, (name, figure) in enumerate(figures.items(), start=1):
+            names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
+            progress("figures", number, len(figures))
     run.update(files=names, **(fields or {}))
     return names
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: figures are many small objects, and each search also walks through PyTorch's."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()

@@ -266,14 +266,17 @@ class LocateResult(TableResult):
     def figures(self) -> dict[str, Figure]:
         """Scores over depth, and CKA between all hidden states."""
         from midblock.figures import depth_lines, heatmap
+        from midblock.figures.style import count_note
 
         frame = self.frame
         made = {"locate-scores": depth_lines(frame, list(dict.fromkeys(frame["metric"])),
                                              title="Scores per block without training")}
         if self.similarity is not None and np.isfinite(self.similarity).any():
             names = list(range(self.num_blocks + 1))
-            made["locate-cka"] = heatmap(self.similarity, names, names, title="CKA between hidden states",
-                                         label="debiased CKA", row_label="hidden", column_label="hidden")
+            made["locate-cka"] = heatmap(
+                self.similarity, names, names, title="Likeness of every two hidden states",
+                label="debiased CKA (1 = same shape)", row_label="hidden state", column_label="hidden state",
+                footnote=count_note(frame[frame["metric"] == "block_influence"]))
         return made
 
 

@@ -206,18 +206,21 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _tracked(self, job: Job) -> Iterator[dict[str, Any]]:
-        """What a tracker needs: the run's name, and for TensorBoard a folder of its own."""
+        """What a tracker needs: the run's name, for TensorBoard a folder of its own, for wandb an end."""
         if self.config.report_to is None:
             yield {}
             return
         name, before = "TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR")
         if before is None and self.trackers is not None:
             os.environ[name] = str(self.trackers / job.key)
+        of_the_caller = _open_wandb_run() is not None
         try:
             yield {"report_to": self.config.report_to, "run_name": f"{self.config.name} {job.key}"}
         finally:
             if before is None:
                 os.environ.pop(name, None)
+            if not of_the_caller and (open_run := _open_wandb_run()) is not None:
+                open_run.finish()  # the next arm would go on in this one
 
     def _score(self, record: RunRecord, first_block: int | None, progress: Progress) -> None:
         for label in self.data.tasks:
@@ -226,6 +229,10 @@ class LocalEngine:
                 record.validation_loss = scored.value
             else:
                 record.tasks[label] = scored
+
+
+def _open_wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def _describe(job: Job) -> str:

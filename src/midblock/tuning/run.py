@@ -18,7 +18,7 @@ from midblock.data import Batch, Dataset, TokenRows, load_data, make_batches, pa
 from midblock.data.registry import task_words
 from midblock.errors import DataError, SettingsError
 from midblock.extras import require
-from midblock.models import LoadedModel, find_anatomy, load_model, save_checkpoint
+from midblock.models import LoadedModel, find_anatomy, kind_of, load_model, save_checkpoint
 from midblock.models.skeleton import model_skeleton
 from midblock.progress import Progress, silent
 from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
@@ -155,7 +155,7 @@ class TuneResult(TableResult):
         if not updates.empty:
             made["update"] = depth_lines(updates, ["relative_update"], hue="matrix", kind="block",
                                          num_layers=self.plan.num_blocks - 1, shade=self.plan.blocks,
-                                         title="Update of each matrix, relative to its norm")
+                                         title="How far each matrix was moved")
         return made
 
     def describe(self) -> dict[str, Any]:
@@ -436,7 +436,7 @@ def _fill(result: TuneResult) -> None:
     for update in result.check.updates:
         if update.block >= 0:
             table.add("block", update.block, "relative_update", "difference", update.relative, n=1,
-                      matrix=update.name.rpartition(".")[2])
+                      matrix=kind_of(update.name))
     layer = plan.mask or "-"
     for metric, value, n in (("final_loss", run.final_loss(), len(run.steps)),
                              ("tokens_per_second", run.tokens_per_second, len(run.steps)),

@@ -1,17 +1,26 @@
 "use strict";
-/* The page's script. Everything it shows is in the JSON of this page; text goes in by textContent, and through
+/* The page's script. Everything it shows is in this page, as compressed JSON; text goes in by textContent, and through
    plain() where plotly would read it as markup. */
-(() => {
-  const DATA = JSON.parse(document.getElementById("data").textContent);
+(async () => {
+  document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  if (!self.DecompressionStream) {
+    document.getElementById("readout").textContent = "The figures need a browser of 2023 or later.";
+    return;
+  }
+  const packed = atob(document.getElementById("data").textContent), bytes = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+  const DATA = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   for (const chart of DATA.charts) { // rows come by columns, each text once
     const columns = chart.packed.map((c) => c.of ? c.at.map((i) => c.of[i]) : c.values);
     chart.rows = columns.length ? columns[0].map((_, i) => columns.map((c) => c[i])) : [];
   }
   const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8a8f98"];
+  const MOST = 8; // curves in a figure before the reader chooses
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
   const state = { pair: "", data: "", stage: "", group: "", view: "values", x: "depth" };
-  const drawn = new Map();
+  const WHOLE = new Intl.NumberFormat("en"); // made once: for each number it takes longer than all else
+  const drawn = new Map(), figures = new Map();
   let cursor = null; // relative depth, 0..1
 
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -28,7 +37,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const column = (chart, name) => chart.columns.indexOf(name);
   const shown = (value) => value === null || value === undefined ? "" : typeof value === "number"
-    ? (Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)))) : String(value);
+    ? (Number.isInteger(value) ? WHOLE.format(value) : String(Number(value.toPrecision(4)))) : String(value);
 
   /* -- which rows a chart shows ------------------------------------------------------------------------------- */
   function chosen(chart) {
@@ -121,7 +130,7 @@
     }
     const words = (list) => list.map((v) => typeof v === "number" ? v : plain(v));
     return [{ type: "heatmap", x: words(xs), y: words(ys), z: grid, hoverongaps: false, colorscale: chart.signed ? "RdBu" : "Viridis",
-      ...(chart.signed ? { zmin: -1, zmax: 1, reversescale: true } : {}), colorbar: { thickness: 12, tickfont: { size: 11 } },
+      ...(chart.signed ? { zmin: -1, zmax: 1 } : {}), colorbar: { thickness: 12, tickfont: { size: 11 } },
       ...(texts ? { text: texts, texttemplate: xs.length <= 40 ? "%{text}" : "", textfont: { size: 10 }, showscale: false,
         colorscale: [[0, css("--panel")], [1, "#9fd0ea"]], xgap: 1, ygap: 1 } : {}),
       hovertemplate: plain(chart.x) + " %{x}, " + plain(chart.y) + " %{y}: " + (texts ? "%{text}" : "%{z:.4g}") + "<extra></extra>" }];
@@ -141,8 +150,10 @@
 
   function layout(chart, traces) {
     const ink = css("--ink"), line = css("--line");
-    const many = chart.kind === "heatmap" && new Set(chart.rows.map((row) => row[column(chart, chart.x)])).size > 45
-      && typeof chart.rows[0][column(chart, chart.x)] === "string"; // names would cover the figure: they show under the pointer
+    const named = chart.kind === "heatmap" && typeof chart.rows[0][column(chart, chart.x)] === "string"
+      ? new Set(chart.rows.map((row) => row[column(chart, chart.x)])).size : 0;
+    const many = named > 64; // names would cover the figure: they show under the pointer
+    const all = named > 12 ? { dtick: 1, tickfont: { size: 10 } } : {};
     const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true, tickfont: { size: 11 } };
     const depth = chart.kind === "depth";
     const shapes = [];
@@ -161,9 +172,9 @@
       margin: { l: 56, r: 12, t: 12, b: 40 }, hovermode: "closest", shapes, bargap: 0.25,
       showlegend: traces.filter((t) => t.showlegend !== false).length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
-      xaxis: { ...axis, title: { text: plain(titles[chart.kind] || ""), font: { size: 12 } }, ...(chart.kind === "bars" || chart.x === "arm" ? { type: "category" } : {}), showticklabels: !many },
+      xaxis: { ...axis, title: { text: plain(titles[chart.kind] || ""), font: { size: 12 } }, ...(chart.kind === "bars" || chart.x === "arm" ? { type: "category" } : {}), ...all, ...(named > 12 ? { tickangle: -90 } : {}), showticklabels: !many },
       yaxis: { ...axis, title: { text: chart.kind === "heatmap" ? plain(chart.y) : plain(chart.axis), font: { size: 12 } },
-        ...(chart.kind === "heatmap" ? { autorange: "reversed" } : {}), showticklabels: !many,
+        ...(chart.kind === "heatmap" ? { autorange: "reversed" } : {}), ...all, showticklabels: !many,
         ...(chart.log && state.view === "values" ? { type: "log" } : {}) },
       hoverlabel: { bgcolor: css("--panel"), bordercolor: line, font: { color: ink } } };
   }
@@ -182,13 +193,17 @@
           moveCursor(layer / Math.max(1, chart.last), chart);
         };
         plot.style.touchAction = "pan-y";
+        plot.on("plotly_afterplot", () => placeCursor(plot, chart)); // a window of another size
         plot.addEventListener("pointermove", point);
         plot.addEventListener("pointerdown", point);
       }
     }
     placeCursor(plot, chart);
   }
-  function redraw() { for (const [plot, chart] of drawn) draw(chart, plot); }
+  function redraw() {
+    for (const [node, chart] of figures) node.hidden = ["pair", "data"].some((key) => chart[key] && state[key] && chart[key] !== state[key]);
+    for (const [plot, chart] of drawn) if (!plot.closest("figure").hidden) draw(chart, plot);
+  }
 
   /* -- one cursor over all depth figures ------------------------------------------------------------------------ */
   function placeCursor(plot, chart) {
@@ -223,6 +238,7 @@
     const about = make("p", { class: "about", id: id + "-about", text: size + (chart.about || "") });
     const node = make("figure", { id, "aria-labelledby": id + "-title", "aria-describedby": id + "-about",
       class: chart.kind === "heatmap" || chart.kind === "table" ? "wide" : "" }, caption, about);
+    figures.set(node, chart);
     if (chart.kind !== "table") {
       const plot = make("div", { class: "plot-area" });
       const lines = chart.kind === "heatmap" ? new Set(chart.rows.map((row) => row[column(chart, chart.y)])).size : 0;
@@ -230,8 +246,7 @@
         "aria-label": `${chart.title}; its values are in the data table below.` }, plot, make("div", { class: "cursor" }));
       plot.style.height = "100%";
       node.append(frame);
-      waiting.observe(plot);
-      pending.set(plot, chart);
+      later(plot, () => draw(chart, plot));
       if (chart.kind === "depth") {
         node.tabIndex = 0;
         node.addEventListener("keydown", (event) => {
@@ -256,9 +271,9 @@
     }
     const details = make("details", chart.kind === "table" ? { open: "" } : {}, make("summary", { text: `Data table (${shown(chart.rows.length)} rows)` }));
     const fill = () => { if (details.open && !details.querySelector("table")) details.append(table(chart)); };
-    details.addEventListener("toggle", fill);
+    details.addEventListener("toggle", () => { if (!pending.has(details)) fill(); }); // one that is made open toggles too
     node.append(details);
-    fill();
+    if (details.open) later(details, fill);
     return node;
   }
   function table(chart) {
@@ -294,20 +309,23 @@
   }
 
   /* -- the page --------------------------------------------------------------------------------------------------- */
-  const pending = new Map();
+  const pending = new Map(); // element -> what makes its content, once it comes near
   const waiting = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting && pending.has(entry.target)) {
-      const chart = pending.get(entry.target);
-      pending.delete(entry.target);
-      waiting.unobserve(entry.target);
-      draw(chart, entry.target);
-    }
+    for (const entry of entries) if (entry.isIntersecting) now(entry.target);
   }, { rootMargin: "400px" });
+  function later(node, call) { pending.set(node, call); waiting.observe(node); }
+  function now(node) {
+    const call = pending.get(node);
+    pending.delete(node);
+    waiting.unobserve(node);
+    if (call) call();
+  }
 
   function values(key) {
     const found = new Set();
     for (const chart of DATA.charts) {
       const at = column(chart, key);
+      if (chart[key]) found.add(chart[key]);
       if (at >= 0) for (const row of chart.rows) if (row[at]) found.add(row[at]);
     }
     return [...found];
@@ -315,15 +333,21 @@
   function choice(key, label, options) {
     const select = make("select", { id: "choose-" + key, on: { change: () => { state[key] = select.value; redraw(); } } },
       ...options.map(([value, text]) => make("option", { value, text })));
-    document.getElementById("controls").append(make("label", { for: "choose-" + key, text: label }), select);
+    select.value = state[key];
+    document.getElementById("controls").append(make("span", { class: "choice" }, make("label", { for: "choose-" + key, text: label }), select));
   }
+  const together = () => Math.max(0, ...DATA.charts.filter((c) => c.kind === "depth").map((chart) =>
+    new Set(chosen(chart).map((row) => ["pair", "data", "stage"].map((key) => row[column(chart, key)]).join("\n"))).size));
   for (const [key, label] of [["pair", "Pair"], ["data", "Data"], ["stage", "Stage"]]) {
     const found = values(key);
+    if (found.length > 1 && together() > MOST) state[key] = found[0]; // more curves in one figure say nothing
     if (found.length > 1) choice(key, label, [["", "all"], ...found.map((v) => [v, v])]);
   }
   const groups = [...new Set(DATA.charts.flatMap((c) => c.groups && c.groups.length > 1 ? c.groups : []))];
-  if (groups.length) choice("group", "Part", groups.map((g) => [g, g || "whole"]));
-  if (groups.length) state.group = groups[0];
+  if (groups.length) {
+    state.group = groups[0];
+    choice("group", "Part", groups.map((g) => [g, g || "whole"]));
+  }
   choice("view", "Show", [["values", "base and tuned"], ["difference", "difference"]]);
   choice("x", "Across", [["depth", "relative depth"], ["layer", "layer"]]);
 
@@ -346,10 +370,12 @@
     redraw();
   };
   theme.addEventListener("click", () => paint(document.documentElement.dataset.theme !== "dark"));
-  paint(matchMedia("(prefers-color-scheme: dark)").matches);
+  paint(document.documentElement.dataset.theme === "dark");
   document.getElementById("copy").addEventListener("click", async (event) => {
     try { await navigator.clipboard.writeText(document.getElementById("command").textContent); event.target.textContent = "Copied"; }
     catch { getSelection().selectAllChildren(document.getElementById("command")); }
   });
-  addEventListener("beforeprint", () => { for (const [plot, chart] of [...pending]) { pending.delete(plot); draw(chart, plot); } });
+  addEventListener("beforeprint", () => { 
+    for (const node of [...pending.keys()]) if (!node.closest("figure").hidden) now(node);
+  });
 })();
