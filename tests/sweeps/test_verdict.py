@@ -41,7 +41,10 @@ def stats_of(rows, names=NAMES, missing=None, curves=(), front=("00100",)) -> Sw
                 "texts": TaskMatrix("texts", "retention", "perplexity", False, tuple("x" * 20), arms)}
     pareto = pd.DataFrame([{"task": "arithmetic", "arm": n, "gain": 0.1, "forgetting": 0.0, "params": 1, "work": 1.0,
                             **{f"front_{c}": n in front for c in ("forgetting", "params", "work")}} for n in names])
-    scores = pd.DataFrame([{"task": "arithmetic", "arm": n, "value": 0.51234} for n in names])
+    # the text names the first task's front and the baseline's score there: nothing else has these values
+    pareto = pd.concat([pareto, pareto.assign(task="other", front_forgetting=True, front_params=True, front_work=True)])
+    scores = pd.DataFrame([{"task": task, "arm": n, "value": 0.51234 if (task, n) == ("arithmetic", "11111") else 0.7}
+                           for task in ("texts", "arithmetic") for n in reversed(names)])
     return SweepStatistics(scores, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(
         list(curves), columns=["task", "method", "segments", "p_holm", "peak", "best"]), pareto, matrices,
         dict.fromkeys(names, 0.01), missing or {})
@@ -173,6 +176,16 @@ def test_every_conclusion_has_its_words(config):
     assert ("as good within 2.0 points: early (10000); at most 2.0 points worse: middle (00100); too small to judge: "
             "late (00001)") in text
     assert "texts: forget: none shown" not in text  # there is nothing to say without comparisons
+
+
+def test_what_is_not_there_leaves_no_trace(config):
+    stats = stats_of(LEARNED + against(m00100=("open", 0.0)))
+    alone = replace(stats, scores=stats.scores.iloc[:0], pareto=stats.pareto.iloc[:0])
+    text = "\n".join(lines(alone, config))
+    assert "against all layers (11111): not distinguishable: middle (00100)" in text
+    assert "By their means" not in text
+    nobody = stats.pareto.assign(**{f"front_{c}": False for c in ("forgetting", "params", "work")})
+    assert "By their means" not in "\n".join(lines(replace(stats, pareto=nobody), config))
 
 
 def test_retention_without_findings(config):

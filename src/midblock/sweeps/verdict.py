@@ -177,12 +177,12 @@ def _task(stats: SweepStatistics, matrix: TaskMatrix, infos: Mapping[str, ArmInf
     seen = f"; differences below {amount(matrix.metric, smallest)} are easily missed"
     if math.isnan(smallest) or (rows["conclusion"] == "too small").all():
         seen = ""
-    return f"{head}, against {_arm(str(baseline), infos)} {_score(stats, matrix.task, str(baseline))}: {told}{seen}."
+    return f"{head}, against {_arm(str(baseline), infos)}{_score(stats, matrix.task, str(baseline))}: {told}{seen}."
 
 
 def _score(stats: SweepStatistics, task: str, arm: str) -> str:
     row = stats.scores[(stats.scores["task"] == task) & (stats.scores["arm"] == arm)]
-    return f"{row['value'].iloc[0]:.3g}" if len(row) else ""
+    return f" {row['value'].iloc[0]:.3g}" if len(row) else ""
 
 
 def _conclusions(rows: pd.DataFrame, matrix: TaskMatrix, infos: Mapping[str, ArmInfo]) -> str:
