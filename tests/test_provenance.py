@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from midblock.errors import OutputError
-from midblock.provenance import RunFolder, read_run, read_table
+from midblock.provenance import RunFolder, held, read_run, read_table
 from midblock.results import Estimate, Table
 from midblock.writing import TEMPORARY, write_sealed
 
@@ -126,3 +128,32 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:
         with pytest.raises(OutputError):
             RunFolder(path, command="tune", settings={})
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def _contend(folder: str, results: str) -> None:
+    got = overlaps = 0
+    for _ in range(200):
+        with contextlib.suppress(OutputError), held(Path(folder)):
+            got += 1
+            try:
+                os.close(os.open(f"{folder}/inside", os.O_CREAT | os.O_EXCL))
+                os.unlink(f"{folder}/inside")
+            except FileExistsError:
+                overlaps += 1
+    Path(results).write_text(f"{got} {overlaps}")
+
+
+def test_no_two_processes_ever_hold_a_folder(tmp_path: Path) -> None:
+    """Its lock is removed with each release, so that a waiting process may have opened one that is gone."""
+    (tmp_path / "run").mkdir()
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_contend, args=(str(tmp_path / "run"), str(tmp_path / f"r{n}")))
+               for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    counts = [tuple(map(int, (tmp_path / f"r{n}").read_text().split())) for n in range(4)]
+    assert all(got > 0 for got, _ in counts)
+    assert [overlaps for _, overlaps in counts] == [0] * 4
+    assert list((tmp_path / "run").iterdir()) == []
