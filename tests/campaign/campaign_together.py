@@ -117,11 +117,11 @@ def _prepare(place: Path) -> None:
     (place / "narrow" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
 
 
-def pairs(world: Path) -> Iterator[dict[str, Any]]:
-    """All pairs."""
-    for kind in CACHES:
+def pairs(world: Path, first: int = 0) -> Iterator[dict[str, Any]]:
+    """All pairs, from the ``first`` on."""
+    for kind in [*CACHES][first:]:
         yield on_one_cache(world, kind)
-    for number, command in FOLDERS:
+    for number, command in FOLDERS[max(0, first - len(CACHES)):]:
         yield on_one_folder(world, number, command)
 
 
@@ -129,6 +129,7 @@ def main() -> None:
     """The command line of this file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--world", type=Path, help="one that a campaign has made")
+    parser.add_argument("--first", type=int, default=0)
     chosen = parser.parse_args()
     import midblock.cli.app
     import midblock.tuning
@@ -139,7 +140,7 @@ def main() -> None:
         world = chosen.world or Path(folder) / "world"
         if not world.exists():
             make_world(world)
-        for result in pairs(world):
+        for result in pairs(world, chosen.first):
             sys.stdout.write(json.dumps(result) + "\n")
             sys.stdout.flush()
 
