@@ -66,7 +66,7 @@ def on_one_folder(world: Path, number: int, command: str) -> dict[str, Any]:
         reference = world.parent / "references" / str(number)
         if (reference / out).is_dir():
             wrong += differences(reference / out, place / out)
-        elif not (place / out).read_text().endswith("</html>\n"):
+        elif not (place / out).read_text().rstrip().endswith("</html>"):
             wrong.append(f"{out} is not whole")
         wrong += [f"left over: {p.name}" for p in place.rglob(".midblock*") if ".midblock-prefix" not in p.name]
     return {"what": command[:60], "codes": codes, "wrong": wrong}
