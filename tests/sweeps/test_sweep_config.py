@@ -169,6 +169,18 @@ def test_every_kind_of_arm_once_at_the_budget(tmp_path):
     assert arms["11111"].is_baseline
 
 
+def test_an_arm_with_other_target_modules_has_the_sweeps_budget(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] |= {"eva": ["11111"], "explicit": [
+        {"name": "all", "mask": "11111", "target_modules": "all-linear"},
+        {"name": "own", "mask": "11111", "target_modules": "all-linear", "budget": "match:11111@2"}]}
+    values["budget"] = "match:11111@8"
+    arms = {a.name: a.plan for a in expand_arms(parse_config(values), _llama())}
+    assert arms["all"].budget == arms["11111"].budget == arms["eva-11111"].budget == arms["11111"].params
+    assert arms["all"].rank < 8
+    assert arms["own"].rank == 2
+
+
 def test_full_rank_arms_of_equal_size_take_as_many_matrices_as_the_budget(tmp_path):
     values = tiny_values(tmp_path)
     values["arms"] = {"full_equal": ["00100", "10001"], "full_equal_random": {"blocks": 4, "draws": 2}}

@@ -31,6 +31,7 @@ from midblock.sweeps import (
 )
 from midblock.sweeps import engine as engine_module
 from midblock.sweeps.engine import weights_digest
+from midblock.tuning import Plan
 from sweep_helpers import tiny_values
 
 
@@ -299,3 +300,55 @@ def test_kill_9_loses_at_most_the_running_run(tmp_path):
         assert one.key == other.key
         for task in one.tasks:
             assert np.allclose(one.tasks[task].scores, other.tasks[task].scores, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- EVA's ranks, starts of LoRA
+
+
+def test_arms_with_evas_ranks_stand_beside_the_others_at_their_budget(tmp_path):
+    values = tiny_values(tmp_path)
+    values["arms"] |= {"eva": ["11111"], "explicit": [{"name": "mine", "mask": "00110", "ranks": "eva"}]}
+    values["seeds"] = [0]
+    config = parse_config(values)
+    assert {a.name: a.rank for a in expand_arms(config, load_model(values["model"]))} == {
+        "11111": 2, "00100": 10, "eva-11111": "by EVA", "mine": "by EVA"}
+    result = sweep(config, out=tmp_path / "out")
+    assert not result.failed
+    records = {r.arm: r for r in result.records}
+    budget = records["11111"].plan["params"]
+    for name in ("eva-11111", "mine"):
+        plan = Plan.from_dict(records[name].plan)
+        assert len(set(plan.own_ranks.values())) > 1
+        assert plan.budget == budget
+        assert abs(plan.params - budget) <= max(m.cost_per_rank for m in plan.modules) / 2
+        assert records[name].training["losses"][-1] < records[name].training["losses"][0]
+    table = pd.read_csv(tmp_path / "out" / "plan.csv", dtype=str).set_index("arm")
+    own = Plan.from_dict(records["eva-11111"].plan).own_ranks.values()
+    assert table.loc["eva-11111", "rank"] == f"{min(own)}-{max(own)}"
+    assert table.loc["eva-11111", "method"] == "lora-eva"
+    tidy = pd.read_csv(tmp_path / "out" / "table.csv", dtype={"mask": str})
+    assert set(tidy[tidy["arm"] == "eva-11111"]["method"]) == {"lora-eva"}
+    # resumed, nothing is trained again
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "results").iterdir()}
+    sweep(config, out=tmp_path / "out", resume=True)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "results").iterdir()} == before
+
+
+def test_a_sweep_of_arms_that_begin_from_the_weights(tmp_path):
+    values = tiny_values(tmp_path)
+    values["training"]["init"] = "pissa"
+    values["arms"] |= {"full": ["00100"]}
+    values["seeds"] = [0]
+    begun = sweep(parse_config(values), out=tmp_path / "out")
+    values["training"]["init"] = "eva"
+    others = sweep(parse_config(values), out=tmp_path / "eva")
+    assert not begun.failed
+    assert not others.failed
+    losses = [{r.arm: r.training["losses"] for r in result.records if r.training} for result in (begun, others)]
+    # another start, another way down; a full-rank arm has none
+    assert losses[0]["00100"][-1] != losses[1]["00100"][-1]
+    assert losses[0]["full-00100"] == losses[1]["full-00100"]
+    values["training"]["init"] = "pissa"
+    values["arms"]["explicit"] = [{"name": "d", "mask": "00100", "method": "dora"}]
+    with pytest.raises(SettingsError, match="init pissa starts plain LoRA"):
+        sweep(parse_config(values), out=tmp_path / "bad")

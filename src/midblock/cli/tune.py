@@ -52,9 +52,9 @@ def tune(
     from midblock.tuning.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    if plan is not None and (settings.ways or settings.rank or settings.budget):
+    if plan is not None and (settings.ways or settings.rank or settings.budget or settings.ranks != "equal"):
         raise SettingsError("--plan says where to train and at which rank; leave out --mask, --blocks, "
-                            "--random-blocks, --rank and --budget.")
+                            "--random-blocks, --rank, --ranks and --budget.")
     from midblock.data import load_data
     from midblock.models.resolve import resolve_checkpoint
 
@@ -63,11 +63,14 @@ def tune(
                        weights=not dry_run)
     load_data(data, split="train")
     loading([model])
+    from midblock.tuning.eva import require_eva
     from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
 
     store = prefix_cache(settings.cache, settings.cache_limit)
     solved = plan_of_spec(model, settings, plan, trust_remote_code=load.trust_remote_code,
                           allow_pickle=load.allow_pickle)
+    if settings.ranks == "eva":
+        require_eva(solved)
     refuse_quantised(solved, settings, quantised=load.load_4bit or load.load_8bit)
     if dry_run:
         _dry_run(model, data, solved, settings, load)
@@ -129,6 +132,8 @@ def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: Lo
     costs, rows = forecast(model, plan, load_data(data, split="train"), settings, load)
     console.say(f"Dry run: nothing is trained.\n\n{plan.summary()}")
     console.print_table(plan.table())
+    if settings.ranks == "eva":
+        console.say("EVA spreads these ranks anew, at the same parameters, when the weights and rows are read.")
     steps = settings.num_steps(len(rows))
     console.say(f"Data: {rows.summary()}; {steps} steps")
     console.print_table(costs, "Estimates, from the rate of this machine's products")

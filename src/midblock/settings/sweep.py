@@ -15,10 +15,13 @@ from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.load import PlaceSettings
 from midblock.settings.tune import (
     LEARNING_RATES,
+    Init,
     LoopSettings,
     PlanSettings,
+    Ranks,
     RowSettings,
     Scale,
+    StartSettings,
     TrainSettings,
     TuneSettings,
 )
@@ -84,6 +87,7 @@ class TrainingConfig(LoopSettings):
     full_learning_rates: Rates = setting([LEARNING_RATES["full"]], help=(
         "The grid of the full-rank arms, whose best rates are about a tenth of LoRA's."))
     dropout: float = declared(TuneSettings, "dropout")
+    init: Init = declared(StartSettings, "init")
 
     def settings(self, learning_rate: float, seed: int) -> TrainSettings:
         """The trainer's settings for one run."""
@@ -106,6 +110,7 @@ class ExplicitArm(PlanSettings):
 
     name: Name = setting(help="Name of the arm.")
     mask: Mask | None = setting(None, help="Depth segments to train.")
+    ranks: Ranks = declared(StartSettings, "ranks")
     learning_rate: Rate | None = setting(None, help="In place of the grid.")
 
     @model_validator(mode="after")
@@ -124,6 +129,8 @@ class ArmsConfig(Settings):
     pairs: Counts = setting([], help="K: each two neighbouring segments.")
     triples: Counts = setting([], help="K: each three neighbouring segments.")
     random: Draws = setting([], help="LoRA on random block sets.")
+    eva: Masks = setting([], help=(
+        "LoRA of these masks with EVA's ranks: the same parameters, spread by what each matrix reads of the rows."))
     full: Masks = setting([], help="Full-rank updates of these masks.")
     full_random: Draws = setting([], help="Full-rank updates of random block sets.")
     full_equal: Masks = setting([], help=(

@@ -21,9 +21,11 @@ __all__ = [
     "Method",
     "Order",
     "PlanSettings",
+    "Ranks",
     "RowSettings",
     "Scale",
     "Schedule",
+    "StartSettings",
     "TrainSettings",
     "TuneSettings",
     "WhereSettings",
@@ -34,6 +36,7 @@ Scale = Literal["fixed-ratio", "rslora", "fixed-alpha"]
 Schedule = Literal["linear", "cosine", "constant"]
 Order = Literal["length", "random"]
 Init = Literal["default", "pissa", "olora", "corda", "eva", "lora-ga"]
+Ranks = Literal["equal", "eva"]
 
 REFERENCE_RANK = 16
 """LoRA rank on all blocks whose parameters are the default budget."""
@@ -171,12 +174,20 @@ class TrainSettings(LoopSettings):
         return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
 
 
-class TuneSettings(TrainSettings, RowSettings, PlanSettings):
-    """Everything that `tune` can be told; it takes the same names as keyword arguments."""
+class StartSettings(Settings):
+    """What a LoRA takes from the weights and from training rows before it is trained."""
 
     init: Init = setting("default", help=(
         "How LoRA's factors begin: A random and B zero (default), from the weights (pissa, olora), or also from "
         "training rows (corda, eva, lora-ga)."))
+    ranks: Ranks = setting("equal", help=(
+        "One rank in all matrices (equal), or the same parameters spread over them as EVA does, by the variance of "
+        "what each matrix reads of training rows."))
+
+
+class TuneSettings(TrainSettings, RowSettings, StartSettings, PlanSettings):
+    """Everything that `tune` can be told; it takes the same names as keyword arguments."""
+
     dropout: float = setting(0.0, ge=0, le=0.9, help="Of LoRA's input.")
     cache: str = setting("auto", metavar="auto|none|memory|disk:DIR", help=(
         "Where the frozen prefix's output is kept. auto: in memory where that is exact."))

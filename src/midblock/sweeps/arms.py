@@ -13,12 +13,17 @@ from midblock.errors import BudgetError, MidblockError, SettingsError
 from midblock.reading import shortened
 from midblock.segments import all_masks_single
 from midblock.settings.sweep import NAME, SweepConfig
+from midblock.settings.tune import Ranks
 from midblock.tuning import Plan, budget_of, load_plan, make_plan, require_plan_fits
+from midblock.tuning.eva import require_eva
 
-__all__ = ["BASE", "Arm", "Job", "expand_arms", "jobs_of"]
+__all__ = ["BASE", "METHODS", "Arm", "Job", "expand_arms", "jobs_of"]
 
 BASE = "base"
 """Name of the untuned model among the arms."""
+METHODS = {"lora": "LoRA", "lora-eva": "LoRA with EVA's ranks", "dora": "DoRA", "full": "full-rank",
+           "full-equal": "full-rank of equal size"}
+"""`Arm.method` in words."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,20 @@ class Arm:
     """Its blocks were drawn at random."""
     is_equal: bool = False
     """A full-rank update of as many matrices as the LoRA arms' budget takes."""
+    ranks: Ranks = "equal"
+    """How its rank is spread over the matrices; ``eva`` is solved from weights and rows when the sweep begins."""
 
     @property
     def method(self) -> str:
-        """``lora``, ``dora``, ``full`` or ``full-equal``."""
-        return "full-equal" if self.is_equal else self.plan.method
+        """One of `METHODS`."""
+        return "full-equal" if self.is_equal else "lora-eva" if self.ranks == "eva" else self.plan.method
+
+    @property
+    def rank(self) -> int | str | None:
+        """Rank of its matrices, for tables."""
+        if self.plan.own_ranks:
+            return self.plan.rank_words
+        return "by EVA" if self.ranks == "eva" else self.plan.rank
 
 
 @dataclass(frozen=True)
@@ -84,11 +98,13 @@ def expand_arms(config: SweepConfig, model: Any) -> list[Arm]:
             faults.append(f"{how}: {error}")
             continue
         if name in arms:
-            if (arms[name].plan.modules, arms[name].plan.params) != (plan.modules, plan.params):
+            if (arms[name].plan.modules, arms[name].plan.params, arms[name].ranks) != (
+                    plan.modules, plan.params, arguments.get("ranks", "equal")):
                 faults.append(f"{how}: the name {name!r} already belongs to another arm")
             continue
         arms[name] = Arm(name, plan, rates, is_baseline=name == config.arms.baseline,
-                         is_random="random_blocks" in arguments, is_equal=arguments.get("equal", False))
+                         is_random="random_blocks" in arguments, is_equal=arguments.get("equal", False),
+                         ranks=arguments.get("ranks", "equal"))
     known = {*arms, BASE}
     for a, b in config.statistics.comparisons or []:
         faults += [f"statistics.comparisons: there is no arm {x!r} (arms: {', '.join(known)})"
@@ -121,6 +137,8 @@ def _wanted(config: SweepConfig) -> Iterable[tuple[str, str, dict[str, Any], tup
     for draw in arms.random:
         for seed in range(draw.draws):
             yield (f"random{draw.blocks}-{seed}", "arms.random", {"random_blocks": (draw.blocks, seed)}, lora)
+    for mask in arms.eva:
+        yield f"eva-{mask}", "arms.eva", {"mask": mask, "ranks": "eva"}, lora
     for mask in arms.full:
         yield f"full-{mask}", "arms.full", {"mask": mask, "method": "full"}, full
     for draw in arms.full_random:
@@ -147,12 +165,17 @@ def _plan(config: SweepConfig, model: Any, arguments: dict[str, Any]) -> Plan:
         return require_plan_fits(load_plan(arguments["file"]), model)
     options = {"target_modules": config.target_modules, "scale": config.scale,
                "alpha_over_rank": config.alpha_over_rank, **arguments}
+    spread = options.pop("ranks", "equal")
     if options.pop("equal", False):
         whole = make_plan(model, **options)
         return _within_budget(whole, budget_of(model, config.budget, targets=config.target_modules))
     if options.get("method") != "full" and "rank" not in options and "budget" not in options:
-        options["budget"] = config.budget
-    return make_plan(model, **options)
+        # that of the sweep, also for an arm with other target modules
+        options["budget"] = budget_of(model, config.budget, targets=config.target_modules)
+    plan = make_plan(model, **options)
+    if spread == "eva":
+        require_eva(plan)
+    return plan
 
 
 def _within_budget(whole: Plan, budget: int) -> Plan:

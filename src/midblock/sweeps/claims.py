@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from midblock.sweeps.arms import METHODS
 from midblock.sweeps.scores import ArmInfo
 from midblock.sweeps.statistics import SweepStatistics
 
@@ -117,7 +118,7 @@ def _verdict(supporting: bool, opposed: bool, undecided: bool, small: bool) -> s
 def _shapes(stats: SweepStatistics, task: str, alpha: float) -> list[dict[str, str]]:
     found = []
     for _, row in stats.inverted_u[stats.inverted_u["task"] == task].iterrows():
-        how = "full-rank" if row["method"] == "full" else "LoRA" if row["method"] == "lora" else str(row["method"])
+        how = METHODS[str(row["method"])]
         arms = [a for a in stats.matrices[task].trained if (task, a) in stats.missing]
         small = bool(arms)
         shown = not small and row["p_holm"] < alpha

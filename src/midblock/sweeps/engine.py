@@ -28,6 +28,8 @@ from midblock.sweeps.records import RunRecord
 from midblock.sweeps.scoring import Scorer
 from midblock.tuning import PrefixCache, TrainResult, check_engagement, frozen_digests, train
 from midblock.tuning.adapter import Attachment, attach
+from midblock.tuning.eva import start_batches
+from midblock.tuning.initial import NEEDS_ROWS, Start
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
@@ -107,6 +109,9 @@ class LocalEngine:
         self.loaded = loaded
         self.data = data
         self.rows = token_rows(data.train, loaded.tokenizer, config.train)
+        init = config.training.init
+        self._start = Start(init, start_batches(self.rows, loaded, config.training.batch_size) if init in NEEDS_ROWS
+                            else ())
         self.scorer = Scorer(loaded, data.tasks, data.items)
         self.cache = PrefixCache.from_spec(config.cache, limit_bytes=config.cache_limit)
         self._digest = weights_digest(loaded.model)
@@ -177,8 +182,8 @@ class LocalEngine:
         assert job.seed is not None
         assert job.learning_rate is not None
         plan = job.arm.plan
-        with attach(self.loaded, plan, seed=job.seed,
-                    dropout=self.config.training.dropout) as attachment:
+        with attach(self.loaded, plan, seed=job.seed, dropout=self.config.training.dropout,
+                    start=Start() if plan.method == "full" else self._start) as attachment:
             before = frozen_digests(attachment)
             result = self._train(attachment, job, record, progress)
             record.training = {**result.describe(), "losses": result.losses,

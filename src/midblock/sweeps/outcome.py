@@ -19,7 +19,7 @@ from midblock.provenance import RunFolder
 from midblock.quantities import label_of
 from midblock.results import Answer, Estimate, Table, TableResult
 from midblock.settings.sweep import SweepConfig
-from midblock.sweeps.arms import BASE
+from midblock.sweeps.arms import BASE, METHODS
 from midblock.sweeps.claims import claims
 from midblock.sweeps.planning import SweepPlan
 from midblock.sweeps.records import RunRecord
@@ -186,7 +186,7 @@ class SweepResult(TableResult):
             if info.segment is None or own.empty:
                 continue
             method, k, _ = info.segment
-            rows.append({"depth": info.depth, "segments": f"{'full rank' if method == 'full' else 'LoRA'}, K={k}",
+            rows.append({"depth": info.depth, "segments": f"{METHODS[method]}, K={k}",
                          **own.iloc[0][["value", "low", "high"]].to_dict()})
         frame = pd.DataFrame(rows)
         if len(frame) < 3:

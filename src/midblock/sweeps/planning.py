@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,6 +25,8 @@ from midblock.sweeps.comparisons import default_pairs
 from midblock.sweeps.data import SweepData, token_rows
 from midblock.sweeps.scores import infos_of
 from midblock.tuning.estimate import EFFICIENCY, Cost, Outline, estimate, process_bytes, training_rate
+from midblock.tuning.eva import eva_ranks, start_batches
+from midblock.tuning.initial import require_start
 
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
@@ -78,6 +80,9 @@ class SweepPlan:
                  f"(estimates); {self.comparisons} comparisons between arms."]
         lines += [f"Arm {a.name} does not reach all it names: {gaps}." for a in self.arms
                   if (gaps := a.plan.not_reached())]
+        if open_ := [a.name for a in self.arms if a.rank == "by EVA"]:
+            lines.append(f"EVA's ranks ({', '.join(open_)}) follow from weights and rows when the sweep begins, at the "
+                         "same parameters.")
         return "\n".join(lines)
 
 
@@ -96,19 +101,32 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepPlan:
+def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData, loaded: LoadedModel | None = None) -> SweepPlan:
     """Arms, costs and detectable differences.
 
+    Args:
+        config: The sweep.
+        outline: Of the base.
+        data: Its rows.
+        loaded: The base, from which EVA's ranks are solved; without it these arms have one rank.
+
     Raises:
-        SettingsError: arms that do not fit the model (all are listed).
+        SettingsError: arms that do not fit the model (all are listed), or how they begin.
+        BudgetError: too few training tokens for EVA's ranks.
         DataError: the training rows cannot be tokenised.
     """
     arms = expand_arms(config, outline.anatomy)
     if (config.load_4bit or config.load_8bit) and (full := [a.name for a in arms if a.plan.method == "full"]):
         raise SettingsError(f"full-rank arms ({', '.join(full)}) change the weights themselves, which load_4bit and "
                             "load_8bit quantise; leave one or the other out.")
-    jobs = jobs_of(arms, config.seeds)
+    for arm in arms:
+        if arm.plan.method != "full":
+            require_start(config.training.init, arm.plan, outline.anatomy.causal_lm)
     rows = token_rows(data.train, outline.tokenizer, config.train)
+    if loaded is not None and any(a.ranks == "eva" for a in arms):
+        read = start_batches(rows, loaded, config.training.batch_size)
+        arms = [replace(a, plan=eva_ranks(a.plan, loaded, read)) if a.ranks == "eva" else a for a in arms]
+    jobs = jobs_of(arms, config.seeds)
     steps, epochs = config.training.num_steps(len(rows)), config.training.num_epochs(len(rows))
     costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, config.training, dtype=outline.dtype,
                                 cached=config.cache != "none", bits=outline.bits) for arm in arms}
@@ -121,9 +139,10 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData) -> SweepP
             own = [seconds[j.key] for j in jobs if j.arm is arm and j.learning_rate == lr]
             plan = arm.plan
             table.append({
-                "arm": arm.name, "method": arm.method, "map": plan.depth_map(), "rank": plan.rank,
+                "arm": arm.name, "method": arm.method, "map": plan.depth_map(), "rank": arm.rank,
                 "scaling": plan.scaling, "learning_rate": lr, "params": plan.params, "mismatch": plan.mismatch,
-                "steps": steps, "seconds": sum(own) / len(own), "peak_bytes": costs[arm.name].memory_bytes + besides})
+                "steps": steps, "seconds": sum(own) / len(own), "peak_bytes": costs[arm.name].memory_bytes + besides,
+                "not_reached": plan.not_reached()})
     pairs = config.statistics.comparisons or default_pairs(infos_of(arms, {}))
     tests = max(1, len(pairs) * len(config.evaluation))
     return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests), seconds,

@@ -9,7 +9,6 @@ from pathlib import Path
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
-from midblock.results import json_ready
 from midblock.settings.base import as_keys
 from midblock.settings.sweep import SweepConfig
 from midblock.sweeps.arms import Job
@@ -20,6 +19,7 @@ from midblock.sweeps.outcome import SweepResult
 from midblock.sweeps.planning import SweepPlan, outline_of, plan_sweep
 from midblock.sweeps.processes import ProcessesEngine
 from midblock.sweeps.records import RunRecord, read_records, write_record
+from midblock.tuning import Plan
 from midblock.tuning.estimate import outline
 
 __all__ = ["SweepState", "dry_run", "sweep"]
@@ -90,7 +90,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
     if loaded is None:
         loaded = load_model(config.model, **config.placement(), trust_remote_code=trust_remote_code,
                             allow_pickle=allow_pickle)
-    plan = plan_sweep(config, outline_of(loaded), data)
+    plan = plan_sweep(config, outline_of(loaded), data, loaded)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
                    may_differ=("name", "arms", "seeds", "statistics", "report_to", "engine", "workers")) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
@@ -127,8 +127,9 @@ def _engine(config: SweepConfig, loaded: LoadedModel, data: SweepData, trust: di
 
 def _stands(record: RunRecord, job: Job) -> bool:
     """Whether a stored result answers a run: done, and with the plan that the run has now."""
-    plan = None if job.arm is None else json_ready(job.arm.plan.to_dict())
-    return record.status == "done" and json_ready(record.plan) == plan
+    plan = None if job.arm is None else job.arm.plan
+    stored = None if record.plan is None else Plan.from_dict(record.plan, where=f"the result of {record.key}")
+    return record.status == "done" and stored == plan
 
 
 def _ignore(state: SweepState) -> None:

@@ -136,6 +136,8 @@ def _next(stats: SweepStatistics, chosen: Answer, infos: Mapping[str, ArmInfo], 
         options.append("--method full")
     elif config.budget is not None:
         options.append(f"--budget {config.budget}")
+    options += ["--ranks eva"] * (info.method == "lora-eva")
+    options += [f"--init {config.training.init}"] * (config.training.init != "default" and "full" not in info.method)
     if chosen.arm in stats.rates:
         options.append(f"--learning-rate {stats.rates[chosen.arm]:g}")
     return f"Next: midblock tune {config.model} --data {config.train.data} {' '.join(options)} --out NEW"
@@ -157,7 +159,7 @@ def _caution(infos: Mapping[str, ArmInfo]) -> str:
         return ""
     unequal = [f"{a.name} {a.params:,}" for a in infos.values() if abs(a.params / base.params - 1) > 0.05]
     text = f"Not at equal parameters (the baseline has {base.params:,}): {_list(unequal)}." if unequal else ""
-    if len({a.method for a in infos.values()}) > 1:
+    if len({a.method.removesuffix("-eva") for a in infos.values()}) > 1:
         text += " Methods have learning rates of their own; differences between them hold for these rates."
     return text.strip()
 

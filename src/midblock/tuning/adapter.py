@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from midblock.errors import AdapterError, SettingsError
+from midblock.errors import AdapterError, MidblockError, SettingsError
 from midblock.models import Anatomy, LoadedModel, find_anatomy
 from midblock.models.forwards import replace_forward
 from midblock.tuning.initial import Start, doubled, require_start, started
@@ -70,8 +70,8 @@ class Attachment:
 
     @property
     def written_rank(self) -> int | None:
-        """Rank of `plain_state`; None for full-rank updates."""
-        return None if self.plan.rank is None else self.plan.rank * (2 if self._first else 1)
+        """Largest rank of `plain_state`; None for full-rank updates."""
+        return None if self.plan.largest_rank is None else self.plan.largest_rank * (2 if self._first else 1)
 
     def plain_state(self) -> dict[str, Tensor]:
         """`state` as a plain LoRA on the unchanged base: of twice the rank where the start changed that."""
@@ -188,6 +188,8 @@ def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout:
     with contextlib.ExitStack() as stack:
         try:
             model, changed = stack.enter_context(started(base, anatomy, plan, config, start, seed))
+        except MidblockError:
+            raise
         except (ValueError, NotImplementedError) as error:  # PEFT's own refusals, of a kind of layer or of a family
             raise AdapterError(f"PEFT cannot adapt these matrices of {type(base).__name__}: "
                                f"{' '.join(str(error).split())} Choose other target modules.") from None
@@ -198,6 +200,9 @@ def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout:
         found = sum(p.numel() for p in trainable.values())
         if found != plan.params:
             raise AdapterError(f"PEFT made {found:,} trainable parameters where the plan has {plan.params:,}.")
+        for name, rank in plan.own_ranks.items():
+            if (made := int(base.get_submodule(name).r["default"])) != rank:  # type: ignore[union-attr]
+                raise AdapterError(f"PEFT made {name} of rank {made} where the plan has {rank}.")
         attachment = Attachment(plan, anatomy, model, base, trainable, changed)
         if changed:
             attachment._first = attachment.state()

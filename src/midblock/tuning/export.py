@@ -20,7 +20,7 @@ from midblock.reading import printable, read_json
 from midblock.results import Estimate
 from midblock.segments import format_blocks
 from midblock.tuning.adapter import Attachment, adapted_layer
-from midblock.tuning.peft_config import target_names
+from midblock.tuning.peft_config import target_names, whole
 from midblock.tuning.plan import Plan
 from midblock.writing import atomic_folder, atomic_path, write_json
 
@@ -33,14 +33,15 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's ``--max-lora-rank`` takes."""
 
 
-def vllm_note(plan: Plan, written_rank: int | None = None) -> str | None:
+def vllm_note(plan: Plan, written_rank: int | None = None, *, padded: bool = False) -> str | None:
     """What a vLLM user must know about this adapter; None for full-rank updates.
 
     Args:
         plan: What was trained.
         written_rank: The rank that was written, where it is not the plan's (`Attachment.written_rank`).
+        padded: Whether all matrices were written at it (`pad_adapter`).
     """
-    rank = written_rank or plan.rank
+    rank = written_rank or plan.largest_rank
     if rank is None:
         return None
     if plan.method == "dora":
@@ -50,6 +51,9 @@ def vllm_note(plan: Plan, written_rank: int | None = None) -> str | None:
     fitting = next((r for r in VLLM_RANKS if r >= rank), None)
     if fitting is None:
         return f"rank {rank} is above vLLM's largest ({VLLM_RANKS[-1]}): serve the merged model (--merge)"
+    if plan.own_ranks and not padded:
+        return (f"matrices have ranks of their own (PEFT's rank_pattern), and vLLM reads one: --pad-rank writes all of "
+                f"them at {fitting}")
     return f"vLLM: --enable-lora --max-lora-rank {fitting}" + (
         "" if fitting == rank else f" (rank {rank}; --pad-rank writes it as {fitting})")
 
@@ -82,8 +86,11 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
         config.update({"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None})
         if attachment.starts_from_weights:
             save_file(attachment.plain_state(), temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            factor = 2**0.5 if config.get("use_rslora") else 2
             config["r"] *= 2
-            config["lora_alpha"] *= 2**0.5 if config.get("use_rslora") else 2
+            config["lora_alpha"] = whole(factor * config["lora_alpha"])
+            config["rank_pattern"] = {n: 2 * r for n, r in config["rank_pattern"].items()}
+            config["alpha_pattern"] = {n: whole(factor * a) for n, a in config["alpha_pattern"].items()}
         if config.get("layers_to_transform") is None:  # PEFT shortens long lists to the ends of names
             config["target_modules"] = target_names(attachment.plan)
         write_json(temporary / "adapter_config.json", config)
@@ -100,28 +107,36 @@ def export_adapter(attachment: Attachment, folder: Path | str, *, base_name: str
 def pad_adapter(folder: Path | str, rank: int) -> None:
     """Rewrite a LoRA adapter folder at a higher rank with the same function.
 
-    A gets rows of zeros and B columns of zeros; alpha is set so that the scaling stays what it was.
+    A gets rows of zeros and B columns of zeros; alpha is set so that the scaling stays what it was. Where matrices have
+    ranks of their own, all get this one; a scaling that differs between them goes into B.
 
     Raises:
-        AdapterError: the rank is below the adapter's, or the adapter is DoRA or has several ranks.
+        AdapterError: the rank is below the adapter's, or the adapter is DoRA or of experts.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json", error=AdapterError)
-    old = int(config["r"])
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("target_parameters") or rank < old:
-        raise AdapterError(f"{folder}: an adapter of rank {old} "
-                           f"{'with DoRA, experts or several ranks ' * (rank >= old)}cannot be written at rank {rank}.")
     state = load_file(folder / "adapter_model.safetensors")
+    old = max(t.shape[0] for n, t in state.items() if ".lora_A." in n)
+    if config.get("use_dora") or config.get("target_parameters") or rank < old:
+        raise AdapterError(f"{folder}: an adapter of rank {old} {'with DoRA or experts ' * (rank >= old)}cannot be "
+                           f"written at rank {rank}.")
+    ratio = rank / int(config["r"])
+    alpha = config["lora_alpha"] * (ratio ** 0.5 if config.get("use_rslora") else ratio)
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+
+    def scaling(alpha: float, r: int) -> float:
+        return alpha / (r ** 0.5 if config.get("use_rslora") else r)
+
     padded = {}
     for name, tensor in state.items():
         if ".lora_A." in name:
-            tensor = torch.cat([tensor, tensor.new_zeros(rank - old, tensor.shape[1])])
+            tensor = torch.cat([tensor, tensor.new_zeros(rank - tensor.shape[0], tensor.shape[1])])
         elif ".lora_B." in name:
-            tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], rank - old)], dim=1)
+            module, own = name.partition(".lora_B.")[0].removeprefix("base_model.model."), tensor.shape[1]
+            factor = scaling(alphas.get(module, config["lora_alpha"]), own) / scaling(alpha, rank)
+            tensor = torch.cat([tensor * factor, tensor.new_zeros(tensor.shape[0], rank - own)], dim=1)
         padded[name] = tensor.contiguous()
-    ratio = rank / old
-    alpha = config["lora_alpha"] * (ratio ** 0.5 if config.get("use_rslora") else ratio)
-    config["r"], config["lora_alpha"] = rank, int(alpha) if float(alpha).is_integer() else alpha
+    config.update({"r": rank, "lora_alpha": whole(alpha), "rank_pattern": {}, "alpha_pattern": {}})
     with atomic_path(folder / "adapter_model.safetensors") as temporary:
         save_file(padded, temporary, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
@@ -201,7 +216,7 @@ def depth_picture(plan: Plan) -> str:
 
 def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, Any], check: str,
                held_out: Mapping[str, Estimate] | None = None, merged: bool = False,
-               written_rank: int | None = None) -> str:
+               written_rank: int | None = None, padded: bool = False) -> str:
     """Text of a ``README.md``: what was trained where, on what, and what was measured.
 
     Args:
@@ -214,6 +229,7 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
             hub reads.
         merged: Whether the card is of a merged checkpoint.
         written_rank: Rank of the adapter as it is written, where it is not the plan's.
+        padded: Whether all matrices are written at it.
     """
     kind = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full-rank update"}[plan.method]
     what = f"Merged checkpoint of {base_name} and a {kind}" if merged else f"{kind} for {base_name}"
@@ -242,7 +258,7 @@ def model_card(plan: Plan, *, base_name: str, data: str, training: Mapping[str, 
         f"![Depth from input to output, the trained blocks filled: {plan.depth_map()}]({_PICTURE})", "",
         plan.summary().split("\n", 1)[1].replace("\n", "  \n"), "",
         "## Use", "", usage, ""]
-    if (note := vllm_note(plan, written_rank)) and not merged:
+    if (note := vllm_note(plan, written_rank, padded=padded)) and not merged:
         body += [note + ".", ""]
     body += ["## Training", "", "| | |", "|---|---|", f"| data | {_cell(data)} |", facts, "", check + ".", "",
              "## Trained matrices", "", "| block | matrices | rank | parameters |", "|---|---|---|---|", rows, ""]

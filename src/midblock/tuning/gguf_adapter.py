@@ -1,8 +1,9 @@
 """An adapter as a GGUF file for llama.cpp and Ollama.
 
 The tensors are those that llama.cpp's ``convert_lora_to_gguf.py`` writes: ``blk.N.attn_q.weight.lora_a`` (r, in) and
-``.lora_b`` (out, r) in float32. llama.cpp multiplies their product by alpha / r whatever the adapter's own rule was;
-the scale (alpha / r, or alpha / sqrt(r) of rsLoRA) is folded into B, and alpha is written as r.
+``.lora_b`` (out, r) in float32. llama.cpp multiplies their product by alpha / r whatever the adapter's own rule was,
+with one alpha for the file and r the rank of each matrix; the scale (alpha / r, or alpha / sqrt(r) of rsLoRA) is folded
+into B, and alpha is written as the largest r.
 """
 
 from __future__ import annotations
@@ -70,24 +71,22 @@ def write_gguf(adapter: Path, model: LoadedModel, path: Path, *, base: str) -> P
     file = AdapterFile(adapter)
     heads = {"q_proj": config.num_attention_heads,
              "k_proj": getattr(config, "num_key_value_heads", None) or config.num_attention_heads}
-    rank = 0
+    changes = {weight: factors for weight in sorted(file.adapted()) if (factors := file.factors(weight)) is not None}
+    alpha = max(down.shape[0] for _, down in changes.values())
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_string(gguf.Keys.General.NAME, f"{model.name} adapter")
-        for weight in sorted(file.adapted()):
-            factors = file.factors(weight)
-            assert factors is not None  # DoRA and experts were refused
-            up, down = factors
-            rank = down.shape[0]
+        for weight, (up, down) in changes.items():  # DoRA and experts were refused
+            up = up * (down.shape[0] / alpha)
             leaf = weight.removesuffix(".weight").rpartition(".")[2]
             if interleaved and leaf in heads:
                 up = _interleaved(up, heads[leaf])
             name = names.get_name(_plain(weight), try_suffixes=(".weight",))
             writer.add_tensor(f"{name}.lora_a", down.contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", up.contiguous().numpy())
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

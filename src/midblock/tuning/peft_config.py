@@ -18,7 +18,7 @@ from midblock.tuning.planning import anatomy_of, make_plan
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["config_of", "lora_config", "target_names"]
+__all__ = ["config_of", "lora_config", "target_names", "whole"]
 
 
 def lora_config(model: nn.Module | Anatomy | LoadedModel, settings: PlanSettings | None = None, *,
@@ -63,7 +63,7 @@ def config_of(plan: Plan, model: nn.Module | None, dropout: float, task_type: st
     require("peft", "midblock.lora_config")
     from peft import LoraConfig
 
-    alpha = int(plan.alpha) if float(plan.alpha).is_integer() else plan.alpha
+    alpha, own = whole(plan.alpha), {n: r for n, r in plan.own_ranks.items() if r != plan.rank}
     wanted, stacked = target_names(plan), [m.name for m in plan.modules if m.experts]
     if stacked and (dropout or plan.method == "dora"):
         raise SettingsError(f"{stacked[0]} holds the matrices of all experts in one parameter, which PEFT adapts with "
@@ -71,7 +71,8 @@ def config_of(plan: Plan, model: nn.Module | None, dropout: float, task_type: st
     common: dict[str, Any] = {
         "r": plan.rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "task_type": task_type,
         "use_dora": plan.method == "dora", "use_rslora": plan.scale == "rslora",
-        "target_parameters": stacked or None}
+        "target_parameters": stacked or None, "rank_pattern": own,
+        "alpha_pattern": {n: a for n, r in own.items() if (a := whole(plan.alpha_of(r))) != alpha}}
     # Conv1D (GPT-2) stores (in, out): PEFT must be told
     named = set(wanted)
     if model is not None and any(type(m).__name__ == "Conv1D" for n, m in _named(model) if n in named):
@@ -88,6 +89,11 @@ def config_of(plan: Plan, model: nn.Module | None, dropout: float, task_type: st
         raise AdapterError(f"PEFT would not adapt what the plan names: it misses {lacking[:3]} and adds {extra[:3]} "
                            f"({len(lacking)} and {len(extra)} modules).")
     return config
+
+
+def whole(alpha: float) -> float:
+    """A whole number as one, which is how people and other programs write it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

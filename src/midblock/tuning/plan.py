@@ -9,7 +9,8 @@ Parameter counts, for a matrix of ``in`` inputs and ``out`` outputs:
 * DoRA of rank r (Liu et al., ICML 2024): r * (in + out) + out, the magnitudes
 * full: in * out
 
-The update of LoRA is multiplied by alpha / r, of rsLoRA (Kalajdzievski, 2023) by alpha / sqrt(r).
+The update of LoRA is multiplied by alpha / r, of rsLoRA (Kalajdzievski, 2023) by alpha / sqrt(r). Where matrices have
+ranks of their own (`midblock.tuning.eva`), r is the matrix's, and alpha grows with it under the scale ``fixed-ratio``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -53,6 +54,7 @@ class ModulePlan:
         inputs: Width of its input.
         outputs: Width of its output.
         experts: How many matrices are stacked in one parameter; 0 for a linear layer.
+        rank: Its own LoRA rank; None: the plan's.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModulePlan:
     inputs: _Size
     outputs: _Size
     experts: _Count = 0
+    rank: _Size | None = None
 
     @property
     def cost_per_rank(self) -> int:
@@ -78,19 +81,22 @@ class ModulePlan:
         return self.name if self.experts else f"{self.name}.weight"
 
     def cost(self, method: Method, rank: int | None) -> int:
-        """Trainable parameters under a method."""
+        """Trainable parameters under a method; ``rank`` is the plan's."""
         if method == "full":
             return self.weights
+        rank = self.rank or rank
         assert rank is not None
         return rank * self.cost_per_rank + (self.outputs if method == "dora" else 0)
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
 class Missing:
-    """Targets that were asked for in a block and mean nothing there, though elsewhere in the model they do."""
+    """Targets that were asked for in a block and are not trained there."""
 
     block: _Count
     targets: tuple[str, ...]
+    why: Literal["absent", "rank 0"] = "absent"
+    """They mean nothing there, though elsewhere in the model they do; or the spread of ranks gives them none."""
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -105,8 +111,10 @@ class Plan:
     modules: Annotated[tuple[ModulePlan, ...], Field(min_length=1)]
     """The adapted matrices in the order of the model."""
     rank: Annotated[int, Field(ge=1, lt=2**31)] | None
-    """LoRA rank; None for full-rank updates."""
+    """LoRA rank, where matrices have ranks of their own the one that takes as many parameters; None for full-rank
+    updates."""
     alpha: Annotated[float, Field(gt=0)] | None
+    """At `rank`."""
     scale: Scale
     params: _Count
     """Trainable parameters, exact."""
@@ -125,10 +133,41 @@ class Plan:
 
     @property
     def scaling(self) -> float | None:
-        """Factor of the low-rank product B A; None for full-rank updates."""
-        if self.rank is None or self.alpha is None:
+        """Factor of the low-rank product B A at `rank`; None for full-rank updates."""
+        return self._scaling(self.rank)
+
+    def _scaling(self, rank: int | None) -> float | None:
+        if rank is None or self.rank is None or self.alpha is None:
             return None
-        return self.alpha / (math.sqrt(self.rank) if self.scale == "rslora" else self.rank)
+        if self.scale == "rslora":
+            return self.alpha / math.sqrt(rank)
+        return self.alpha / (self.rank if self.scale == "fixed-ratio" else rank)
+
+    @property
+    def own_ranks(self) -> dict[str, int]:
+        """Rank of every matrix by name, where matrices have ranks of their own; else empty."""
+        if self.rank is None or all(m.rank is None for m in self.modules):
+            return {}
+        return {m.name: m.rank or self.rank for m in self.modules}
+
+    def alpha_of(self, rank: int) -> float:
+        """Alpha of a matrix of this rank, so that the rule of `scale` holds for it too."""
+        assert self.rank is not None
+        assert self.alpha is not None
+        return self.alpha * rank / self.rank if self.scale == "fixed-ratio" else self.alpha
+
+    @property
+    def largest_rank(self) -> int | None:
+        """The largest rank of a matrix; None for full-rank updates."""
+        return max(self.own_ranks.values(), default=self.rank)
+
+    @property
+    def rank_words(self) -> str | None:
+        """``16``, or ``3-32`` where matrices have ranks of their own; None for full-rank updates."""
+        own = set(self.own_ranks.values())
+        if len(own) > 1:
+            return f"{min(own)}-{max(own)}"
+        return None if self.rank is None else str(self.largest_rank)
 
     @property
     def mismatch(self) -> int | None:
@@ -137,8 +176,11 @@ class Plan:
 
     @property
     def rank_step(self) -> int | None:
-        """Parameters of one more rank: the mismatch is at most half of it."""
-        return None if self.rank is None else sum(m.cost_per_rank for m in self.modules)
+        """Parameters of one more rank (of the widest matrix, where each has its own); the mismatch is at most half."""
+        if self.rank is None:
+            return None
+        costs = [m.cost_per_rank for m in self.modules]
+        return max(costs) if self.own_ranks else sum(costs)
 
     @property
     def share(self) -> float:
@@ -172,7 +214,8 @@ class Plan:
         for block in self.blocks:
             inside = [m for m in self.modules if m.block == block]
             rows.append({"block": block, "matrices": " ".join(m.name.rpartition(".")[2] for m in inside),
-                         "rank": self.rank if self.rank is not None else "full",
+                         "rank": "full" if self.rank is None else self.rank if not self.own_ranks
+                         else " ".join(str(m.rank or self.rank) for m in inside),
                          "parameters": self.params // len(self.blocks) if self.whole_blocks
                          else self.params_of_block(block)})
         return pd.DataFrame(rows)
@@ -181,14 +224,15 @@ class Plan:
         """What was asked for and is not trained, in words; empty where everything is.
 
         Example:
-            ``blocks 0:2 have no q, k, v, o; block 4 has no gate``
+            ``blocks 0:2 have no q, k, v, o; block 4 has no rank for gate``
         """
-        by_targets: dict[tuple[str, ...], list[int]] = {}
+        by_targets: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         for gap in self.missing:
-            by_targets.setdefault(gap.targets, []).append(gap.block)
+            by_targets.setdefault((gap.why, gap.targets), []).append(gap.block)
         return "; ".join(f"{'blocks' if len(blocks) > 1 else 'block'} {format_blocks(blocks)} "
-                         f"{'have' if len(blocks) > 1 else 'has'} no {', '.join(targets)}"
-                         for targets, blocks in by_targets.items())
+                         f"{'have' if len(blocks) > 1 else 'has'} no {'rank for ' * (why == 'rank 0')}"
+                         f"{', '.join(targets)}"
+                         for (why, targets), blocks in by_targets.items())
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -196,13 +240,16 @@ class Plan:
         lines = [f"{how} of blocks {format_blocks(self.blocks)} of {self.num_blocks}"
                  + (f" (mask {self.mask})" if self.mask else "") + f"  {self.depth_map()}"]
         if self.rank is not None:
-            lines.append(f"rank {self.rank}, alpha {self.alpha:g}, update scaled by {self.scaling:g}"
+            own = sorted(set(self.own_ranks.values()) or {self.rank})
+            scales = list(dict.fromkeys(f"{self._scaling(r):g}" for r in (own[0], own[-1])))
+            lines.append((f"ranks {own[0]} to {own[-1]} (one rank for all would be {self.rank})" if self.own_ranks
+                          else f"rank {self.rank}") + f", alpha {self.alpha:g}, update scaled by {' to '.join(scales)}"
                          + (" (rsLoRA)" if self.scale == "rslora" else ""))
         line = f"{self.params:,} trainable parameters, {self.share:.3%} of the model's {self.model_params:,}"
         if self.budget is not None:
             line += f"; budget {self.budget:,}, mismatch {self.mismatch:+,}"
             if self.rank_step is not None:
-                line += f" (one rank is {self.rank_step:,})"
+                line += f" (one rank{' of the widest matrix' * bool(self.own_ranks)} is {self.rank_step:,})"
         lines.append(line)
         if gaps := self.not_reached():
             lines.append(f"not reached: {gaps}")
@@ -240,6 +287,10 @@ class Plan:
         if plan.rank is not None and plan.rank > (full := max(min(m.inputs, m.outputs) for m in plan.modules)):
             raise SettingsError(f"{where} asks for rank {plan.rank}, but none of its matrices has more than rank "
                                 f"{full}.")
+        if odd := next((m for m in plan.modules if m.rank and (plan.rank is None or m.rank > min(m.inputs, m.outputs))),
+                       None):
+            raise SettingsError(f"{where} is not a plan that can be trained: {odd.name} ({odd.inputs}->{odd.outputs}) "
+                                f"with rank {odd.rank} and method {plan.method}; make it anew.")
         if plan.whole_blocks:
             return plan
         return replace(plan, params=sum(m.cost(plan.method, plan.rank) for m in plan.modules))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midblock import stats
 from midblock.capture import score_batch
-from midblock.data import Batch, Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
+from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.data.registry import task_words
 from midblock.errors import DataError, SettingsError
 from midblock.extras import require
@@ -33,6 +33,7 @@ from midblock.tuning.check import (
     logits_of,
     require_gradients,
 )
+from midblock.tuning.eva import eva_ranks, require_eva, start_batches
 from midblock.tuning.export import (
     VLLM_RANKS,
     export_adapter,
@@ -45,7 +46,7 @@ from midblock.tuning.export import (
 from midblock.tuning.exported import free, noting
 from midblock.tuning.gguf_adapter import require_gguf, write_gguf
 from midblock.tuning.hub import push_adapter, require_hub
-from midblock.tuning.initial import NEEDS_ROWS, Start, require_start
+from midblock.tuning.initial import LEAVES_BASE, NEEDS_ROWS, Start
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan, require_plan_fits
 from midblock.tuning.steps import TrainResult
@@ -62,8 +63,6 @@ __all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_qu
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
 # tokens of the one backward pass before training
 _TRIAL_TOKENS = 16
-# rows that a start of the adapter is computed from
-_START_ROWS = 64
 
 
 @dataclass
@@ -81,7 +80,9 @@ class TuneResult(TableResult):
     adapter: Path | None = None
     """Folder of the PEFT adapter."""
     written_rank: int | None = None
-    """Rank of the adapter as it is written: twice the plan's where its start was taken out of the base weights."""
+    """Largest rank of the adapter as it is written: twice the plan's where its start changed the base weights."""
+    padded: bool = False
+    """Whether all matrices are written at that rank."""
     merged: Path | None = None
     """Folder of the merged checkpoint."""
     gguf: Path | None = None
@@ -165,7 +166,7 @@ class TuneResult(TableResult):
                 "gguf": None if self.gguf is None else self.gguf.name, "pushed": self.pushed,
                 "merged": None if self.merged is None else self.merged.name,
                 "merge_difference": self.merge_difference, "held_out": self.held_out,
-                "vllm": vllm_note(self.plan, self.written_rank),
+                "vllm": vllm_note(self.plan, self.written_rank, padded=self.padded),
                 "notes": self.notes}
 
 
@@ -211,8 +212,13 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
     plan = make_plan(loaded, wanted) if plan is None and solved is None else require_plan_fits(
         plan or solved, loaded)  # type: ignore[arg-type]
     refuse_quantised(plan, wanted, quantised=loaded.quantized is not None)
-    _check_exports(plan, loaded, wanted)
+    if wanted.ranks == "eva":
+        require_eva(plan)
     rows, data_name = _token_rows(data, loaded, wanted)
+    read = start_batches(rows, loaded, wanted.batch_size) if {wanted.init, wanted.ranks} & NEEDS_ROWS else []
+    if wanted.ranks == "eva":
+        plan = eva_ranks(plan, loaded, read)
+    _check_exports(plan, loaded, wanted)
     held = wanted.eval_data if eval_data is None else eval_data
     held_rows = None if held is None else _token_rows(
         held, loaded, wanted.replace(samples=wanted.eval_samples), split="test")[0]
@@ -220,9 +226,8 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
     if folder is None and (wanted.gguf or wanted.push):
         raise SettingsError(f"{name_of('gguf' if wanted.gguf else 'push')} needs a folder to write the adapter to; "
                             "give out.")
-    require_start(wanted.init, plan, loaded.model)
     with attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout,
-                start=Start(wanted.init, _start_batches(rows, loaded, wanted))) as attachment:
+                start=Start(wanted.init, read)) as attachment:
         before = frozen_digests(attachment)
         ids, mask_ids = _check_tokens(rows, loaded)
         require_gradients(attachment, ids[:1, :_TRIAL_TOKENS], mask_ids[:1, :_TRIAL_TOKENS])
@@ -325,7 +330,7 @@ def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> Non
     if wanted.pad_rank and (plan.method != "lora" or any(m.experts for m in plan.modules)):
         raise SettingsError(f"{name_of('pad_rank')} is for LoRA adapters of linear layers; the method is "
                             f"{plan.method}.")
-    written = (plan.rank or 0) * (1 if wanted.init in ("default", "eva") else 2)
+    written = (plan.largest_rank or 0) * (1 if wanted.init in LEAVES_BASE else 2)
     if wanted.pad_rank and written > VLLM_RANKS[-1]:
         raise SettingsError(f"rank {written} is above the largest that vLLM takes ({VLLM_RANKS[-1]}); merge the "
                             f"adapter instead ({name_of('merge')}).")
@@ -369,15 +374,16 @@ def _export(result: TuneResult, attachment: Attachment, loaded: LoadedModel, wan
     plan = result.plan
     if attachment.is_peft:
         free(folder, "adapter", resume=resume)
-        result.written_rank = attachment.written_rank
+        assert attachment.written_rank is not None
+        rank = next(r for r in VLLM_RANKS if r >= attachment.written_rank) if wanted.pad_rank else None
+        result.written_rank, result.padded = rank or attachment.written_rank, wanted.pad_rank
         base = str((folder / "base").resolve()) if wanted.export_base else base_name(loaded)
-        rank = next(r for r in VLLM_RANKS if r >= (attachment.written_rank or 0)) if wanted.pad_rank else None
         result.adapter = export_adapter(attachment, folder / "adapter", base_name=base, rank=rank,
                                         card=_card(result, loaded, wanted, data, base=base),
                                         finish=noting(folder, "adapter"))
         if wanted.gguf:
             result.gguf = write_gguf(result.adapter, loaded, folder / "adapter.gguf", base=base)
-        if note := vllm_note(plan, attachment.written_rank):
+        if note := vllm_note(plan, result.written_rank, padded=result.padded):
             result.notes.append(note)
     if wanted.merge or not attachment.is_peft:
         result.weights = merged_weights(attachment)
@@ -400,14 +406,6 @@ def _check_tokens(rows: TokenRows, loaded: LoadedModel) -> tuple[Tensor, Tensor]
     cut = [replace(r, ids=r.ids[:_CHECK_TOKENS], supervised=()) for r in rows.rows[:_CHECK_ROWS]]
     batch = make_batches(cut, batch_size=_CHECK_ROWS, pad_id=pad_token_id(loaded.tokenizer))[0].to(loaded.device)
     return batch.input_ids, batch.attention_mask
-
-
-def _start_batches(rows: TokenRows, loaded: LoadedModel, wanted: TuneSettings) -> list[Batch]:
-    """Training rows that the adapter's start is computed from."""
-    if wanted.init not in NEEDS_ROWS:
-        return []
-    made = make_batches(rows.rows[:_START_ROWS], batch_size=wanted.batch_size, pad_id=pad_token_id(loaded.tokenizer))
-    return [batch.to(loaded.device) for batch in made]
 
 
 def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, progress: Progress) -> list[float]:
@@ -475,4 +473,4 @@ def _card(result: TuneResult, loaded: LoadedModel, wanted: TuneSettings, data: s
         "dtype": str(loaded.dtype).removeprefix("torch.")}
     return model_card(result.plan, base_name=base or base_name(loaded), data=data, training=facts,
                       check=result.check.summary(), held_out=result.held_out, merged=base is None,
-                      written_rank=result.written_rank)
+                      written_rank=result.written_rank, padded=result.padded)
