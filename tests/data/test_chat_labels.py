@@ -6,7 +6,9 @@ Where labels differ from TRL's the test says so and why:
 - templates of image models take content in parts only: TRL hands them text, which they drop;
 - a turn of an unknown template that is written otherwise once others follow becomes a row of its own, as it would
   be generated: TRL refuses such a template. Each such row is TRL's row for that turn alone.
-- a last turn that the template does not end gets EOS, which TRL adds to plain text only.
+- a last turn that the template does not end gets EOS, which TRL adds to plain text only;
+- a character that several tokens write (an emoji) is learned whole at the end of a turn: the marks of transformers
+  reach its first token only.
 """
 
 from __future__ import annotations
@@ -129,6 +131,39 @@ def test_prefixes_find_what_marks_say(name: str, key: str) -> None:
     assert shown(plain, ours) == shown(marked, (ids, labels))
     assert ours == (ids, labels)
     assert labelled(marked, ROWS[key])[0] == [ours]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "glm4", "mistral"])
+def test_the_last_character_of_a_turn_is_learned_whole(name: str) -> None:
+    row = {"messages": [{"role": "user", "content": "¿qué?"}, {"role": "assistant", "content": "Fine 🙂"},
+                        {"role": "user", "content": "more"}, {"role": "assistant", "content": "你好"}]}
+    marked, plain = chat_tokenizer(LIKE[name]), chat_tokenizer(unmarked(LIKE[name]))
+    (ours,), _ = labelled(marked, row)
+    assert ours == labelled(plain, row)[0][0]
+    text = marked.decode([label for label in ours[1] if label != -100])
+    assert "Fine 🙂" in text
+    assert "你好" in text
+
+
+def test_marks_in_two_pieces_keep_the_end_of_a_turn_whatever_stands_before_it() -> None:
+    """This template marks words and end apart; after an emoji the end is no piece without words."""
+    tokenizer = chat_tokenizer(shipped("diffusion_gemma"))
+    (ids, labels), = labelled(tokenizer, {"messages": [{"role": "user", "content": "Hi"},
+                                                       {"role": "assistant", "content": "Hello 🙂"}]})[0]
+    assert tokenizer.decode([label for label in labels if label != -100]).strip() == "Hello 🙂<turn|>"
+    assert labels[-2] == ids[-2] == tokenizer.convert_tokens_to_ids("<turn|>")
+
+
+def test_a_completion_never_begins_within_a_special_token() -> None:
+    """The prompt ends in <tool_response|>, where the whole goes on with <|turn>: they share a bracket."""
+    tokenizer = chat_tokenizer(shipped("diffusion_gemma"))
+    messages = [{"role": "user", "content": "weather?"},
+                {"role": "assistant", "content": "Let me look.", "tool_calls": CALL},
+                {"role": "tool", "name": "weather", "content": "21"}, {"role": "assistant", "content": "21 degrees."}]
+    row = {"prompt": messages[:-1], "completion": messages[-1:], "tools": TOOLS}
+    (ours,), _ = labelled(tokenizer, row)
+    assert ours == trainer_labels(tokenizer, [row])[0]
+    assert shown(tokenizer, ours).split("⟦")[1].startswith("<|turn>")
 
 
 @pytest.mark.parametrize("name", LIKE)

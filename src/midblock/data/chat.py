@@ -141,7 +141,7 @@ class ChatWriter:
     def _completion(self, messages: Sequence[Message], given: int, keywords: Mapping[str, Any]) -> Pieces:
         """Prompt and completion as TRL means them: all that follows the prompt is learned."""
         whole = self._render(messages, keywords)
-        start = _common(self._render(messages[:given], keywords, generation=True), whole)
+        start = self._common(self._render(messages[:given], keywords, generation=True), whole)
         if not _bare(whole[start:], self._special):
             raise Unusable("the chat template writes nothing of the completion")
         return Pieces((whole[:start], whole[start:]), (False, True), False, self._wants_eos(whole, messages[-1]))
@@ -153,7 +153,7 @@ class ChatWriter:
                                 **{**keywords, "chat_template": template})
         except _TEMPLATE_FAULTS:
             return None
-        ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+        ids, mask = list(found["input_ids"]), _whole_characters(found)
         if not any(mask):
             return None
         added = set(self.tokenizer.get_added_vocab().values())
@@ -218,7 +218,7 @@ class ChatWriter:
                 before = ""
         else:
             before = self._render(messages[:k], keywords, generation=True)
-        start = _common(before, after)
+        start = self._common(before, after)
         if start < len(before) and k:
             # the prompt may end in words that a finished turn has not (an empty block of reasoning)
             plain = self._render(messages[:k], keywords)
@@ -242,6 +242,14 @@ class ChatWriter:
             texts.append(text[done:])
             counted.append(False)
         return Pieces(tuple(texts), tuple(counted), False, ends and self._wants_eos(text, last))
+
+    def _common(self, a: str, b: str) -> int:
+        """How many characters two texts begin with in common; no special token of the second is cut in two."""
+        if b.startswith(a):
+            return len(a)
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+        return min((same - k for t in self._special for k in range(1, min(len(t), same + 1))
+                    if b.startswith(t, same - k)), default=same)
 
     # -- the template ------------------------------------------------------------------------
 
@@ -365,11 +373,14 @@ def _bare(text: str, special: Sequence[str]) -> str:
     return text.strip()
 
 
-def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+def _whole_characters(found: Any) -> list[int]:
+    """The mask of what the assistant writes; transformers ends it with the first token of a turn's last character."""
+    mask = list(found["assistant_masks"])
+    for i in range(1, len(mask)):
+        if mask[i - 1] and not mask[i]:
+            before, here = found.token_to_chars(i - 1), found.token_to_chars(i)
+            mask[i] = int(before is not None and here is not None and here.start < before.end)
+    return mask
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
