@@ -201,8 +201,9 @@ def _attached(base: nn.Module, anatomy: Anatomy, plan: Plan, seed: int, dropout:
         if found != plan.params:
             raise AdapterError(f"PEFT made {found:,} trainable parameters where the plan has {plan.params:,}.")
         for name, rank in plan.own_ranks.items():
-            if (made := int(base.get_submodule(name).r["default"])) != rank:  # type: ignore[union-attr]
-                raise AdapterError(f"PEFT made {name} of rank {made} where the plan has {rank}.")
+            layer: Any = base.get_submodule(name)
+            if layer.r["default"] != rank:
+                raise AdapterError(f"PEFT made {name} of rank {layer.r['default']} where the plan has {rank}.")
         attachment = Attachment(plan, anatomy, model, base, trainable, changed)
         if changed:
             attachment._first = attachment.state()
