@@ -100,7 +100,7 @@ def test_the_inverted_u_is_a_claim():
     assert set(small["verdict"]) == {"too small to judge"}
     other = claims(stats_of([], curves, missing={("u", "00100"): "seeds"}), infos(), 0.05)
     assert list(other["verdict"]) == ["supported", "not shown"]
-    assert claims(stats_of([], curves, matrices=("u",)), infos(), 0.05)["claim"].item().startswith("dora arms")
+    assert claims(stats_of([], curves, matrices=("u",)), infos(), 0.05)["claim"].item().startswith("DoRA arms")
 
 
 def test_planted_effects_are_found_and_said(tmp_path):
