@@ -13,6 +13,7 @@ from midblock.settings.sweep import StatisticsConfig
 from midblock.sweeps import expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps import planning as planning_module
 from midblock.sweeps.planning import _scoring, _seconds, clock, equivalence_margin, plan_sweep
+from midblock.tuning.estimate import EFFICIENCY
 from midblock.tuning.estimate import outline as outline_of_spec
 from sweep_helpers import tiny_values
 
@@ -50,7 +51,7 @@ def test_scoring_counts_blocks_and_head_on_what_is_read_and_written(planned):
         read = tokens(label, limit)
         assert found[label] == (pytest.approx(2 * head * read), pytest.approx(2 * block * read), True, 5)
     # a generated token costs as much as EFFICIENCY / DECODING read ones
-    new = 7 * len(data.items["written"]) * 0.65 / 0.15
+    new = 7 * len(data.items["written"]) * EFFICIENCY / 0.15
     assert found["written"] == (pytest.approx(2 * head * new), pytest.approx(2 * block * (tokens("written") + new)),
                                 False, 5)
     assert find_task("exact_match").kind not in ("perplexity", "answer_loss")

@@ -151,7 +151,9 @@ class _Outline:
             flops = swapped + 2 * pairs * (settings.segments + 1) * head + (self.stages * body if alone else 0)
             borders = tokens * self.width * self.size * self.stages * (settings.segments + 1)
             return Cost(_BESIDES + flops / self.rate, models + borders + batch, _TABLES + borders)
-        backward = 3 * (body + head) * _FORWARD / 0.65
+        from midblock.tuning.estimate import EFFICIENCY
+
+        backward = 3 * (body + head) * _FORWARD / EFFICIENCY
         grads = self.inside * self.size + 34 / 2 * batch / 24 * self.blocks
         if task.part == "gradients":
             return Cost(_BESIDES + self.stages * backward / self.rate, models + grads, _TABLES)

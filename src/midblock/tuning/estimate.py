@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["EFFICIENCY", "Cost", "Outline", "all_layer_plan", "estimate", "forecast", "met_by_a_token", "outline",
            "process_bytes", "training_rate", "weight_bytes"]
 
-EFFICIENCY = 0.65
-"""Share of the products' rate that a training step reaches."""
+EFFICIENCY = 0.55
+"""Share of the products' rate that a training step reaches (0.49 to 0.65 were measured on two cores)."""
 KEPT = 17
 """Numbers of width d that a block keeps per token for the backward pass."""
 ADAM_BYTES = 16
