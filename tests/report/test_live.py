@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -68,16 +69,27 @@ def test_every_block_of_every_run_is_in_the_table_and_the_charts(swept: tuple[Pa
     assert {"Gradient norm of each block", "Update of each block", "Drift of each block's output"} <= titles
 
 
-def test_a_page_that_cannot_be_made_stops_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   caplog: pytest.LogCaptureFixture) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no ink")
+def test_a_page_that_cannot_be_made_stops_no_sweep_and_is_made_at_its_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    calls = 0
 
-    monkeypatch.setattr(module, "render", fail)
+    def second_fails(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no ink")
+        return real(*args, **options)
+
+    real = module.render
+    monkeypatch.setattr(module, "render", second_fails)
+    monkeypatch.setattr(module, "_SHARE", 1e9)  # after every run
     values = {**tiny_values(tmp_path), "seeds": [0]}
     config = parse_config(values)
     live = LiveReport(config, tmp_path / "out")
     sweep(config, out=tmp_path / "out", listener=live)
-    assert not live.finish()
+    assert calls == 2
     assert "report.html is not kept up to date: RuntimeError: no ink" in caplog.text
+    assert "1 of 3 runs so far" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert live.finish()  # no page of a sweep that still runs is left
+    assert "runs so far" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "table.csv").exists()

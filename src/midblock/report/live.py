@@ -26,7 +26,7 @@ _REFRESH = 30
 
 
 class LiveReport:
-    """Writes ``report.html`` of a running sweep after its runs; a page that cannot be made stops nothing.
+    """Writes ``report.html`` of a running sweep after its runs; one that cannot be made stops nothing before the end.
 
     Args:
         config: The sweep's.
@@ -36,11 +36,11 @@ class LiveReport:
     def __init__(self, config: SweepConfig, out: Path | str) -> None:
         self._config, self._out = config, Path(out)
         self._possible = find_spec("plotly") is not None
-        self._next = 0.0
+        self._kept_up, self._next = True, 0.0
 
     def __call__(self, state: SweepState) -> None:
         """Write the page of the runs so far, unless the last one is too recent for its cost."""
-        if not self._possible or not state.records or time.monotonic() < self._next:
+        if not self._possible or not self._kept_up or not state.records or time.monotonic() < self._next:
             return
         begun = time.monotonic()
         try:
@@ -48,11 +48,15 @@ class LiveReport:
         except Exception as error:
             _LOG.warning("report.html is not kept up to date: %s: %s", type(error).__name__,
                          " ".join(str(error).split())[:200])
-            self._possible = False
+            self._kept_up = False
         self._next = time.monotonic() + (time.monotonic() - begun) / _SHARE
 
     def finish(self) -> bool:
-        """The page of the finished sweep, from its folder; whether there is one."""
+        """The page of the finished sweep, from its folder; whether there is one.
+
+        Raises:
+            OutputError: it cannot be written; the sweep's results are.
+        """
         if not self._possible:
             return False
         build_report([self._out], self._out / "report.html")
