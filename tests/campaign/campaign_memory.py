@@ -70,9 +70,10 @@ def peak_of(words: list[str], place: Path) -> int:
 
 
 def _write_inputs(place: Path, count: int) -> None:
-    (place / "d.jsonl").write_text("".join(
-        json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
-        for i in range(count)))
+    for name, begin in (("d", 0), ("held", 10**6)):
+        (place / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
+            for i in range(begin, begin + count)))
     for name, right in (("a", 0.9), ("b", 0.4)):
         (place / f"samples_{name}.jsonl").write_text("".join(
             json.dumps({"doc_id": n, "doc_hash": f"h{n}", "doc": {"q": str(n)}, "filter": "none", "metrics": ["acc"],
@@ -82,7 +83,7 @@ def _write_inputs(place: Path, count: int) -> None:
         "train": {"data": "d.jsonl", "split": "all", "max_length": 32},
         "training": {"epochs": 1, "batch_size": 8, "learning_rates": [0.01]},
         "arms": {"baseline": "11111", "singles": 5}, "budget": "match:11111@2", "statistics": {"replicates": 100},
-        "evaluation": [{"task": "answer_loss", "data": "d.jsonl", "name": "answers", "max_length": 32}]}))
+        "evaluation": [{"task": "answer_loss", "data": "held.jsonl", "name": "answers", "max_length": 32}]}))
 
 
 def measure(world: Path, name: str, samples: int) -> dict[str, Any]:
