@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,9 +19,13 @@ from midblock.analysis.lens import lens
 from midblock.analysis.profile import profile
 from midblock.analysis.swap import swap
 from midblock.capture import BlockByBlock
+from midblock.data import Dataset, Example
 from midblock.errors import SettingsError
+from midblock.evaluation import evaluate
 from midblock.models import find_anatomy, load_chain, save_checkpoint
+from midblock.report.study import study
 from midblock.selection.locate import locate
+from midblock.settings.load import StreamedChainSettings
 from model_helpers import saved
 
 SIZES = {"samples": 10, "batch_size": 4, "max_length": 24}
@@ -85,22 +91,69 @@ def test_swap_of_a_chain_with_states_on_disk(tmp_path: Path, monkeypatch: pytest
     pd.testing.assert_frame_equal(in_order(streamed), in_order(whole), check_exact=True)
 
 
-def test_scores_of_blocks_are_the_same_streamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_of_blocks_are_the_same_streamed(tmp_path: Path) -> None:
     spec = str(saved(tmp_path / "a"))
     whole, streamed = (locate(load_chain([spec], device="cpu", stream=s)[0], data=tiny_data(10), budget=4000, rank=2)
                        for s in ("never", "always"))
-    backward = ["gradient_norm", "gradient_norm_relative", "fisher", "taylor"]
-    frame = whole.frame
-    pd.testing.assert_frame_equal(streamed.frame, frame[~frame["metric"].isin(backward)].reset_index(drop=True),
-                                  check_exact=True)
-    assert streamed.counts["left_out"] == backward
-    assert "backward pass are left out" in caplog.text
+    pd.testing.assert_frame_equal(streamed.frame, whole.frame, check_exact=True)
+    assert {"gradient_norm", "taylor"} <= set(streamed.frame["metric"])
     assert streamed.proposal == whole.proposal
-    with pytest.raises(SettingsError, match="whole model in memory"):
-        locate(load_chain([spec], device="cpu", stream="always")[0], data=tiny_data(10), scores=("taylor",))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("t5", "bart")])
+def test_gradients_are_the_same_streamed(family: str, tmp_path: Path) -> None:
+    specs = [str(saved(tmp_path / str(seed), family, seed=seed)) for seed in range(2)]
+    whole, streamed = (gradients(load_chain(specs, device="cpu", stream=s), data=tiny_data(10), samples=8, batch_size=3)
+                       for s in ("never", "always"))
+    pd.testing.assert_frame_equal(streamed.frame, whole.frame, check_exact=True)
+    assert streamed.losses == whole.losses
+
+
+def test_gradients_with_states_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = str(saved(tmp_path / "a"))
+    whole = gradients(load_chain([spec], device="cpu"), data=tiny_data(10), samples=8, batch_size=3)
+    monkeypatch.setattr("midblock.capture.blockwise.free_memory", lambda device: 0)
+    chain = load_chain([spec], device="cpu", stream="always", scratch=tmp_path)
+    streamed = gradients(chain, data=tiny_data(10), samples=8, batch_size=3)
+    pd.testing.assert_frame_equal(streamed.frame, whole.frame, check_exact=True)
+    assert all(p.is_meta and p.grad is None for b in chain[0].anatomy.blocks for p in b.parameters())
+
+
+@pytest.mark.parametrize("task", ["perplexity", "answer_loss"])
+def test_losses_of_tasks_are_the_same_streamed(task: str, tmp_path: Path) -> None:
+    spec = str(saved(tmp_path / "a"))
+    rows = Dataset("rows", "all", "here", [
+        Example(text=f"say {n} one and one", prompt=f"say {n} ", completion="one and one", where=f"here:{n}")
+        for n in range(9)])
+    whole, streamed = (evaluate(load_chain([spec], device="cpu", stream=s)[0], task, data=rows, batch_size=4)
+                       for s in ("never", "always"))
+    assert np.array_equal(streamed.scores, whole.scores)
+    assert streamed.estimate == whole.estimate
 
 
 def test_analyses_that_need_all_of_a_model_say_so(tmp_path: Path) -> None:
     chain = load_chain([str(saved(tmp_path / "a"))], device="cpu", stream="always")
-    with pytest.raises(SettingsError, match=r"whole model in memory.*stream never"):
-        gradients(chain, data=tiny_data(4))
+    rows = Dataset("rows", "all", "here", [Example(text="1 + 1", prompt="1 + 1", completion="2", where="here:1")])
+    for call in (lambda: gradients(chain, data=tiny_data(4), steps=2),
+                 lambda: evaluate(chain[0], "exact_match", data=rows)):
+        with pytest.raises(SettingsError, match=r"whole model in memory.*stream never"):
+            call()
+
+
+def test_a_study_is_the_same_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [str(saved(tmp_path / str(seed), seed=seed)) for seed in range(2)]
+    lines = [json.dumps({"text": f"there are {n} stones and {n + 1} trees on the long shore"}) for n in range(12)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    tables: dict[str, dict[str, pd.DataFrame]] = {}
+    for stream in ("never", "always"):
+        out = tmp_path / f"study-{stream}"
+        study(specs, data=[str(tmp_path / "d.jsonl")], out=out, load=StreamedChainSettings(stream=stream, device="cpu"),
+              samples=8, token_samples=4, lens_samples=4, swap_samples=4, gradient_samples=4, segments=2,
+              max_length=24, batch_size=4)
+        tables[stream] = {p.parent.name: pd.read_csv(p) for p in out.rglob("table.csv")}
+    assert {"profile", "lens", "swap", "gradients", "locate"} <= set(tables["never"])
+    assert tables["never"].keys() == tables["always"].keys()
+    for part, whole in tables["never"].items():
+        keys = [c for c in ("kind", "recipient", "donor", "head", "layer", "metric", "side", "matrix") if c in whole]
+        frames = [f.sort_values(keys, kind="stable").reset_index(drop=True) for f in (whole, tables["always"][part])]
+        pd.testing.assert_frame_equal(*frames, check_exact=False, rtol=1e-5, atol=1e-7)

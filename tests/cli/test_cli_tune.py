@@ -82,6 +82,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(base: Path, data: Path, tmp_
     assert load_plan(tmp_path / "plan.json").rank == 16
 
 
+def test_a_streamed_run_writes_the_same_adapter(base: Path, data: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--mask", "0100", "--rank", "4", "--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-2",
+             "--eval-data", str(data), "--eval-samples", "4")
+    outs = {s: tmp_path / s for s in ("never", "always")}
+    for stream, out in outs.items():
+        assert tune(base, data, *words, "--stream", stream, "--scratch", str(tmp_path), "--out", str(out)) == 0
+    found = {s: json.loads((out / "run.json").read_text()) for s, out in outs.items()}
+    assert found["always"]["models"]["base"]["streamed"]
+    assert not found["never"]["models"]["base"]["streamed"]
+    assert found["always"]["results"]["held_out"] == found["never"]["results"]["held_out"]
+    weights = {s: (out / "adapter" / "adapter_model.safetensors").read_bytes() for s, out in outs.items()}
+    assert weights["always"] == weights["never"]
+    capsys.readouterr()
+    for mistake, told in ((("--memory-limit", "50MB"), "at least"), (("--merge",), "whole checkpoint"),
+                          (("--scratch", str(tmp_path / "absent"), "--cache", "none"), None)):
+        out = tmp_path / "mistake"
+        assert tune(base, data, *words, "--stream", "always", *mistake, "--out", str(out)) == (2 if told else 0)
+        assert told is None or told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_a_dry_run_needs_no_weights(base: Path, data: Path, index: bool, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--mask", "0010", "--rank", "2", "--dry-run", "--json")

@@ -180,8 +180,71 @@ def test_a_checkpoint_in_mxfp4_is_loaded_whole(dtype: torch.dtype, tmp_path: Pat
         assert torch.equal(found[name].float(), want), name
 
 
+def test_a_checkpoint_in_fp8_is_read_block_by_block(folder: Path, texts: Dataset, tmp_path: Path,
+                                                   tiny_tokenizer: Any) -> None:
+    other = save_checkpoint(FAMILIES["llama"](seed=2, **WIDE), tiny_tokenizer, tmp_path / "other")
+    specs = [str(tmp_path / n) for n in ("fp8-base", "fp8-sft")]
+    for plain, spec in zip((folder, other), specs, strict=True):
+        _as_fp8(plain, Path(spec))
+    frames = [profile(load_chain(specs, device="cpu", dtype=dtype, stream=stream), data=texts, samples=8,
+                      token_samples=4, batch_size=4).frame
+              for dtype in ("float32", "bfloat16") for stream in ("never", "always")]
+    assert frames[1].equals(frames[0])
+    assert frames[3].equals(frames[2])
+    model = load_model(specs[0], dtype="float32", streamed=True)
+    assert model.quantized is None
+    assert model.streamed is not None
+    assert model.streamed.block_bytes > model.streamed.part_bytes(0) > model.streamed.stored_bytes(0)
+
+
 # ---------------------------------------------------------------------------------------------
 # bitsandbytes
+
+
+@QUANTISED
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_quantised_blocks_come_one_after_another(family: str, stored: bool, bits: str, texts: Dataset, tmp_path: Path,
+                                                 tiny_tokenizer: Any) -> None:
+    """Quantised while they are read, or as they are stored: the same tables as in memory."""
+    wide = WIDE if family == "llama" else {}
+    specs = [str(save_checkpoint(FAMILIES[family](seed=s, **wide), tiny_tokenizer, tmp_path / str(s)))
+             for s in range(2)]
+    options: dict[str, Any] = {f"load_{bits}": True}
+    if stored:
+        for number, spec in enumerate(specs):
+            held = load_model(spec, dtype="float32", **options)
+            specs[number] = f"{spec}-{bits}"
+            held.model.save_pretrained(specs[number])
+            held.tokenizer.save_pretrained(specs[number])
+        options = {}
+    tables = []
+    for stream in ("never", "always"):
+        chain = load_chain(specs, device="cpu", dtype="float32", stream=stream, **options)
+        assert {m.quantized for m in chain} == {bits}
+        tables.append((profile(chain, data=texts, samples=8, token_samples=4, batch_size=4).frame,
+                       lens(chain, data=texts, samples=4).frame))
+        if stream == "always":
+            model = chain[0]
+            assert model.streamed is not None
+            assert model.streamed.block_bytes > model.streamed.part_bytes(0)
+            assert all(p.is_meta for block in model.anatomy.blocks for p in block.parameters())
+            assert all(getattr(m, "quant_state", None) is None for m in model.model.modules())
+    for whole, streamed in zip(*tables, strict=True):
+        assert streamed.equals(whole)
+
+
+@QUANTISED
+def test_weights_that_are_not_finite_are_found_while_they_are_read(folder: Path, texts: Dataset) -> None:
+    from midblock.errors import CheckpointError
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(folder, load_4bit=True, streamed=True)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight \(1 of"):
+        lens([model], data=texts, samples=4)
 
 
 @QUANTISED

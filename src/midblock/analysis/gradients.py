@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midblock import stats
+from midblock.analysis.gradients_streamed import backward_by_block
 from midblock.analysis.passes import draw, load_stages
 from midblock.analysis.weight_names import EXPERT_KINDS
 from midblock.analysis.weight_sums import group_change
@@ -99,13 +100,8 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
     chosen = {id(p) for p in (everything if parameters is None else parameters) if p.is_floating_point()}
 
     def loss(batch: Batch) -> Tensor:
-        # not the model's own loss: some families do not shift the labels, or add a term for their experts' balance
         here = batch.to(loaded.device)
-        logits: Tensor = model(**model_inputs(model, here)).logits
-        if model.config.is_encoder_decoder and here.labels is not None:  # its first token has the encoder before it
-            return F.cross_entropy(logits.float().flatten(0, 1), here.labels.flatten())
-        counted = counted_tokens(here, logits.device, loaded.anatomy)
-        return F.cross_entropy(counted.of(logits).float(), counted.target)
+        return _loss(loaded, model(**model_inputs(model, here)).logits, here)
 
     model.eval()
     try:
@@ -118,6 +114,14 @@ def backward_batches(loaded: LoadedModel, batches: Sequence[Batch], use: Callabl
         for parameter, flag in zip(everything, needed, strict=True):
             parameter.requires_grad_(flag)
         model.train(training)
+
+
+def _loss(loaded: LoadedModel, logits: Tensor, batch: Batch) -> Tensor:
+    """Not the model's own loss: some families do not shift the labels, or add a term for their experts' balance."""
+    if loaded.model.config.is_encoder_decoder and batch.labels is not None:  # its first token has the encoder before it
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+    counted = counted_tokens(batch, logits.device, loaded.anatomy)
+    return F.cross_entropy(counted.of(logits).float(), counted.target)
 
 
 @contextmanager
@@ -213,12 +217,12 @@ def gradients(stages: Sequence[LoadedModel | str] | LoadedModel | str, *, data: 
         ``weight_change_relative`` (norm of the whole change over that of the weights before), n = number of updates.
 
     Raises:
-        SettingsError: a setting out of range.
+        SettingsError: a setting out of range, or ``steps`` of a model that is read block by block.
         DataError: no usable sample.
         TrainingError: the loss became non-finite (the weights are put back).
     """
     chosen = GradientSettings.of(settings, overrides)
-    by_name = load_stages(stages, None, names, least=1)
+    by_name = load_stages(stages, None, names, least=1, streams=not chosen.steps)
     for loaded in by_name.values():
         require_full_weights(loaded, "a gradient of weights")
     dataset = draw(data, chosen)
@@ -243,31 +247,41 @@ def _measure(table: Table, key: str, loaded: LoadedModel, batches: Sequence[Batc
     groups = parameters_by_block(loaded)
     matrices = {b: [m for block, m in groups if block == b] for b, _ in groups}
     inside = [p for named in groups.values() for _, p in named]
-    seen: dict[tuple[int, str, str], list[float]] = {}
+    seen: dict[tuple[int, str, str], list[float]] = {
+        (b, m, metric): [] for b, names in matrices.items() for m in (*names, "all") for metric in METRICS}
     losses: list[float] = []
     trainer = MasterAdamW(loaded.model.parameters(), settings.learning_rate) if settings.steps else None
-    squares: dict[int, float] = {}  # of the weights; they stand still unless there is training
+    squares: dict[tuple[int, str], float] = {}  # of the weights; they stand still unless there is training
 
-    def parts(parameter: torch.nn.Parameter) -> tuple[float, float, float]:
-        if trainer is not None or id(parameter) not in squares:
-            squares[id(parameter)] = parameter.detach().double().square().sum().item()
+    def parts(block: int, name: str) -> tuple[float, float, float]:
+        parameter = loaded.anatomy.blocks[block].get_parameter(name)
+        if trainer is not None or (block, name) not in squares:
+            squares[block, name] = parameter.detach().double().square().sum().item()
+        square = squares[block, name]
         if parameter.grad is None:  # an expert that no token was sent to
-            return 0.0, squares[id(parameter)], 0.0
+            return 0.0, square, 0.0
         gradient = parameter.grad.double()
-        return (gradient.square().sum().item(), squares[id(parameter)],
+        return (gradient.square().sum().item(), square,
                 torch.linalg.vecdot(parameter.detach().double().flatten(), gradient.flatten()).item())
+
+    def read_block(block: int, _: int = 0) -> None:
+        square = weight = product = 0.0
+        for matrix in matrices[block]:
+            g, w, t = (sum(column) for column in zip(*(parts(block, n) for n, _ in groups[block, matrix]),
+                                                     strict=True))
+            _note(seen, block, matrix, g, w, t)
+            square, weight, product = square + g, weight + w, product + t
+        _note(seen, block, "all", square, weight, product)
 
     def read(number: int, loss: float) -> None:
         losses.append(loss)
-        for block, names in matrices.items():
-            square = weight = product = 0.0
-            for matrix in names:
-                g, w, t = (sum(column) for column in zip(*(parts(p) for _, p in groups[block, matrix]), strict=True))
-                _note(seen, block, matrix, g, w, t)
-                square, weight, product = square + g, weight + w, product + t
-            _note(seen, block, "all", square, weight, product)
+        for block in matrices:
+            read_block(block)
 
-    if trainer is None:
+    if loaded.streamed is not None:
+        losses = backward_by_block(loaded, batches, lambda logits, batch: _loss(loaded, logits, batch), read_block,
+                                   progress=progress)
+    elif trainer is None:
         backward_batches(loaded, batches, read, parameters=inside, progress=progress)
     else:
         with _weights_restored(loaded.model) as before:
@@ -287,7 +301,7 @@ def _note(seen: dict[tuple[int, str, str], list[float]], block: int, matrix: str
     norm = math.sqrt(square)
     values = (norm, norm / math.sqrt(weight) if weight > 0 else math.nan, square, abs(product))
     for metric, value in zip(METRICS, values, strict=True):
-        seen.setdefault((block, matrix, metric), []).append(value)
+        seen[block, matrix, metric].append(value)
 
 
 def _changes(table: Table, key: str, loaded: LoadedModel, groups: dict[tuple[int, str], list[tuple[str, Any]]],

@@ -22,6 +22,7 @@ from torch import Tensor
 from midblock.capture.forward import Lockstep, run_blocks
 from midblock.capture.hidden_states import HiddenStates
 from midblock.capture.interventions import learn_outputs, resume_at, swap_blocks
+from midblock.capture.scoring import RowScores, score_batch, score_hidden
 from midblock.data import Batch
 from midblock.errors import ArchitectureError, MidblockError, SettingsError
 from midblock.models import LoadedModel, text_config
@@ -31,7 +32,7 @@ from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import first_line, quiet
 from midblock.sizes import size_text
 
-__all__ = ["BlockByBlock", "block_by_block", "room_for_hidden_states", "run_layer_major"]
+__all__ = ["BlockByBlock", "block_by_block", "room_for_hidden_states", "run_layer_major", "score_batches"]
 
 
 class BlockByBlock:
@@ -51,6 +52,7 @@ class BlockByBlock:
         self._order = [(b, name) for b in range(self.num_blocks) for name, m in self._models.items()
                        if m.streamed is not None]
         self._coming: dict[tuple[int, str], Future[None]] = {}
+        self._begun = False
         self._trials = {name: _Trial(name, m) for name, m in self._models.items()}
 
     @contextlib.contextmanager
@@ -60,7 +62,7 @@ class BlockByBlock:
         with contextlib.nullcontext() if model.streamed is None else model.streamed.part("embeddings"):
             self._trials[name].start()
             yield
-        if name == [*self._models][-1] and self._order:
+        if name == [*self._models][-1] and self._order and not self._begun:
             self._read(self._order[0])
 
     @contextlib.contextmanager
@@ -80,7 +82,7 @@ class BlockByBlock:
             CheckpointError: it cannot be read.
             ArchitectureError: running it alone is not what the model does.
         """
-        model = self._models[name]
+        model, self._begun = self._models[name], True
         if model.streamed is not None:
             self._read((b, name))
             self._coming.pop((b, name)).result()
@@ -255,6 +257,32 @@ def run_layer_major(models: Mapping[str, LoadedModel], batches: Sequence[Batch],
                         if name == last:  # all of them have come to b + 1
                             others = {n: kept.get((n, number)).to(m.device) for n, m in models.items() if n != last}
                             yield b + 1, number, {**others, last: z}
+
+
+def score_batches(model: LoadedModel, batches: Sequence[Batch]) -> Iterator[tuple[Batch, RowScores]]:
+    """Next-token scores of every batch, in order, whether the model is in memory or its blocks come one after another.
+
+    Enter ``torch.inference_mode()`` (or ``no_grad``) around all of it.
+
+    Args:
+        model: The model.
+        batches: On the CPU.
+
+    Yields:
+        The batch on the model's device, and its scores.
+
+    Raises:
+        MidblockError: as `run_layer_major`, where blocks come one after another.
+    """
+    if model.streamed is None:
+        for batch in batches:
+            here = batch.to(model.device)
+            yield here, score_batch(model.model, model.anatomy, here)
+        return
+    for h, number, states in run_layer_major({"": model}, batches, heads=True) if batches else ():
+        if h == model.anatomy.num_blocks:
+            here = batches[number].to(model.device)
+            yield here, score_hidden(model.anatomy, states[""], here)
 
 
 # -- memory ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from midblock.errors import OutputError
 from midblock.sizes import size_text
 
-__all__ = ["HiddenStates"]
+__all__ = ["HiddenStates", "require_disk"]
 
 
 class HiddenStates:
@@ -40,17 +40,11 @@ class HiddenStates:
         self._file: IO[bytes] | None = None
         if folder is None:
             return
+        require_disk(folder, size)
         try:
-            free = shutil.disk_usage(folder).free
-            if free >= size:
-                self._file = tempfile.TemporaryFile(prefix="midblock-", dir=folder, buffering=0)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(prefix="midblock-", dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise OutputError(f"hidden states cannot be kept in {folder}: {error.strerror or error}; name another "
-                              "folder as scratch.") from None
-        if free < size:
-            raise OutputError(f"the hidden states of this pass take {size_text(size)}, and the disk of {folder} has "
-                              f"{size_text(free)} free: {size_text(size - free)} are missing. Name another folder as "
-                              "scratch, or use fewer samples.")
+            raise _no_place(folder, error) from None
 
     @property
     def on_disk(self) -> bool:
@@ -112,3 +106,28 @@ class HiddenStates:
         if (found := self._places.pop(key, None)) is not None:
             place, dtype, shape = found
             self._free.setdefault(shape.numel() * dtype.itemsize, []).append(place)
+
+
+def require_disk(folder: Path, size: int) -> None:
+    """Refuse a scratch folder that hidden states will not fit into.
+
+    Args:
+        folder: Where they will be written.
+        size: Bytes of all of them.
+
+    Raises:
+        OutputError: the folder is not there, or its disk has not so much free (says how much is missing).
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _no_place(folder, error) from None
+    if free < size:
+        raise OutputError(f"the hidden states of this pass take {size_text(size)}, and the disk of {folder} has "
+                          f"{size_text(free)} free: {size_text(size - free)} are missing. Name another folder as "
+                          "scratch, or use fewer samples.")
+
+
+def _no_place(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"hidden states cannot be kept in {folder}: {error.strerror or error}; name another folder as "
+                       "scratch.")

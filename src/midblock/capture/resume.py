@@ -18,6 +18,7 @@ from midblock.capture.interventions import learn_outputs
 from midblock.data import Batch
 from midblock.errors import ArchitectureError
 from midblock.models import Anatomy
+from midblock.models.placement import place_of
 
 __all__ = ["verify_resume", "why_not_resume"]
 
@@ -56,7 +57,7 @@ def why_not_resume(model: nn.Module, anatomy: Anatomy, starts: Iterable[int]) ->
 
 
 def _trial(model: nn.Module, anatomy: Anatomy, starts: Iterable[int]) -> dict[int, str | None]:
-    device = next(anatomy.embeddings.parameters()).device
+    device = place_of(anatomy)
     ids = torch.arange(2, 12, device=device).reshape(2, 5) % anatomy.vocab_size
     batch = Batch(indices=(0, 1), input_ids=ids, attention_mask=torch.ones_like(ids))
     wanted, states = set(starts), dict[int, Tensor]()

@@ -12,7 +12,7 @@ from midblock.cli.answers import show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Model, Out, Resume
 from midblock.settings.evaluate import EvaluateSettings, ServingSettings
-from midblock.settings.load import LoadSettings
+from midblock.settings.load import STREAM_FIELDS, LoadSettings, StreamedLoadSettings
 
 __all__ = ["evaluate"]
 
@@ -30,7 +30,7 @@ _TASKS = ("gsm8k, arithmetic[@N], mmlu, toxigen, wikitext, pydocs, ifeval_prompt
     "midblock evaluate MODEL --adapter runs/tune/adapter --check-serving http://localhost:8000")
 def evaluate(
     model: Model,
-    settings: EvaluateSettings, load: LoadSettings, serving: ServingSettings,
+    settings: EvaluateSettings, load: StreamedLoadSettings, serving: ServingSettings,
     task: Annotated[list[str] | None, typer.Option(
         "--task", metavar="T", show_default=False, help=f"What to score; repeat for more. {_TASKS}.")] = None,
     check_serving: Annotated[str | None, typer.Option(
@@ -48,7 +48,8 @@ def evaluate(
     from midblock.evaluation.suite import evaluate_tasks
 
     if check_serving is not None:
-        _check_serving(check_serving, model, settings, load, serving, task, out)
+        _check_serving(check_serving, model, settings, LoadSettings(
+            **{k: v for k, v in load.given().items() if k not in STREAM_FIELDS}), serving, task, out)
         return
     with console.progress_bar() as progress:
         found = evaluate_tasks(model, task or [], out=out, resume=resume, load=load, settings=settings,

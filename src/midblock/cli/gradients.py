@@ -9,7 +9,8 @@ from midblock.cli import console
 from midblock.cli.analysis import Names, OneOrMore, run_analysis, show
 from midblock.cli.command import command
 from midblock.cli.options import Data, RunOut
-from midblock.settings import ChainLoadSettings, GradientSettings
+from midblock.settings import GradientSettings
+from midblock.settings.load import StreamedChainSettings
 
 __all__ = ["gradients"]
 
@@ -18,7 +19,7 @@ __all__ = ["gradients"]
     "midblock gradients smollm2 --data gsm8k --out runs/gradients",
     "midblock gradients smollm2 --data arithmetic --steps 20 --learning-rate 1e-4",
     "midblock correlate runs/profile runs/gradients")
-def gradients(models: OneOrMore, data: Data, settings: GradientSettings, load: ChainLoadSettings,
+def gradients(models: OneOrMore, data: Data, settings: GradientSettings, load: StreamedChainSettings,
               out: RunOut = Path("runs/gradients"), names: Names = None) -> None:
     """Measure the gradient of the loss per block and matrix, over batches.
 

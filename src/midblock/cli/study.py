@@ -12,7 +12,7 @@ from midblock.cli.analysis import reading
 from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Resume, RunOut
-from midblock.settings.load import ChainLoadSettings
+from midblock.settings.load import StreamedChainSettings
 from midblock.settings.study import StudySettings
 
 __all__ = ["study"]
@@ -30,7 +30,7 @@ def study(
         metavar="BASE SFT [DPO ...] | STUDY.yaml", show_default=False,
         help="Two or more checkpoints of one architecture; or a file with pairs:, data: and settings.")],
     settings: StudySettings,
-    load: ChainLoadSettings,
+    load: StreamedChainSettings,
     data: Annotated[list[str] | None, typer.Option(
         "--data", metavar="D", show_default=False,
         help="Registry name, file, hf:NAME, arithmetic or pydocs; repeat for more.")] = None,
@@ -78,7 +78,7 @@ def study(
                        "seconds": result.seconds, "failed": result.failed})
 
 
-def _show_plan(chains: list[list[str]], data: list[str], out: Path, settings: StudySettings, load: ChainLoadSettings
+def _show_plan(chains: list[list[str]], data: list[str], out: Path, settings: StudySettings, load: StreamedChainSettings
                ) -> None:
     import pandas as pd
 

@@ -13,7 +13,8 @@ from midblock.cli.answers import in_earnest, show_answer
 from midblock.cli.command import command
 from midblock.cli.options import Data, Model, Resume
 from midblock.errors import SettingsError
-from midblock.settings import LoadSettings, TuneSettings
+from midblock.settings import TuneSettings
+from midblock.settings.load import StreamedLoadSettings
 
 if TYPE_CHECKING:
     from midblock.tuning import Plan
@@ -28,12 +29,13 @@ __all__ = ["tune"]
     "midblock tune MODEL --data mine.jsonl --random-blocks 6 --budget match:11111@16",
     "midblock tune MODEL --data gsm8k --mask 00100 --method full --learning-rate 2e-5",
     "midblock tune MODEL --data gsm8k --plan runs/importance/plan.json",
+    "midblock tune MODEL --data gsm8k --mask 01000 --load-4bit --stream always --memory-limit 8GB",
     "midblock tune smollm2 --data arithmetic --samples 400 --mask 01100 --out runs/tune --resume")
 def tune(
     model: Model,
     data: Data,
     settings: TuneSettings,
-    load: LoadSettings,
+    load: StreamedLoadSettings,
     plan_file: Annotated[Path | None, typer.Option(
         "--plan", metavar="FILE", show_default=False,
         help="Train what a plan file names (from `importance` or `tune --dry-run --json`).")] = None,
@@ -64,7 +66,7 @@ def tune(
     load_data(data, split="train")
     loading([model])
     from midblock.tuning.eva import require_eva
-    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
+    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised, refuse_streamed
 
     store = prefix_cache(settings.cache, settings.cache_limit)
     solved = plan_of_spec(model, settings, plan, trust_remote_code=load.trust_remote_code,
@@ -72,19 +74,21 @@ def tune(
     if settings.ranks == "eva":
         require_eva(solved)
     refuse_quantised(solved, settings, quantised=load.load_4bit or load.load_8bit)
+    refuse_streamed(solved, settings, streamed=load.stream == "always")
     if dry_run:
         _dry_run(model, data, solved, settings, load)
     else:
         _run(model, data, solved, settings, load, store, out=out, resume=resume)
 
 
-def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSettings, store: Any, *, out: Path,
-         resume: bool) -> None:
+def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: StreamedLoadSettings, store: Any, *,
+         out: Path, resume: bool) -> None:
     from midblock.data import load_data
     from midblock.extras import require
-    from midblock.models import load_model
+    from midblock.models import load_chain
     from midblock.provenance import RunFolder
     from midblock.report import save_result
+    from midblock.settings.load import STREAM_FIELDS
     from midblock.tuning import tune as run_tuning
     from midblock.tuning.run import require_tracker
 
@@ -93,9 +97,10 @@ def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSe
     dataset = load_data(data, split="train")
     if not resume:
         RunFolder.check_free(out)
-    loaded = load_model(model, **load.model_dump())
+    loaded = load_chain([model], names=[Path(model).name or "base"], **load.model_dump())[0]
     recorded = {"model": model, "data": data, "plan": plan.to_dict(), **settings.model_dump(), **load.model_dump()}
-    with RunFolder(out, command="tune", settings=recorded, resume=resume) as run, console.progress_bar() as progress:
+    with (RunFolder(out, command="tune", settings=recorded, resume=resume, may_differ=STREAM_FIELDS) as run,
+          console.progress_bar() as progress):
         run.record_inputs(models={"base": loaded.describe()}, data=dataset.describe())
         result = run_tuning(loaded, dataset, settings, plan=plan, cache=store, out=run.path, resume=resume,
                             progress=progress)
@@ -123,7 +128,7 @@ def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSe
                        "results": result.describe(), "table": result.frame})
 
 
-def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: LoadSettings) -> None:
+def _dry_run(model: str, data: str, plan: Plan, settings: TuneSettings, load: StreamedLoadSettings) -> None:
     """The plan and its estimates, from the model's config alone: no weight is read."""
     from midblock.data import load_data
     from midblock.results import Answer

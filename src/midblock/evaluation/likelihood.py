@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from midblock.capture.forward import run_blocks
-from midblock.capture.scoring import score_hidden
+from midblock.capture import score_batches, score_hidden
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.tasks import find_task, item_ids
@@ -62,11 +61,9 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
     try:
         with torch.inference_mode():
             done = 0
-            for batch in batches:
-                batch = batch.to(loaded.device)
-                hidden = (run_blocks(loaded.model, loaded.anatomy, batch) if hidden_of is None
-                          else hidden_of(batch))
-                scores = score_hidden(loaded.anatomy, hidden, batch)
+            for batch, scores in score_batches(loaded, batches) if hidden_of is None else (
+                    (here, score_hidden(loaded.anatomy, hidden_of(here), here))
+                    for here in (b.to(loaded.device) for b in batches)):
                 places = list(batch.indices)
                 loss[places] = (scores.loss.cpu() / scores.tokens).numpy()
                 count[places] = scores.tokens.numpy()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from midblock.evaluation.harness import RowsTask
     from midblock.models import LoadedModel
 
-__all__ = ["check_options", "evaluate", "model_limit", "options_of"]
+__all__ = ["check_options", "evaluate", "model_limit", "options_of", "scores_tokens"]
 
 _TOKEN_KINDS = ("perplexity", "answer_loss")
 _BATCH = {"multiple_choice": 16, "perplexity": 8, "answer_loss": 16}
@@ -77,6 +77,7 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
     longest = chosen.max_new_tokens or spec.max_new_tokens or 0
     rows = chosen.batch_size or _BATCH.get(spec.kind) or _generation_rows(loaded_model, longest)
     if spec.kind not in _TOKEN_KINDS:
+        loaded_model.require_whole()
         return _through_lm_eval(loaded_model, spec, task, dataset, rows, longest, chosen, progress)
     limit = model_limit(loaded_model)
     width = min(_MAX_LENGTH, limit) if chosen.max_length is None else chosen.max_length
@@ -144,6 +145,11 @@ def check_options(task: str, settings: ScoringSettings | None = None, **override
                 "if you accept the risk that remains.")
         require_sandbox()
     return spec
+
+
+def scores_tokens(task: str) -> bool:
+    """Whether a task is the loss of given tokens, which needs no generation and no lm-eval."""
+    return find_task(task).kind in _TOKEN_KINDS
 
 
 def options_of(spec: TaskSpec) -> set[str]:

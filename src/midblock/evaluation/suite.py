@@ -20,7 +20,7 @@ from midblock.evaluation.outcome import (
     write_lm_eval_files,
     write_result,
 )
-from midblock.evaluation.run import check_options, evaluate, options_of
+from midblock.evaluation.run import check_options, evaluate, options_of, scores_tokens
 from midblock.evaluation.tasks import TASKS, find_task, task_data
 from midblock.models.checkpoints import is_adapter_folder
 from midblock.models.resolve import resolve_checkpoint
@@ -29,7 +29,7 @@ from midblock.provenance import RunFolder
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.settings.base import name_of
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
-from midblock.settings.load import LoadSettings
+from midblock.settings.load import STREAM_FIELDS, LoadSettings
 from midblock.writing import sha256_of
 
 if TYPE_CHECKING:
@@ -150,10 +150,7 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
         if chosen.compare_base and alone:
             raise _no_base(model)
         _LOG.info("Loading %s ...", " and ".join([model, *([str(chosen.adapter)] if chosen.adapter else [])]))
-    from midblock.models.load import load_model
-
-    loaded: LoadedModel | None = load_model(model, adapter=chosen.adapter, **loading.model_dump()) \
-        if isinstance(model, str) else model
+    loaded: LoadedModel | None = _load(model, chosen.adapter, tasks, loading) if isinstance(model, str) else model
     assert loaded is not None
     if chosen.compare_base and loaded.adapter is None:
         raise _no_base(loaded.spec)
@@ -166,11 +163,11 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
     results: dict[str, dict[str, EvalResult]] = {}
     with contextlib.ExitStack() as stack:
         run = None if out is None else stack.enter_context(
-            RunFolder(out, command="evaluate", settings=recorded, resume=resume))
+            RunFolder(out, command="evaluate", settings=recorded, resume=resume, may_differ=STREAM_FIELDS))
         for name, spec in {side: None, **({"base": other} if other is not None else {})}.items():
             if spec is not None:
                 loaded = None  # the first model's memory is free before the second comes
-                loaded = load_model(spec, **loading.model_dump())
+                loaded = _load(spec, None, tasks, loading)
             assert loaded is not None
             if run is not None:
                 run.record_inputs(
@@ -184,6 +181,16 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
         if run is not None:
             _write(run, table, results, str(recorded["model"]), loading)
     return TasksResult(results, differences, table, None if run is None else run.run, named)
+
+
+def _load(spec: str, adapter: str | None, tasks: Sequence[str], loading: LoadSettings) -> LoadedModel:
+    """A model for these tasks, read block by block only where all of them are losses of tokens."""
+    from midblock.models.chain import load_chain
+
+    options = loading.model_dump()
+    if options.get("stream") == "auto" and (adapter is not None or not all(map(scores_tokens, tasks))):
+        options["stream"] = "never"
+    return load_chain([spec], names=[(Path(adapter or spec)).name or "base"], adapter=adapter, **options)[0]
 
 
 def _no_base(spec: str) -> SettingsError:

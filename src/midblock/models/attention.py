@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from midblock.models.anatomy import Anatomy
 from midblock.models.forwards import forwards_kept
+from midblock.models.placement import place_of
 
 __all__ = ["attends_by_row", "can_pack", "dense_attention", "packed_hidden", "worth_packing"]
 
@@ -109,7 +110,7 @@ def _rows_stay_apart(anatomy: Anatomy) -> bool:
     if longest < 2:
         return False
     generator = torch.Generator().manual_seed(0)
-    device = next(anatomy.embeddings.parameters()).device
+    device = place_of(anatomy)
     ids = torch.randint(anatomy.vocab_size, (2, longest), generator=generator).to(device)
     mask = torch.ones_like(ids)
     split = longest // 2
@@ -292,8 +293,8 @@ def dense_attention(model: nn.Module) -> Iterator[bool]:
     from transformers.masking_utils import AttentionMaskInterface
 
     lm = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    weight = next(model.parameters())
-    applies = (lm is not None and weight.device.type == "cpu"
+    weight = next((p for p in model.parameters() if not p.is_meta), None)
+    applies = (lm is not None and weight is not None and weight.device.type == "cpu"
                and getattr(lm.config, "_attn_implementation", None) == "sdpa"
                and not lm.config.is_encoder_decoder
                # a sparse attention masks what its indexer leaves out for transformers' own implementations only

@@ -12,7 +12,7 @@ import torch
 from midblock.errors import PairMismatchError, SettingsError
 from midblock.models.adapters import base_of_adapter
 from midblock.models.anatomy import find_anatomy
-from midblock.models.checkpoints import is_adapter_folder
+from midblock.models.checkpoints import Checkpoint, is_adapter_folder
 from midblock.models.dtypes import DTYPES, DtypeChoice, choose_dtype, config_value, dtype_name, resolve_device
 from midblock.models.load import (
     LoadedModel,
@@ -24,6 +24,7 @@ from midblock.models.load import (
 )
 from midblock.models.matrices import kind_of
 from midblock.models.memory import free_memory, resident_memory
+from midblock.models.placement import dequantised
 from midblock.models.quiet import quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.stages import comparisons, side_of, stage_names
@@ -145,7 +146,12 @@ def _why_streamed(specs: list[str], stream: str, memory_limit: int | str | None,
         dtype, stored=torch.float32, device=device).dtype.itemsize
     if not _can_stream(specs, options):
         return None
-    need = sum(size * parameters_in(_model_folder(spec, options)[0]) for spec in specs)
+    held: float = 1 if options.get("load_8bit") else 0.5 if options.get("load_4bit") else size
+    need, trust = 0, bool(options.get("trust_remote_code"))
+    for folder in (_model_folder(spec, options)[0] for spec in specs):
+        config = read_config(folder, str(folder), trust)
+        own = getattr(config, "quantization_config", None) and not dequantised(config)
+        need += Checkpoint(folder).nbytes if own else int(held * parameters_in(folder))
     room = free_memory(device)
     if limit is not None and device.type == "cpu":
         room = min(room, limit - resident_memory())
@@ -158,9 +164,9 @@ def _why_streamed(specs: list[str], stream: str, memory_limit: int | str | None,
 def _can_stream(specs: list[str], options: dict[str, Any]) -> bool:
     """Whether the blocks of all stages can be read one after another."""
     trust = bool(options.get("trust_remote_code"))
-    placed = any(options.get(o) for o in ("device_map", "load_4bit", "load_8bit"))
+    spread = options.get("device_map") is not None
     places = ((spec, *_model_folder(spec, options)) for spec in specs)
-    return all(why_not_streamed(folder, read_config(folder, spec, trust), adapter, placed=placed) is None
+    return all(why_not_streamed(folder, read_config(folder, spec, trust), adapter, spread=spread) is None
                for spec, folder, adapter in places)
 
 

@@ -234,9 +234,13 @@ class Checkpoint:
         """Shape of a tensor, from the header."""
         return tuple(self._entry(name)["shape"])
 
+    def stored_dtype(self, name: str) -> str:
+        """Stored dtype of a tensor in the words of safetensors, from the header."""
+        return str(self._entry(name)["dtype"])
+
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor, from the header."""
-        kind = self._entry(name)["dtype"]
+        kind = self.stored_dtype(name)
         if kind not in _dtypes():
             raise CheckpointError(f"{self._where[name]}: {name} has the dtype {kind}, which cannot be read.")
         return _dtypes()[kind]

@@ -44,7 +44,16 @@ from midblock.models.checkpoints import (
 from midblock.models.dtypes import DtypeChoice, choose_dtype, dtype_name, resolve_device
 from midblock.models.finite import check_finite_files, check_finite_weights
 from midblock.models.gguf import precision_of
-from midblock.models.placement import check_spread, dequantised, held_in, keep_trainable, loading_options
+from midblock.models.placement import (
+    check_spread,
+    dequantised,
+    held_in,
+    keep_trainable,
+    loading_options,
+    place_of,
+    quantiser,
+    reads_in_parts,
+)
 from midblock.models.quiet import first_line, foreign
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.streaming import StreamedWeights, build_streamed
@@ -212,24 +221,28 @@ def load_model(
         dtype, stored=stored_dtype(folder, config), device=place, config=config.get_text_config(decoder=True),
         parameters=0 if bits else parameters_in(folder), spread=wanted.device_map is not None)
     parts: StreamedWeights | None = None
+    if streamed and (reason := why_not_streamed(folder, config, adapter_folder, spread=device_map is not None)):
+        raise SettingsError(f"model {text!r} cannot be read block by block: {reason}. Load it whole, with stream "
+                            "never.")
+    stored = dequantised(config)
+    options = loading_options(config, choice.dtype, place, device_map=wanted.device_map, bits=bits)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if streamed:
-        if reason := why_not_streamed(folder, config, adapter_folder, placed=bool(bits or device_map)):
-            raise SettingsError(f"model {text!r} cannot be read block by block: {reason}. Load it whole, with stream "
-                                "never.")
-        model, parts, notes = _build_streamed(folder, config, text, choice.dtype, place, trust_remote_code,
-                                              attn_implementation, check_finite)
-        quantized = None
+        model, parts, notes = _build_streamed(folder, config, text, choice.dtype, place, trust_remote_code, options,
+                                              check_finite)
     else:
-        stored = dequantised(config)
-        options = loading_options(config, choice.dtype, place, device_map=wanted.device_map, bits=bits)
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
         model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder), options)
-        if stored:
-            notes += (f"stored in {stored}, loaded in {choice.name}",)
-        quantized = held_in(model)
-        if quantized:
-            keep_trainable(model)
+    if stored and not streamed:  # what was fp8 comes as bfloat16
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(choice.dtype)
+    if stored:
+        notes += (f"stored in {stored}, loaded in {choice.name}",)
+    quantized = held_in(model)
+    if quantized:
+        keep_trainable(model)
+    if not streamed:
         if "device_map" not in options:
             model.to(place)
         model.eval()
@@ -249,7 +262,7 @@ def load_model(
     anatomy = find_anatomy(model)
     if wanted.device_map is not None:
         check_spread(model, anatomy, text)
-        place = next(anatomy.embeddings.parameters()).device
+        place = place_of(anatomy)
     if parts is not None:
         parts.release(anatomy)
     tokenizer = load_tokenizer(folder, spec=text, trust_remote_code=trust_remote_code)
@@ -271,23 +284,23 @@ def load_model(
     return loaded
 
 
-def why_not_streamed(folder: Path, config: Any, adapter: Path | None = None, *, placed: bool = False) -> str | None:
+def why_not_streamed(folder: Path, config: Any, adapter: Path | None = None, *, spread: bool = False) -> str | None:
     """Why a checkpoint cannot be read block by block, as a clause; None where it can.
 
     Args:
         folder: Of the model.
         config: Its configuration.
         adapter: Folder of an adapter to merge.
-        placed: Whether it is to be quantised, or spread over devices.
+        spread: Whether it is to be spread over devices.
     """
-    if placed:
-        return "it is to be quantised or spread over devices, which is done with whole models"
+    if spread:
+        return "it is to be spread over devices, which is done with whole models"
     if is_pickled(folder):
         return "its weights are pickled, and only safetensors can be read in parts"
     if adapter is not None:
         return "its adapter is merged into whole weights (merge it first: midblock tune --merge, or PEFT)"
-    if getattr(config, "quantization_config", None) is not None:
-        return "it is quantised, and is put together as a whole"
+    if not reads_in_parts(config):
+        return "it is quantised in a way that is put together as a whole"
     return None
 
 
@@ -380,11 +393,11 @@ def _build(folder: Path, config: Any, spec: str, dtype: torch.dtype, trust_remot
 
 
 def _build_streamed(folder: Path, config: Any, spec: str, dtype: torch.dtype, device: torch.device,
-                    trust_remote_code: bool, attn_implementation: str | None, check_finite: bool
+                    trust_remote_code: bool, options: dict[str, Any], check_finite: bool
                     ) -> tuple[Any, StreamedWeights, tuple[str, ...]]:
     """A model with all that stands outside its blocks loaded, so that its anatomy can be tried."""
     auto = model_class(config, spec, trust_remote_code)
-    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    extra: dict[str, Any] = {k: v for k, v in options.items() if k == "attn_implementation"}
     if trust_remote_code:
         extra["trust_remote_code"] = True
 
@@ -392,8 +405,9 @@ def _build_streamed(folder: Path, config: Any, spec: str, dtype: torch.dtype, de
         return CheckpointError(f"model {spec!r} cannot be loaded ({type(error).__name__}): {first_line(error)}")
 
     with foreign(refusal):
+        made = quantiser(config, options)
         model, parts = build_streamed(lambda: auto.from_config(config, dtype=dtype, **extra), folder, spec=spec,
-                                      dtype=dtype, device=device, check_finite=check_finite)
+                                      dtype=dtype, device=device, check_finite=check_finite, quantiser=made)
         notes = _check_loading(model, vars(parts.found), spec)
         for part in ("embeddings", "head", "rest"):
             parts.load(part)

@@ -18,7 +18,8 @@ from midblock.settings.base import name_of
 if TYPE_CHECKING:
     from midblock.models.load import LoadedModel
 
-__all__ = ["check_spread", "dequantised", "held_in", "loading_options", "require_full_weights"]
+__all__ = ["check_spread", "dequantised", "held_in", "loading_options", "place_of", "quantiser", "reads_in_parts",
+           "require_full_weights"]
 
 _WHOLE = ("fp8", "mxfp4")  # quantisations of checkpoints that transformers can undo exactly while it loads
 
@@ -63,6 +64,23 @@ def dequantised(config: Any) -> str | None:
     """The quantisation that `loading_options` undoes, such as ``fp8``; None: there is none."""
     method = _method(config)
     return method if method in _WHOLE else None
+
+
+def reads_in_parts(config: Any) -> bool:
+    """Whether a checkpoint is stored whole, or quantised so that each matrix can be read by itself."""
+    return _method(config) in (None, "fp8", "bitsandbytes")
+
+
+def quantiser(config: Any, options: dict[str, Any]) -> Any:
+    """transformers' quantiser of a model that `loading_options` were made for; None: its weights are whole.
+
+    The config is told about the quantisation, as ``from_pretrained`` would.
+    """
+    if not _method(config) and "quantization_config" not in options:
+        return None
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    return get_hf_quantizer(config, options.get("quantization_config"), options.get("device_map"), True, {})[0]
 
 
 def _method(config: Any) -> str | None:
@@ -111,6 +129,12 @@ def check_spread(model: Any, anatomy: Anatomy, spec: str) -> None:
             raise SettingsError(f"model {spec!r}: block {number} is split over {' and '.join(devices)}; hidden states "
                                 f"are taken between blocks, so that each must be whole on one device. Leave out "
                                 f"{name_of('device_map')}, or quantise the model.")
+
+
+def place_of(anatomy: Anatomy) -> torch.device:
+    """Where a model takes its tokens; where embeddings are read when they are needed, where the rest of it is."""
+    parts = (anatomy.embeddings, anatomy.causal_lm)
+    return next((p.device for part in parts for p in part.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def require_full_weights(loaded: LoadedModel, what: str) -> None:

@@ -1,15 +1,17 @@
 """A model without weights in memory, whose parts are read from its checkpoint when they are needed and then dropped.
 
 The model is built on the meta device by transformers itself, and each part (a block, the embeddings, the head) is put
-into it by transformers' own loader, conversions of stored names and stacked experts included: what is computed is what
-a model loaded as a whole computes, bit for bit. Weights are read into memory of their own, never mapped, so that a
-part is gone when it is dropped.
+into it by transformers' own loader, conversions of stored names, stacked experts and quantisation included: what is
+computed is what a model loaded as a whole computes, bit for bit. Weights are read into memory of their own, never
+mapped, so that a part is gone when it is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from midblock.models.checkpoints import Checkpoint
 from midblock.models.finite import require_finite
 from midblock.models.quiet import first_line
 
-__all__ = ["Part", "StreamedWeights", "build_streamed"]
+__all__ = ["Part", "PartReader", "StreamedWeights", "build_streamed"]
 
 Part = int | Literal["embeddings", "head", "rest"]
 """A block's number, or a part outside the blocks; ``rest`` (final norm, positions, an encoder) always stays."""
@@ -49,6 +51,7 @@ class StreamedWeights:
         dtype: The dtype that weights are loaded in.
         device: Where to.
         check_finite: Refuse weights with NaN or infinity.
+        quantiser: transformers' own, of a model whose weights it holds, or turns back; None: they are whole.
 
     Attributes:
         found: Names that are missing, too many, or of another shape.
@@ -58,9 +61,10 @@ class StreamedWeights:
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint, *, spec: str, dtype: torch.dtype,
-                 device: torch.device, check_finite: bool) -> None:
+                 device: torch.device, check_finite: bool, quantiser: Any = None) -> None:
         self._model, self._checkpoint, self._spec, self._check_finite = model, checkpoint, spec, check_finite
-        self._loader = _Loader(model, dtype, device)
+        self._loader = _Loader(model, dtype, device, quantiser)
+        self._states = _QuantisedStates(model)
         self._files = {path: _stamp(path) for path in checkpoint.files}
         self._held: set[Part] = set()
         self._users: dict[Part, int] = {}
@@ -105,7 +109,8 @@ class StreamedWeights:
             if not inside:
                 self.found.unexpected_keys.update(names)
                 continue
-            if not converted and self._checkpoint.shape(key) != tuple(own[inside[0]].shape):
+            if (not converted and self._checkpoint.shape(key) != tuple(own[inside[0]].shape)
+                    and not self._loader.quantises(inside[0])):
                 self.found.mismatched_keys.add((inside[0], self._checkpoint.shape(key), tuple(own[inside[0]].shape)))
             if (part := parts.get(inside[0])) is not None:
                 self._keys[part].append(key)
@@ -122,14 +127,15 @@ class StreamedWeights:
 
     def part_bytes(self, part: Part) -> int:
         """Bytes that a part takes in memory."""
-        weights = {id(parameter): parameter.numel() * parameter.itemsize
-                   for _, _, _, parameter in self._places.get(part, ())}
+        weights = {id(parameter): self._loader.bytes_of(name, parameter)
+                   for name, _, _, parameter in self._places.get(part, ())}
         return sum(weights.values())
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the largest block in memory."""
-        return max(self.part_bytes(b) for b in range(self.num_blocks))
+        """Bytes of the largest block in memory, with what of it is there twice while it is read."""
+        return max(self.part_bytes(b) + (self.stored_bytes(b) if self._loader.converts(self._keys[b]) else 0)
+                   for b in range(self.num_blocks))
 
     # -- parts come and go ----------------------------------------------------------------------------
 
@@ -145,10 +151,17 @@ class StreamedWeights:
             if _stamp(path) != self._files[path]:
                 raise CheckpointError(f"{path} has disappeared, or is not what it was when the run began; weights of "
                                       "two checkpoints must not be mixed. Restore it, then start the run again.")
-        self._loader.fill({key: _Stored(self._checkpoint, key) for key in self._keys[part]}, self._spec)
+        # quantisation would hide what is not finite
+        where = self._spec if self._check_finite and self._loader.quantised else None
+        self._loader.fill({key: _Stored(self._checkpoint, key, where) for key in self._keys[part]}, self._spec)
         self.bytes_read += self.stored_bytes(part)
         self._tie(part)
         places = self._places[part]
+        for _, module, leaf, empty in places:
+            weight: Any = module._parameters[leaf]
+            if weight.is_floating_point() and weight.dtype != empty.dtype:  # what was fp8 comes as bfloat16
+                weight = module._parameters[leaf] = nn.Parameter(weight.detach().to(empty.dtype))
+            weight.requires_grad_(empty.requires_grad)  # whoever froze the empty one froze this one
         if missing := [name for name, module, leaf, _ in places if getattr(module, leaf).is_meta]:
             raise CheckpointError(f"model {self._spec!r} lacks weights that its config asks for: "
                                   f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}.")
@@ -161,11 +174,22 @@ class StreamedWeights:
             return
         for _, module, leaf, empty in self._places.get(part, ()):
             module._parameters[leaf] = empty
+            self._states.forget(module)
 
     def hold(self, part: Part) -> None:
         """Load a part for good."""
         self.load(part)
         self._held.add(part)
+
+    def let_go(self, part: Part) -> None:
+        """Drop a part that was held."""
+        self._held.discard(part)
+        self.drop(part)
+
+    def is_there(self, part: Part) -> bool:
+        """Whether a part is in memory now."""
+        return not any(module._parameters[leaf].is_meta  # type: ignore[union-attr]
+                       for _, module, leaf, _ in self._places.get(part, ()))
 
     def release(self, anatomy: Anatomy) -> None:
         """Drop what only hidden 0 and the logits need, where hidden states can stand in for embeddings."""
@@ -206,6 +230,59 @@ class StreamedWeights:
                 module._parameters[leaf] = real[id(empty)]
 
 
+class PartReader:
+    """Parts of a model that come one after another: one is used, and the one that is expected next is read meanwhile.
+
+    For one thread; close it in the end.
+    """
+
+    def __init__(self, weights: StreamedWeights) -> None:
+        self._weights = weights
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="midblock-weights")
+        self._coming: dict[Part, Future[None]] = {}
+
+    @contextlib.contextmanager
+    def part(self, part: Part, then: Part | None = None) -> Iterator[None]:
+        """A part is there within the context; another is read meanwhile, and stays.
+
+        Args:
+            part: The part.
+            then: What is expected next, which may be the same; None: nothing is.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        coming = self._coming.pop(part, None) or self._reader.submit(self._weights.load, part)
+        self.settle()  # what was expected wrongly
+        coming.result()
+        if then is not None and then != part:
+            self._coming[then] = self._reader.submit(self._weights.load, then)
+        try:
+            yield
+        finally:
+            if then == part:
+                self._coming[part] = coming
+            else:
+                self._weights.drop(part)
+
+    def expects(self, part: Part) -> bool:
+        """Whether a part is there, or on its way, as the one that comes next."""
+        return part in self._coming
+
+    def settle(self) -> None:
+        """Drop what is expected next."""
+        while self._coming:
+            part, future = self._coming.popitem()
+            if not future.cancel():
+                future.exception()
+            self._weights.drop(part)
+
+    def close(self) -> None:
+        """Drop what is expected next, and end the thread."""
+        self.settle()
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
 def _part_of(name: str, anatomy: Anatomy) -> Part | None:
     """None: a tower of another modality, which text does not pass."""
     if (block := anatomy.block_of(name)) is not None:
@@ -228,18 +305,46 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 class _Stored:
-    """A tensor that is read when transformers' loader slices it."""
+    """A tensor that is read when transformers' loader slices it.
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
+    Args:
+        checkpoint: Where it is.
+        name: Its name there.
+        where: Refuse NaN and infinity in what is stored, of a model of this name.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, where: str | None) -> None:
+        self._checkpoint, self._name, self._where = checkpoint, name, where
         self.error: MidblockError | None = None
+
+    def get_dtype(self) -> str:
+        """The stored dtype in the words of safetensors."""
+        return self._checkpoint.stored_dtype(self._name)
 
     def __getitem__(self, _: Any) -> Tensor:
         try:
-            return self._checkpoint.load(self._name)
+            found = self._checkpoint.load(self._name)
+            if self._where is not None:
+                require_finite([(self._name, found)], self._where)
+            return found
         except MidblockError as error:  # the loader would make it one of its own
             self.error = error
             raise
+
+
+class _QuantisedStates:
+    """What bitsandbytes keeps of a weight on its layer, beside the parameter; it would hold on to a dropped one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = {module: copy.copy(module.state) for module in model.modules()
+                      if type(module).__name__ == "Linear8bitLt"}
+
+    def forget(self, module: nn.Module) -> None:
+        """Let a layer be as it was before its weight was read."""
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = None  # type: ignore[assignment]
+        if module in self._kept:
+            module.state = copy.copy(self._kept[module])  # type: ignore[assignment]
 
 
 class _Loader:
@@ -249,7 +354,9 @@ class _Loader:
         SettingsError: this version of transformers has another one.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, quantiser: Any) -> None:
+        self._quantiser = quantiser
+        self.quantised = quantiser is not None and not getattr(quantiser.quantization_config, "dequantize", False)
         try:
             from transformers import core_model_loading
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -257,11 +364,11 @@ class _Loader:
 
             self._load = core_model_loading.convert_and_load_state_dict_in_model
             self._rename = core_model_loading.rename_source_key
-            mapping: Any = get_model_conversion_mapping(model, None, None)
+            mapping: Any = get_model_conversion_mapping(model, None, quantiser)
             self._renamings = [m for m in mapping if isinstance(m, core_model_loading.WeightRenaming)]
             self._converters = [m for m in mapping if isinstance(m, core_model_loading.WeightConverter)]
             self._config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=mapping,
-                                               dtype_plan=model._get_dtype_plan(dtype))
+                                               dtype_plan=model._get_dtype_plan(dtype), hf_quantizer=quantiser)
         except (ImportError, AttributeError, TypeError) as error:
             raise _other_version(error) from error
         self._model = model
@@ -276,6 +383,20 @@ class _Loader:
             return [name], False
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         return [name.replace(converter.target_patterns[0], other) for other in converter.target_patterns], True
+
+    def quantises(self, name: str) -> bool:
+        """Whether a parameter of the model is held quantised."""
+        return self.quantised and bool(self._quantiser.param_needs_quantization(self._model, name))
+
+    def bytes_of(self, name: str, parameter: Tensor) -> int:
+        """Bytes that a parameter takes once it is there."""
+        size = self._quantiser.quantized_element_size if self.quantises(name) else parameter.itemsize
+        return int(parameter.numel() * size)
+
+    def converts(self, keys: Iterable[str]) -> bool:
+        """Whether stored tensors are made into others on their way, so that both are there for a while."""
+        own = self._model.state_dict()
+        return self._quantiser is not None or any(self.targets(key, own)[1] for key in keys)
 
     def forget_ignored(self, found: _Found) -> None:
         """Drop what the family says may be missing or too many."""
@@ -312,7 +433,7 @@ def _other_version(error: Exception) -> SettingsError:
 
 
 def build_streamed(make: Callable[[], Any], folder: Path, *, spec: str, dtype: torch.dtype, device: torch.device,
-                   check_finite: bool) -> tuple[Any, StreamedWeights]:
+                   check_finite: bool, quantiser: Any = None) -> tuple[Any, StreamedWeights]:
     """A model of which only what stands outside its blocks is in memory.
 
     Args:
@@ -322,6 +443,7 @@ def build_streamed(make: Callable[[], Any], folder: Path, *, spec: str, dtype: t
         dtype: The dtype that weights are loaded in.
         device: Where to.
         check_finite: Refuse weights with NaN or infinity.
+        quantiser: See `StreamedWeights`.
 
     Raises:
         ArchitectureError: its parts cannot be told without weights.
@@ -329,10 +451,15 @@ def build_streamed(make: Callable[[], Any], folder: Path, *, spec: str, dtype: t
     """
     with torch.device("meta"):
         model = make()
+    if quantiser is not None:
+        quantiser.preprocess_model(model=model, dtype=dtype, device_map={"": device}, checkpoint_files=None)
     model.eval()
     _make_buffers(model, device)
     streamed = StreamedWeights(model, find_anatomy(model), Checkpoint(folder), spec=spec, dtype=dtype, device=device,
-                               check_finite=check_finite)
+                               check_finite=check_finite, quantiser=quantiser)
+    if quantiser is not None:
+        model.hf_quantizer = quantiser
+        quantiser.postprocess_model(model)
     return model, streamed
 
 
@@ -347,3 +474,5 @@ def _make_buffers(model: Any, device: torch.device) -> None:
     for module in model.modules():
         module._is_hf_initialized = False
     model.initialize_weights()
+    for tensor in model.parameters():  # a quantiser takes a parameter's attributes for arguments of its own
+        del tensor._is_hf_initialized

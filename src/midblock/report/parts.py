@@ -14,7 +14,7 @@ from midblock.errors import MidblockError, SettingsError
 from midblock.progress import Progress
 from midblock.provenance import RunFolder, check_whole
 from midblock.report.save import save_result
-from midblock.settings.load import ChainLoadSettings
+from midblock.settings.load import STREAM_FIELDS, ChainLoadSettings
 from midblock.settings.study import Part, StudySettings
 from midblock.writing import recomputed
 
@@ -191,7 +191,8 @@ class Chain:
         data = None if task.data is None else self._sources(task.data)
         settings = {"models": self._specs, "data": task.data, "part_of_study": True, **self._load.model_dump(),
                     **arguments(task.part, self._settings, task.data)}
-        with RunFolder(task.folder, command=task.part, settings=settings, resume=task.folder.exists()) as run:
+        with RunFolder(task.folder, command=task.part, settings=settings, resume=task.folder.exists(),
+                       may_differ=STREAM_FIELDS) as run:
             names = stage_names(len(self._specs))
             if models:
                 run.record_inputs(models={k: m.describe() for k, m in zip(names, models, strict=True)},

@@ -26,7 +26,7 @@ from midblock.report.page import build_report
 from midblock.report.parts import SHARED, Chain, Sources, Task, finished, shared_groups
 from midblock.results import Answer, Reading
 from midblock.settings.base import as_keys
-from midblock.settings.load import ChainLoadSettings
+from midblock.settings.load import STREAM_FIELDS, ChainLoadSettings
 from midblock.settings.study import StudySettings
 
 __all__ = ["StudyResult", "costs_of", "plan_study", "read_study", "study"]
@@ -166,7 +166,7 @@ def study(chains: Sequence[Sequence[str]], *, data: Sequence[str] = (), out: Pat
     recorded = {"chains": specs, "data": list(data), **loading.model_dump(), **chosen.model_dump(mode="json")}
     sources = Sources(chosen.seed)
     with RunFolder(folder, command="study", settings=recorded, resume=resume,
-                   may_differ=("only", "skip", "sweep")) as run:
+                   may_differ=("only", "skip", "sweep", *STREAM_FIELDS)) as run:
         costs = forecast_study(specs, tasks, chosen, loading, sources)
         going = _Going(result, tasks, tell, StudyProgress(progress, costs))
         for number, stages in enumerate(specs):

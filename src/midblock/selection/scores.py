@@ -153,12 +153,7 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
                 table.add_undefined("block", b, "weight_snr", stage, str(error), **{**extra, "data": ""})
             progress("weights", b + 1, loaded.anatomy.num_blocks)
     wanted = chosen.wants("backward")
-    if wanted and loaded.streamed is not None and dataset is not None:
-        if "scores" in chosen.model_fields_set:
-            loaded.require_whole()
-        loaded.note(f"scores that need a backward pass are left out ({', '.join(wanted)}): it needs the whole model")
-        counts["left_out"] = wanted
-    elif dataset is not None and wanted:
+    if dataset is not None and wanted:
         if backward is None:
             backward = gradients(loaded, data=dataset, names=[stage], samples=chosen.gradient_samples,
                                  max_length=chosen.max_length, batch_size=chosen.batch_size, seed=chosen.seed,

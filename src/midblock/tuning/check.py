@@ -82,10 +82,14 @@ class EngagementReport:
 
 
 def frozen_digests(attachment: Attachment) -> dict[str, str]:
-    """Digest of every tensor that training must not change: frozen parameters and all buffers."""
+    """Digest of every tensor that training must not change: frozen parameters and all buffers.
+
+    Weights that are read from their files when they are needed are left out: they are never written.
+    """
     trained = {id(p) for p in attachment.trainable.values()}
     named = (*attachment.model.named_parameters(), *attachment.model.named_buffers())
-    return {n: sha256_of(str(t.dtype), str(tuple(t.shape)), row_bytes(t)) for n, t in named if id(t) not in trained}
+    return {n: sha256_of(str(t.dtype), str(tuple(t.shape)), row_bytes(t)) for n, t in named
+            if id(t) not in trained and not t.is_meta}
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

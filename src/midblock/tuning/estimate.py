@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["EFFICIENCY", "Cost", "Outline", "all_layer_plan", "estimate", "forecast", "met_by_a_token", "outline",
-           "process_bytes", "training_rate", "weight_bytes"]
+           "process_bytes", "step_bytes", "training_rate", "weight_bytes"]
 
 EFFICIENCY = 0.55
 """Share of the products' rate that a training step reaches (0.49 to 0.65 were measured on two cores)."""
@@ -56,6 +56,7 @@ ADAM_BYTES = 16
 PROGRAM_BYTES = 350 << 20
 """What libraries that only a training imports and the allocator's slack take of a process."""
 _WIDEST = 2048
+_LOGITS = 1 << 27  # of the chunk that goes through the head at once
 _SCALES = 0.02  # bytes of a quantised weight's share of its block's scales (NF4 with double quantisation: 0.127 bits)
 
 
@@ -148,12 +149,26 @@ def estimate(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: L
     trained = (2 if plan.method == "full" else 6) * tokens * plan.params
     epoch = suffix + trained + 4 * supervised * anatomy.vocab_size * width
     size = torch.empty((), dtype=dtype).element_size()
-    longest = sorted(lengths)[-settings.batch_size:]
-    batch_tokens = max(longest, default=0) * len(longest)
+    batch_tokens = _batch_tokens(lengths, settings)
     kept = len(running) + KEPT if settings.gradient_checkpointing else KEPT * len(running)
     cache = tokens * width * size if cached and plan.first_block else 0
     memory = weight_bytes(anatomy, dtype, bits) + plan.params * ADAM_BYTES + batch_tokens * kept * width * size + cache
     return Cost(epoch + forward_prefix, epoch + (0 if cached else forward_prefix), int(memory), int(cache))
+
+
+def _batch_tokens(lengths: Sequence[int], settings: LoopSettings) -> int:
+    """Places, padding included, of the largest batch."""
+    longest = sorted(lengths)[-settings.batch_size:]
+    return max(longest, default=0) * len(longest)
+
+
+def step_bytes(plan: Plan, anatomy: Anatomy, rows: Sequence[TokenRow], settings: LoopSettings, *, dtype: torch.dtype
+               ) -> int:
+    """Bytes that a step takes where frozen blocks keep nothing but their inputs: trained parameters with gradients
+    and Adam's moments, activations of the trained blocks and of one more, logits."""
+    kept = KEPT * (len(plan.blocks) + 1) + anatomy.num_blocks
+    places = _batch_tokens([len(r) for r in rows], settings)
+    return plan.params * ADAM_BYTES + places * kept * anatomy.hidden_size * dtype.itemsize + _LOGITS
 
 
 def all_layer_plan(anatomy: Anatomy, plan: Plan) -> Plan:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -25,12 +25,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from midblock.capture import verify_resume, why_not_resume
+from midblock.capture import block_by_block, verify_resume, why_not_resume
 from midblock.capture.interventions import hidden_of_output, passing_over, with_hidden
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import LoadedModel, find_anatomy
 from midblock.models.attention import attends_by_row
 from midblock.models.forwards import forwards_replaced, replace_forward
+from midblock.models.placement import place_of
 from midblock.settings.base import name_of
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.prefix_identity import first_trainable_block, noise_in, prefix_identity, prefix_stamp
@@ -59,7 +60,7 @@ class FrozenPrefix:
 
     Args:
         model: A transformers causal LM, a PEFT model around one, or a `LoadedModel`, before or after its adapters
-            are attached.
+            are attached. A streamed one is told by its files in the cache's keys.
         cache: ``"none"`` (or None), ``"memory"``, ``"disk:DIR"``, or a `PrefixCache` to share.
         limit_bytes: Byte limit of a cache made here (a number or ``"4GB"``).
         on_refusal: ``uncached``: where the cache cannot be exact, go on without it and say so in
@@ -93,6 +94,10 @@ class FrozenPrefix:
         self._namespace: tuple[tuple[Any, ...], str] | None = None
         self._labels_on_padding = self._has_labels = False
         self._outer: dict[str, Tensor] = {}
+        self._turn: Callable[[Callable[..., Any], dict[str, Any]], None] | None = None
+        """Takes a forward over, in place of all that is done else."""
+        self._loaded = model if isinstance(model, LoadedModel) and model.streamed is not None else None
+        self._weights = None if self._loaded is None else self._loaded.fingerprint
         self._restore: list[Callable[[], bool]] = []
         self._parameters = [n for n in inspect.signature(type(self.anatomy.body).forward).parameters if n != "self"]
 
@@ -192,13 +197,16 @@ class FrozenPrefix:
             self._outer = {}
 
     def _body_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if self._turn is not None:
+            self._turn(original, call)
+            raise _PrefixDone
         training = torch.is_grad_enabled()
         start = self.prepare() if training else self.start
         if training:
             self.start = start
         if not start:
             return original(*args, **kwargs)
-        call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if call.get("past_key_values") is not None:
             return original(*args, **kwargs)  # generation: the key-value cache needs every block
         config = self.anatomy.causal_lm.config.get_text_config(decoder=True)
@@ -216,7 +224,7 @@ class FrozenPrefix:
             self._refused(error)
             with self._without_grad(start):
                 return original(**call)
-        with forwards_replaced(self.anatomy.blocks[:start], self._passing_over(start, hidden)):
+        with self._given(start, hidden):
             return original(**call)
 
     def _evaluate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -230,7 +238,7 @@ class FrozenPrefix:
             hidden = self._prefix_of(original, call, start, config)
         except CacheRefusedError:
             return original(*args, **kwargs)
-        with forwards_replaced(self.anatomy.blocks[:start], self._passing_over(start, hidden)):
+        with self._given(start, hidden):
             return original(**call)
 
     @staticmethod
@@ -277,8 +285,14 @@ class FrozenPrefix:
 
     # ------------------------------------------------------------------ with a cache
 
-    def _passing_over(self, start: int, hidden: Tensor) -> list[Callable[..., Any]]:
-        return passing_over(self.anatomy, start, hidden.requires_grad_(True) if self._needs_leaf(start) else hidden)
+    def _given(self, start: int, hidden: Tensor, *more: tuple[nn.Module, Callable[..., Any]]) -> Any:
+        """Within the context block ``start`` reads ``hidden`` and the blocks before it do nothing; further forwards
+        may be replaced with them. What embeddings give is not read, so they need not be in memory."""
+        given = hidden.requires_grad_(True) if self._needs_leaf(start) else hidden
+        pairs = [*zip(self.anatomy.blocks[:start], passing_over(self.anatomy, start, given), strict=True), *more]
+        if next(self.anatomy.embeddings.parameters()).is_meta:
+            pairs.append((self.anatomy.embeddings, lambda *_, **__: hidden.detach()))
+        return forwards_replaced([module for module, _ in pairs], [forward for _, forward in pairs])
 
     def _check_cacheable(self, start: int) -> None:
         lm = self.anatomy.causal_lm
@@ -300,9 +314,9 @@ class FrozenPrefix:
             raise CacheRefusedError(f"the prefix cannot be cached: {error}") from error
 
     def _current_namespace(self, start: int) -> str:
-        stamp = (start, *prefix_stamp(self.anatomy, start))
+        stamp = (start, *prefix_stamp(self.anatomy, start, self._weights))
         if self._namespace is None or self._namespace[0] != stamp:
-            self._namespace = (stamp, prefix_identity(self.anatomy, start))
+            self._namespace = (stamp, prefix_identity(self.anatomy, start, self._weights))
             if self.cache is not None:
                 self.cache.starts.add(start)
         return self._namespace[1]
@@ -327,40 +341,43 @@ class FrozenPrefix:
             computed = self._compute(original, part, start, origin, before)
             self.rows_extended += len(missing) if origin else 0
             self.rows_damaged += self.cache.damaged - damaged
-            begin = 0
-            for place, i in enumerate(missing):
-                lo, hi = inputs.spans[i]
-                states[i] = computed[0, begin:begin + hi - lo] if inputs.packed else computed[place, lo:hi]
-                self.cache.put(namespace, inputs.rows[i], states[i])  # type: ignore[arg-type]
-                begin += hi - lo
+            for i, state in zip(missing, inputs.apart(computed, missing), strict=True):
+                states[i] = state
+                self.cache.put(namespace, inputs.rows[i], state)
         first = states[0]
         assert first is not None
-        device = next(self.anatomy.blocks[min(start, self.anatomy.num_blocks - 1)].parameters()).device
+        device = self._device_of(min(start, self.anatomy.num_blocks - 1))
         return inputs.together([s for s in states if s is not None], range(len(states)), device)
 
     def _probe(self, original: Callable[..., Any], call: dict[str, Any], start: int) -> None:
         """What no attribute tells (noise in a forward) shows when the same row runs twice."""
         if not torch.equal(
                 *(self._compute(original, call, start) for _ in range(2))):
-            raise CacheRefusedError(
-                f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
-                "forwards of one row differ in training mode.")
+            raise self._noisy()
         self._probed = True
+
+    def _noisy(self) -> CacheRefusedError:
+        return CacheRefusedError(f"the prefix of {type(self.anatomy.causal_lm).__name__} is not deterministic: two "
+                                 "forwards of one row differ in training mode.")
 
     def _nearest(self, inputs: RowInputs, rows: list[int], start: int) -> tuple[int, Tensor | None]:
         """The deepest hidden state before ``start`` that the cache has of all these rows; 0 if none."""
         assert self.cache is not None
         for origin in sorted(self.cache.starts, reverse=True):
-            if not 0 < origin < start or (namespace := prefix_identity(self.anatomy, origin)) not in self.cache:
+            if not 0 < origin < start or (
+                    namespace := prefix_identity(self.anatomy, origin, self._weights)) not in self.cache:
                 continue
             if why_not_resume(self.anatomy.causal_lm, self.anatomy, [origin])[origin] is not None:
                 continue
             width = self.anatomy.hidden_size
             states = [self.cache.peek(namespace, inputs.rows[i], inputs.shape(i, width)) for i in rows]
             if all(state is not None for state in states):
-                device = next(self.anatomy.blocks[origin].parameters()).device
-                return origin, inputs.together([s for s in states if s is not None], rows, device)
+                return origin, inputs.together([s for s in states if s is not None], rows, self._device_of(origin))
         return 0, None
+
+    def _device_of(self, block: int) -> torch.device:
+        return next((p.device for p in self.anatomy.blocks[block].parameters() if not p.is_meta),
+                    place_of(self.anatomy))
 
     def _compute(self, original: Callable[..., Any], call: dict[str, Any], start: int, origin: int = 0,
                  before: Tensor | None = None) -> Tensor:
@@ -377,8 +394,9 @@ class FrozenPrefix:
         try:
             for block in switched:
                 block.gradient_checkpointing = False  # type: ignore[assignment]
-            passed = [] if before is None else self._passing_over(origin, before)
-            with torch.no_grad(), forwards_replaced([*blocks[:origin], blocks[-1]], [*passed, stop]):
+            replaced = forwards_replaced([blocks[-1]], [stop]) if before is None else self._given(
+                origin, before, (blocks[-1], stop))
+            with torch.no_grad(), replaced:
                 original(**call)
         except _PrefixDone:
             pass
@@ -388,3 +406,95 @@ class FrozenPrefix:
         if not reached:
             raise ArchitectureError(f"{type(self.anatomy.body).__name__} did not run its block {start - 1}.")
         return reached[0]
+
+    # ------------------------------------------------------------------ block by block
+
+    def fill(self, forwards: Sequence[Callable[[], object]], *, room: int) -> None:
+        """Compute the prefix of all rows now, block by block: every batch passes block b before any enters b + 1.
+
+        A streamed model's blocks are read once for all rows, or for as many as there is room for; the rows are what
+        `_prefix_of` would compute of the same batches, bit for bit.
+
+        Args:
+            forwards: Each makes the training forward of one batch.
+            room: Bytes of hidden states that may be in memory at a time.
+
+        Raises:
+            CacheRefusedError: as for the class.
+        """
+        start = self.prepare()
+        if not start or self.cache is None or self._loaded is None:
+            return
+        taken: set[str] = set()
+        waiting = list(forwards)
+        try:
+            while waiting:
+                with self._aside(), torch.no_grad():
+                    waiting = waiting[self._fill_some(waiting, start, room, taken):]
+        except CacheRefusedError as error:
+            self._refused(error)
+        self._probed = True
+
+    def _fill_some(self, forwards: Sequence[Callable[[], object]], start: int, room: int, taken: set[str]) -> int:
+        """`fill` for the first batches that there is room for; returns how many."""
+        assert self.cache is not None
+        assert self._loaded is not None
+        namespace = self._current_namespace(start)
+        config = self.anatomy.causal_lm.config.get_text_config(decoder=True)
+        by_row = attends_by_row(self.anatomy.causal_lm.config)
+        # forward, where its rows lie, the rows that are new, their hidden state
+        begun: list[tuple[Callable[[], object], RowInputs, list[int], Tensor]] = []
+        seen = size = 0
+
+        def embed(original: Callable[..., Any], call: dict[str, Any]) -> None:
+            nonlocal size
+            assert self.cache is not None
+            if self._labels_on_padding or self._watched(call, config):
+                return
+            call["use_cache"] = False
+            inputs = row_inputs(call, self._outer, config, by_row=by_row)
+            new = [i for i, key in enumerate(inputs.rows) if key not in taken and self.cache.peek(
+                namespace, key, inputs.shape(i, self.anatomy.hidden_size)) is None]
+            if not new:
+                return
+            taken.update(inputs.rows[i] for i in new)
+            part = call if len(new) == len(inputs.rows) else inputs.part(call, new)
+            hidden = self._compute(original, part, 1)
+            if not begun and self.anatomy.body.training and not torch.equal(
+                    hidden, self._compute(original, part, 1)):
+                raise self._noisy()
+            begun.append((forward, inputs, new, hidden))
+            size += hidden.nbytes
+
+        with block_by_block({"base": self._loaded}) as runner:
+            with runner.inputs("base"), runner.block(0, "base"):
+                while seen < len(forwards) and (size <= room or not begun):
+                    forward = forwards[seen]
+                    self._take_turn(forward, embed)
+                    seen += 1
+            for b in range(1, start):
+                with runner.block(b, "base"):
+                    for number, (forward, inputs, new, before) in enumerate(begun):
+
+                        def step(original: Callable[..., Any], call: dict[str, Any]) -> None:
+                            call["use_cache"] = False
+                            part = call if len(new) == len(inputs.rows) else inputs.part(call, new)  # noqa: B023
+                            hidden = self._compute(original, part, b + 1, b, before)  # noqa: B023
+                            begun[number] = (forward, inputs, new, hidden)  # noqa: B023
+
+                        self._take_turn(forward, step)
+        for _, inputs, new, hidden in begun:
+            self.rows_computed += len(new)
+            for i, state in zip(new, inputs.apart(hidden, new), strict=True):
+                self.cache.put(namespace, inputs.rows[i], state)
+        return seen
+
+    def _take_turn(self, forward: Callable[[], object], turn: Callable[[Callable[..., Any], dict[str, Any]], None]
+                   ) -> None:
+        """Run a forward up to the blocks, and there what is given."""
+        self._turn, self._looking = turn, False
+        try:
+            with contextlib.suppress(_PrefixDone):
+                forward()
+        finally:
+            self._turn, self._looking = None, True

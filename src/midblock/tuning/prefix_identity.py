@@ -12,6 +12,7 @@ from torch import nn
 
 from midblock.errors import CacheRefusedError
 from midblock.models import Anatomy
+from midblock.models.placement import place_of
 from midblock.tuning.cache_folder import row_bytes
 from midblock.writing import sha256_of
 
@@ -60,19 +61,24 @@ def first_trainable_block(anatomy: Anatomy) -> int | None:
     return first
 
 
-def prefix_identity(anatomy: Anatomy, start: int) -> str:
+def prefix_identity(anatomy: Anatomy, start: int, weights: str | None = None) -> str:
     """Digest of everything but the tokens that hidden ``start`` depends on.
 
     Weights and buffers of embeddings and blocks before ``start``, config, state of adapters there,
     dtype, device type, autocast and library versions. Digests of tensors are remembered until they
     change.
+
+    Args:
+        anatomy: Of the model.
+        start: The first block behind the prefix.
+        weights: What stands for the weights, where they are not in memory: the fingerprint of their files.
     """
     behind = {id(t) for m in (*anatomy.blocks[start:], anatomy.final_norm) if m is not None
               for t in (*m.parameters(), *m.buffers())}
     known = _digests.setdefault(anatomy.body, {})
-    parts: list[str] = []
+    parts: list[str] = [] if weights is None else [weights, str(anatomy.causal_lm.dtype)]
     for name, tensor in (*anatomy.body.named_parameters(), *anatomy.body.named_buffers()):
-        if id(tensor) in behind:
+        if id(tensor) in behind or weights is not None:
             continue
         stamp = (tensor._version, tensor.data_ptr())
         if name not in known or known[name][:2] != stamp:
@@ -84,7 +90,7 @@ def prefix_identity(anatomy: Anatomy, start: int) -> str:
                       str(getattr(module, "disable_adapters", "")), str(getattr(module, "scaling", ""))]
     config = anatomy.causal_lm.config.get_text_config(decoder=True)
     entries = {k: v for k, v in config.to_dict().items() if k not in _NOT_IDENTITY}
-    device = next(anatomy.embeddings.parameters()).device.type
+    device = place_of(anatomy).type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
     return sha256_of(*parts, json.dumps(entries, sort_keys=True, default=str), type(anatomy.body).__name__,
                      _attention_name(config), str(start), device, autocast,
@@ -100,17 +106,17 @@ def _before(anatomy: Anatomy, name: str, start: int) -> bool:
     return block is None or block < start
 
 
-def prefix_stamp(anatomy: Anatomy, start: int) -> tuple[Any, ...]:
-    """Changes whenever the prefix's weights may have changed; cheap enough for every forward."""
+def prefix_stamp(anatomy: Anatomy, start: int, weights: str | None = None) -> tuple[Any, ...]:
+    """Changes whenever `prefix_identity` may have changed; cheap enough for every forward."""
     parts: list[Any] = []
     for module in (anatomy.embeddings, *anatomy.blocks[:start]):
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in (*module.parameters(), *module.buffers()) if weights is None else ():
             parts += (tensor._version, tensor.data_ptr())
         for inner in module.modules():
             if hasattr(inner, "merged_adapters"):
                 parts += (str(inner.active_adapters), str(inner.merged_adapters),
                           getattr(inner, "disable_adapters", None))
-    device = next(anatomy.embeddings.parameters()).device.type
+    device = place_of(anatomy).type
     parts.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     parts.append(_attention_name(anatomy.causal_lm.config))
     return tuple(parts)

@@ -47,6 +47,13 @@ class RowInputs:
             return _packed_rows_of(call, [self.spans[i] for i in rows])
         return _rows_of(call, rows, len(self.rows))
 
+    def apart(self, hidden: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """The states (T, d) of some rows of a forward of these rows only: (B, T, d), or (1, N, d) packed."""
+        spans = [self.spans[i] for i in rows]
+        if self.packed:
+            return list(hidden[0].split([hi - lo for lo, hi in spans]))
+        return [hidden[place, lo:hi] for place, (lo, hi) in enumerate(spans)]
+
     def together(self, states: list[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
         """Cached states of some rows as a batch (B, T, d), zero on padding, or (1, N, d) packed."""
         if self.packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from midblock import stats
-from midblock.capture import score_batch
+from midblock.capture import score_batches
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.data.registry import task_words
 from midblock.errors import DataError, SettingsError
@@ -33,6 +34,7 @@ from midblock.tuning.check import (
     logits_of,
     require_gradients,
 )
+from midblock.tuning.estimate import step_bytes
 from midblock.tuning.eva import eva_ranks, require_eva, start_batches
 from midblock.tuning.export import (
     VLLM_RANKS,
@@ -50,14 +52,15 @@ from midblock.tuning.initial import LEAVES_BASE, NEEDS_ROWS, Start
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan, require_plan_fits
 from midblock.tuning.steps import TrainResult
+from midblock.tuning.streamed import streamed_blocks
 from midblock.tuning.trainer import train
 from midblock.writing import cache_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_quantised", "require_tracker",
-           "token_rows", "tune"]
+__all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_quantised", "refuse_streamed",
+           "require_tracker", "token_rows", "tune"]
 
 # tokens on which the check compares logits
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
@@ -212,6 +215,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
     plan = make_plan(loaded, wanted) if plan is None and solved is None else require_plan_fits(
         plan or solved, loaded)  # type: ignore[arg-type]
     refuse_quantised(plan, wanted, quantised=loaded.quantized is not None)
+    refuse_streamed(plan, wanted, streamed=loaded.streamed is not None)
     if wanted.ranks == "eva":
         require_eva(plan)
     rows, data_name = _token_rows(data, loaded, wanted)
@@ -226,16 +230,24 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
     if folder is None and (wanted.gguf or wanted.push):
         raise SettingsError(f"{name_of('gguf' if wanted.gguf else 'push')} needs a folder to write the adapter to; "
                             "give out.")
-    with attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout,
-                start=Start(wanted.init, read)) as attachment:
+    with contextlib.ExitStack() as stack:
+        streamed = None if loaded.streamed is None else stack.enter_context(streamed_blocks(loaded, plan.blocks))
+        attachment = stack.enter_context(attach(loaded, plan, seed=wanted.seed, dropout=wanted.dropout,
+                                                start=Start(wanted.init, read)))
+        if streamed is not None:  # before the first pass over the model
+            streamed.require_room(step_bytes(plan, loaded.anatomy, rows.rows, wanted, dtype=loaded.dtype))
         before = frozen_digests(attachment)
         ids, mask_ids = _check_tokens(rows, loaded)
         require_gradients(attachment, ids[:1, :_TRIAL_TOKENS], mask_ids[:1, :_TRIAL_TOKENS])
+        if streamed is not None:
+            streamed.settle()
         base_losses = None if held_rows is None else _row_losses(attachment, loaded, held_rows, progress)
         trained = train(attachment, rows, tokenizer=loaded.tokenizer, settings=wanted, cache=store,
                         folder=None if folder is None else folder / "checkpoints", resume=resume,
                         save_steps=wanted.save_steps, progress=progress, report_to=wanted.report_to, watch_blocks=True,
-                        **(trl_options or {}))
+                        streamed=streamed, **(trl_options or {}))
+        if streamed is not None:
+            streamed.settle()  # only what stays in memory is compared with what it was
         report = check_engagement(attachment, before, ids, attention_mask=mask_ids).require()
         spec = data if isinstance(data, str) else getattr(data, "spec", "")
         result = TuneResult(plan, trained, report, rows, Table(), attachment.plain_state(), notes=list(trained.notes),
@@ -319,6 +331,22 @@ def refuse_quantised(plan: Plan, wanted: TuneSettings, *, quantised: bool) -> No
         raise SettingsError(f"{option} cannot write quantised weights as a plain checkpoint; train without it and "
                             "merge the adapter into the base in 16 bit (PEFT's merge_and_unload), or load the base in "
                             "full.")
+
+
+def refuse_streamed(plan: Plan, wanted: TuneSettings, *, streamed: bool) -> None:
+    """Refuse what needs a whole model in memory.
+
+    Raises:
+        SettingsError: a result that is a whole checkpoint, or a start that is computed from rows.
+    """
+    if streamed and (by_rows := {wanted.init, wanted.ranks} & NEEDS_ROWS):
+        raise SettingsError(f"{by_rows.pop()} runs rows through the whole base before training, and this one is read "
+                            "block by block; choose another start, or load the base whole, with stream never.")
+    if streamed and (plan.method == "full" or wanted.merge or wanted.export_base):
+        what = "method full" if plan.method == "full" else name_of("merge" if wanted.merge else "export_base")
+        raise SettingsError(f"{what} writes a whole checkpoint, and this base is read block by block; train a LoRA and "
+                            "merge it where there is memory for the base (PEFT's merge_and_unload), or load the base "
+                            "whole, with stream never.")
 
 
 def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> None:
@@ -410,14 +438,11 @@ def _check_tokens(rows: TokenRows, loaded: LoadedModel) -> tuple[Tensor, Tensor]
 
 def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, progress: Progress) -> list[float]:
     """Mean loss per row over what a training loss would count, in the order of the rows."""
-    anatomy = attachment.anatomy
     attachment.model.eval()
     found: dict[int, float] = {}
     batches = make_batches(rows, batch_size=8, pad_id=pad_token_id(loaded.tokenizer))
     with torch.inference_mode():
-        for number, batch in enumerate(batches):
-            batch = batch.to(loaded.device)
-            scores = score_batch(anatomy.causal_lm, anatomy, batch)
+        for number, (batch, scores) in enumerate(score_batches(loaded, batches)):
             found.update(zip(batch.indices, (scores.loss.cpu() / scores.tokens).tolist(), strict=True))
             progress("held-out loss", number + 1, len(batches))
     values = [found[r.index] for r in rows]

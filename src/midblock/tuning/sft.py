@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ class MidblockTrainer(SFTTrainer):
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         return self._order
+
+    def first_forwards(self, steps: int) -> list[Callable[[], Tensor]]:
+        """The forward of each batch of the first epoch, of at most so many; they are made when they are called."""
+        rows = list(self._order)
+        size = self.args.per_device_train_batch_size
+        data: Any = self.train_dataset
+
+        def forward_of(part: list[int]) -> Callable[[], Tensor]:
+            return lambda: self.compute_loss(
+                self.model, self._prepare_inputs(self.data_collator([data[i] for i in part])))
+
+        return [forward_of(rows[lo:lo + size]) for lo in range(0, len(rows), size)][:steps]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Checkpoints carry no card; `midblock.tuning.export` writes one for the result."""

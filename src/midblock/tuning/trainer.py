@@ -32,9 +32,11 @@ from midblock.tuning.checkpoints import (
     require_no_others,
     stored_steps,
 )
+from midblock.tuning.estimate import step_bytes
 from midblock.tuning.kernels import has_plain_head, lean_lora
 from midblock.tuning.prefix import FrozenPrefix
 from midblock.tuning.steps import BlockStep, StepLog, TrainResult
+from midblock.tuning.streamed import StreamedBlocks, stays_put
 from midblock.writing import output_error, output_errors
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
           folder: Path | str | None = None, resume: bool = False, save_steps: int | None = None,
           save_seconds: float = 60.0, progress: Progress = silent,
           callbacks: Sequence[TrainerCallback] = (), report_to: str | Sequence[str] = "none",
-          watch_blocks: bool = False, **trl_options: Any) -> TrainResult:
+          watch_blocks: bool = False, streamed: StreamedBlocks | None = None, **trl_options: Any) -> TrainResult:
     """Train what is attached.
 
     Args:
@@ -112,7 +114,9 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         callbacks: transformers' callbacks, for the user's own needs.
         report_to: Trackers, as for TRL.
         watch_blocks: Measure at some steps the gradient, the update and the drift of every block
-            (`TrainResult.blocks`; trackers are told). The training's numbers are the same.
+            (`TrainResult.blocks`; trackers are told). The training's numbers are the same. Not of a streamed model,
+            which each measurement would read as a whole.
+        streamed: Of a model whose frozen blocks are read when they run, from `streamed_blocks`.
         trl_options: Further `trl.SFTConfig` fields (``optim="adafactor"``, hub upload ...).
 
     Raises:
@@ -135,6 +139,13 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
     with contextlib.ExitStack() as stack:
         stack.enter_context(_random_state_kept())
         stack.enter_context(_untouched(attachment.anatomy))
+        if streamed is not None:
+            stack.enter_context(stays_put(attachment.model))
+            working = step_bytes(attachment.plan, attachment.anatomy, token_rows, settings,
+                                 dtype=streamed.loaded.dtype)
+            streamed.require_room(working)
+            if may_give_up and min(attachment.plan.blocks) > 0:
+                wanted = stack.enter_context(streamed.cache(token_rows, working))
         place = Path(folder) if folder is not None else Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="midblock-")))
         # the probe of the head runs the model's own forward, so before TRL patches that
@@ -142,7 +153,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         watch = Watch(progress, save_seconds if folder is not None and save_steps is None else None,
                       place / "steps.jsonl" if folder is not None else None)
         blocks = BlockWatch(attachment, token_rows, pad_token_id(tokenizer), None if folder is None else
-                            place / "blocks.jsonl") if watch_blocks else None
+                            place / "blocks.jsonl") if watch_blocks and streamed is None else None
         trainer = build_trainer(
             attachment, token_rows, tokenizer, settings, place, plain=plain, watch=watch,
             callbacks=[*callbacks, *([] if blocks is None else [blocks])],
@@ -168,10 +179,15 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
             stack.enter_context(dense_attention(attachment.base))
             stack.enter_context(lean_lora(attachment.base))
             trainer.packed = plain and can_pack(attachment.anatomy)
-        prefix = FrozenPrefix(attachment.base, cache=wanted, on_refusal="uncached" if may_give_up else "raise")
+        prefix = FrozenPrefix(attachment.base if streamed is None else streamed.loaded, cache=wanted,
+                              on_refusal="uncached" if may_give_up else "raise")
         attachment.model.train()  # dropout shows in this mode
         prefix.prepare()
         stack.enter_context(prefix)
+        if streamed is not None:
+            streamed.settle()
+            prefix.fill(trainer.first_forwards(settings.num_steps(len(token_rows)) * settings.accumulate),
+                        room=max(0, streamed.left() - working) // 2)
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             require_finite(attachment, trainer.state.global_step)
