@@ -99,14 +99,6 @@ def write_pair(folder: Path, parameters: float) -> int:
     return size
 
 
-def read_bytes() -> int:
-    """Bytes that this process asked the system to read, so far."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("rchar"):
-            return int(line.split()[1])
-    return 0
-
-
 def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:
     """One profile in this process, under its limit; prints what it took as JSON."""
     from midblock.analysis.profile import profile
@@ -114,7 +106,7 @@ def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:
 
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_AS, (job["limit"], job["limit"]))
-    start, before = time.perf_counter(), read_bytes()
+    start, before = time.perf_counter(), common.read_bytes()
     specs = [str(args.scratch / name) for name in _FOLDERS]
     # an address space holds libraries and thread stacks too, which memory does not: hence a lower limit of memory
     chain = load_chain(specs, dtype="bfloat16", device="cpu", stream=job["stream"],
@@ -126,8 +118,8 @@ def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:
     done = time.perf_counter()
     parts = [m.streamed for m in chain if m.streamed is not None]
     print(json.dumps({
-        "peak": common.peak_bytes(), "seconds": done - start, "load": loaded - start, "read": read_bytes() - before,
-        "block": max((p.block_bytes for p in parts), default=0),
+        "peak": common.peak_bytes(), "seconds": done - start, "load": loaded - start,
+        "read": common.read_bytes() - before, "block": max((p.block_bytes for p in parts), default=0),
         "hidden": 2 * job["samples"] * args.tokens * chain[0].anatomy.hidden_size * 2,
         "table": result.frame.to_csv(index=False)}))
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
-from stream import read_bytes
 
 # isort: split
 import torch
@@ -108,10 +107,10 @@ def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:
 
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["limit"], job["limit"]))
-    marks: list[tuple[str, float, int]] = [("begin", time.perf_counter(), read_bytes())]
+    marks: list[tuple[str, float, int]] = [("begin", time.perf_counter(), common.read_bytes())]
 
     def mark(what: str) -> None:
-        marks.append((what, time.perf_counter(), read_bytes()))
+        marks.append((what, time.perf_counter(), common.read_bytes()))
 
     loaded = load_chain([str(args.scratch / _NAME)], dtype="bfloat16", device="cpu", stream=job["stream"],
                         memory_limit=job["limit"] or None)[0]

@@ -48,6 +48,7 @@ from midblock.models.placement import (
     check_spread,
     dequantised,
     held_in,
+    in_dtype,
     keep_trainable,
     loading_options,
     place_of,
@@ -233,10 +234,9 @@ def load_model(
                                               check_finite)
     else:
         model, notes = _build(folder, config, text, choice.dtype, trust_remote_code, is_pickled(folder), options)
-    if stored and not streamed:  # what was fp8 comes as bfloat16
-        for parameter in model.parameters():
-            if parameter.dtype == torch.bfloat16:
-                parameter.data = parameter.data.to(choice.dtype)
+    if stored and not streamed:
+        for name_in_model, parameter in model.named_parameters():
+            parameter.data = in_dtype(model, name_in_model, parameter.data, choice.dtype)
     if stored:
         notes += (f"stored in {stored}, loaded in {choice.name}",)
     quantized = held_in(model)

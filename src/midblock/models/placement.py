@@ -18,8 +18,8 @@ from midblock.settings.base import name_of
 if TYPE_CHECKING:
     from midblock.models.load import LoadedModel
 
-__all__ = ["check_spread", "dequantised", "held_in", "loading_options", "place_of", "quantiser", "reads_in_parts",
-           "require_full_weights"]
+__all__ = ["check_spread", "dequantised", "held_in", "in_dtype", "loading_options", "place_of", "quantiser",
+           "reads_in_parts", "require_full_weights"]
 
 _WHOLE = ("fp8", "mxfp4")  # quantisations of checkpoints that transformers can undo exactly while it loads
 
@@ -90,6 +90,17 @@ def _method(config: Any) -> str | None:
 
 def _as_dict(own: Any) -> dict[str, Any]:
     return dict(own) if isinstance(own, dict) else dict(own.to_dict())
+
+
+def in_dtype(model: Any, name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight of a checkpoint whose quantisation was undone, in the model's dtype.
+
+    transformers makes bfloat16 of what was fp8, and leaves the rest as it is stored. What a family keeps in float32
+    stays so.
+    """
+    kept = {key.strip("*.^$") for key in model._get_dtype_plan(dtype)}
+    odd = weight.is_floating_point() and weight.dtype != dtype and not any(key in name for key in kept)
+    return weight.to(dtype) if odd else weight
 
 
 def held_in(model: Any) -> str | None:

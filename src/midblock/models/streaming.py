@@ -23,6 +23,7 @@ from midblock.errors import CheckpointError, MidblockError, SettingsError
 from midblock.models.anatomy import Anatomy, find_anatomy
 from midblock.models.checkpoints import Checkpoint
 from midblock.models.finite import require_finite
+from midblock.models.placement import in_dtype
 from midblock.models.quiet import first_line
 
 __all__ = ["Part", "PartReader", "StreamedWeights", "build_streamed"]
@@ -157,10 +158,10 @@ class StreamedWeights:
         self.bytes_read += self.stored_bytes(part)
         self._tie(part)
         places = self._places[part]
-        for _, module, leaf, empty in places:
+        for name, module, leaf, empty in places:
             weight: Any = module._parameters[leaf]
-            if weight.is_floating_point() and weight.dtype != empty.dtype:  # what was fp8 comes as bfloat16
-                weight = module._parameters[leaf] = nn.Parameter(weight.detach().to(empty.dtype))
+            if self._loader.turns_back and not weight.is_meta:
+                weight.data = in_dtype(self._model, name, weight.data, self._loader.dtype)
             weight.requires_grad_(empty.requires_grad)  # whoever froze the empty one froze this one
         if missing := [name for name, module, leaf, _ in places if getattr(module, leaf).is_meta]:
             raise CheckpointError(f"model {self._spec!r} lacks weights that its config asks for: "
@@ -344,7 +345,7 @@ class _QuantisedStates:
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = None  # type: ignore[assignment]
         if module in self._kept:
-            module.state = copy.copy(self._kept[module])  # type: ignore[assignment]
+            module.state = copy.copy(self._kept[module])
 
 
 class _Loader:
@@ -356,7 +357,9 @@ class _Loader:
 
     def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, quantiser: Any) -> None:
         self._quantiser = quantiser
-        self.quantised = quantiser is not None and not getattr(quantiser.quantization_config, "dequantize", False)
+        self.turns_back = quantiser is not None and bool(getattr(quantiser.quantization_config, "dequantize", False))
+        self.quantised = quantiser is not None and not self.turns_back
+        self.dtype = dtype
         try:
             from transformers import core_model_loading
             from transformers.conversion_mapping import get_model_conversion_mapping

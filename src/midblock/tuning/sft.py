@@ -72,7 +72,7 @@ class MidblockTrainer(SFTTrainer):
 
         def forward_of(part: list[int]) -> Callable[[], Tensor]:
             return lambda: self.compute_loss(
-                self.model, self._prepare_inputs(self.data_collator([data[i] for i in part])))
+                self._attachment.model, self._prepare_inputs(self.data_collator([data[i] for i in part])))
 
         return [forward_of(rows[lo:lo + size]) for lo in range(0, len(rows), size)][:steps]
 
