@@ -66,7 +66,8 @@ def tune(
     load_data(data, split="train")
     loading([model])
     from midblock.tuning.eva import require_eva
-    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised, refuse_streamed
+    from midblock.tuning.run import plan_of_spec, prefix_cache, refuse_quantised
+    from midblock.tuning.streamed import refuse_streamed
 
     store = prefix_cache(settings.cache, settings.cache_limit)
     solved = plan_of_spec(model, settings, plan, trust_remote_code=load.trust_remote_code,

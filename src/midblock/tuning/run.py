@@ -52,15 +52,15 @@ from midblock.tuning.initial import LEAVES_BASE, NEEDS_ROWS, Start
 from midblock.tuning.plan import Plan
 from midblock.tuning.planning import make_plan, require_plan_fits
 from midblock.tuning.steps import TrainResult
-from midblock.tuning.streamed import streamed_blocks
+from midblock.tuning.streamed import refuse_streamed, streamed_blocks
 from midblock.tuning.trainer import train
 from midblock.writing import cache_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_quantised", "refuse_streamed",
-           "require_tracker", "token_rows", "tune"]
+__all__ = ["TuneResult", "base_name", "plan_of_spec", "prefix_cache", "refuse_quantised", "require_tracker",
+           "token_rows", "tune"]
 
 # tokens on which the check compares logits
 _CHECK_ROWS, _CHECK_TOKENS = 4, 128
@@ -331,22 +331,6 @@ def refuse_quantised(plan: Plan, wanted: TuneSettings, *, quantised: bool) -> No
         raise SettingsError(f"{option} cannot write quantised weights as a plain checkpoint; train without it and "
                             "merge the adapter into the base in 16 bit (PEFT's merge_and_unload), or load the base in "
                             "full.")
-
-
-def refuse_streamed(plan: Plan, wanted: TuneSettings, *, streamed: bool) -> None:
-    """Refuse what needs a whole model in memory.
-
-    Raises:
-        SettingsError: a result that is a whole checkpoint, or a start that is computed from rows.
-    """
-    if streamed and (by_rows := {wanted.init, wanted.ranks} & NEEDS_ROWS):
-        raise SettingsError(f"{by_rows.pop()} runs rows through the whole base before training, and this one is read "
-                            "block by block; choose another start, or load the base whole, with stream never.")
-    if streamed and (plan.method == "full" or wanted.merge or wanted.export_base):
-        what = "method full" if plan.method == "full" else name_of("merge" if wanted.merge else "export_base")
-        raise SettingsError(f"{what} writes a whole checkpoint, and this base is read block by block; train a LoRA and "
-                            "merge it where there is memory for the base (PEFT's merge_and_unload), or load the base "
-                            "whole, with stream never.")
 
 
 def _check_exports(plan: Plan, loaded: LoadedModel, wanted: TuneSettings) -> None:

@@ -31,10 +31,13 @@ from midblock.models.forwards import forwards_replaced
 from midblock.models.memory import free_memory, resident_memory
 from midblock.models.quiet import quiet
 from midblock.models.streaming import PartReader, StreamedWeights
+from midblock.settings import TuneSettings, name_of
 from midblock.sizes import size_text
 from midblock.tuning.cache import PrefixCache
+from midblock.tuning.initial import NEEDS_ROWS
+from midblock.tuning.plan import Plan
 
-__all__ = ["StreamedBlocks", "stays_put", "streamed_blocks"]
+__all__ = ["StreamedBlocks", "refuse_streamed", "stays_put", "streamed_blocks"]
 
 
 class StreamedBlocks:
@@ -183,6 +186,22 @@ def streamed_blocks(loaded: LoadedModel, resident: Collection[int]) -> Iterator[
         stack.enter_context(forwards_replaced([*modules, anatomy.embeddings], [*blocks.forwards(), embeddings]))
         stack.enter_context(stays_put(loaded.model))
         yield blocks
+
+
+def refuse_streamed(plan: Plan, wanted: TuneSettings, *, streamed: bool) -> None:
+    """Refuse what needs a whole model in memory.
+
+    Raises:
+        SettingsError: a result that is a whole checkpoint, or a start that is computed from rows.
+    """
+    if streamed and (by_rows := {wanted.init, wanted.ranks} & NEEDS_ROWS):
+        raise SettingsError(f"{by_rows.pop()} runs rows through the whole base before training, and this one is read "
+                            "block by block; choose another start, or load the base whole, with stream never.")
+    if streamed and (plan.method == "full" or wanted.merge or wanted.export_base):
+        what = "method full" if plan.method == "full" else name_of("merge" if wanted.merge else "export_base")
+        raise SettingsError(f"{what} writes a whole checkpoint, and this base is read block by block; train a LoRA and "
+                            "merge it where there is memory for the base (PEFT's merge_and_unload), or load the base "
+                            "whole, with stream never.")
 
 
 @contextlib.contextmanager
