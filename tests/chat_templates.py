@@ -40,6 +40,14 @@ def shipped(name: str) -> str:
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def shipped_names() -> list[str]:
+    """Names of all templates that TRL ships, but for variants with marks."""
+    import trl
+
+    return sorted(p.stem for p in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
+                  if not p.stem.endswith("_training"))
+
+
 def shipped_with_marks() -> list[str]:
     """Names of the templates of which TRL ships a variant with marks."""
     import trl
