@@ -229,13 +229,18 @@ def test_few_tokens_many_directions(world: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "options", "match"), [
-    ("llama", {"method": "dora"}, "has dora"), ("mixtral", {"target_modules": ["experts"]}, "has stacked experts"),
-    ("llama", {"method": "full", "rank": None}, "has full")])
+    ("llama", {"method": "dora"}, "ranks eva is for plain LoRA, and method is dora"),
+    ("mixtral", {"target_modules": ["experts"]}, "has stacked experts"),
+    ("llama", {"method": "full", "rank": None}, "ranks eva is for plain LoRA, and method is full")])
 def test_what_eva_cannot_spread_is_told_in_words(family: str, options: dict[str, Any], match: str, tmp_path: Path,
                                                  tiny_tokenizer: Any) -> None:
     base = load_model(str(save_checkpoint(FAMILIES[family](), tiny_tokenizer, tmp_path / "base")))
+    wanted = {"mask": "0110", "rank": 2, **options}
     with pytest.raises(SettingsError, match=match):
-        tune(base, write_rows(tmp_path / "r.jsonl"), ranks="eva", steps=1, **{"mask": "0110", "rank": 2, **options})
+        tune(base, write_rows(tmp_path / "r.jsonl"), ranks="eva", steps=1, **wanted)
+    if "method" in options:  # also of a plan that is made before
+        with pytest.raises(SettingsError, match=f"has {options['method']}"):
+            tune(base, write_rows(tmp_path / "r.jsonl"), plan=make_plan(base, **wanted), ranks="eva", steps=1)
 
 
 def test_damaged_ranks_in_a_plan_file_are_refused(world: Any) -> None:

@@ -434,3 +434,16 @@ def test_push_without_a_token_or_a_hub_is_told_before_anything_is_loaded(monkeyp
         tune("nowhere", "nothing", mask="1", push="me/tuned", out=tmp_path)
     with pytest.raises(SettingsError, match="push"):
         tune("nowhere", "nothing", mask="1", push="no repository", out=tmp_path)
+
+
+def test_the_command_line_looks_for_a_token_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub import constants
+
+    from midblock.cli.app import run
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(["tune", "nowhere", "--data", "nothing", "--mask", "1", "--push", "me/x", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "--push uploads to the Hugging Face hub" in told
+    assert "Loading" not in told

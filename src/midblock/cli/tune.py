@@ -60,6 +60,10 @@ def tune(
     from midblock.data import load_data
     from midblock.models.resolve import resolve_checkpoint
 
+    if settings.push:
+        from midblock.tuning.hub import require_hub
+
+        require_hub()
     # where most mistakes are: told before torch is imported
     resolve_checkpoint(model, trust_remote_code=load.trust_remote_code, allow_pickle=load.allow_pickle,
                        weights=not dry_run)

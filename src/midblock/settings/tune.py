@@ -205,3 +205,11 @@ class TuneSettings(TrainSettings, RowSettings, StartSettings, PlanSettings):
     pad_rank: bool = setting(False, help="Write the adapter at the next rank that vLLM takes, with zeros.")
     save_steps: int | None = setting(None, ge=1, metavar="N", help="Checkpoint every N steps (default: every minute).")
     report_to: str = setting("none", metavar="NAME", help="A tracker, as for transformers (tensorboard, wandb, ...).")
+
+    @model_validator(mode="after")
+    def _plain_lora(self) -> Self:
+        for name, usual in (("init", "default"), ("ranks", "equal")):
+            if self.method != "lora" and getattr(self, name) != usual:
+                raise ValueError(f"{name_of(name)} {getattr(self, name)} is for plain LoRA, and {name_of('method')} is "
+                                 f"{self.method}; leave one of them out")
+        return self

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,9 @@ def started(model: nn.Module, anatomy: Anatomy, plan: Plan, config: Any, start: 
     held = {} if start.init in LEAVES_BASE else {m.parameter: model.get_parameter(m.parameter) for m in plan.modules}
     originals = {n: (p.data, p.data.clone()) for n, p in held.items()}
     try:
-        with torch.random.fork_rng(devices=[]), quiet(), contextlib.redirect_stdout(io.StringIO()):
+        with torch.random.fork_rng(devices=[]), quiet(), contextlib.redirect_stdout(io.StringIO()), \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of PEFT's hooks
             if start.init != "default":
                 torch.manual_seed(seed)
                 _configure(model, anatomy, config, start)
