@@ -134,6 +134,16 @@ def test_a_scaling_that_counts_twice_is_told(pair: tuple[Path, Path]) -> None:
     assert set(found.figures()) == {"serving"}
 
 
+@pytest.mark.parametrize("scale", [0.84, 1.18])
+def test_an_adapter_that_is_nearly_this_one_is_not_this_one(pair: tuple[Path, Path], scale: float) -> None:
+    """Another run on the same rows, or another scaling: near in distance, but its share of the change is not 1."""
+    with serving(Served(pair[0], pair[1], scale=scale)) as url:
+        found = check_serving(url, str(pair[0]), adapter=str(pair[1]), **SMALL)
+    assert found.share.value == pytest.approx(scale, abs=0.05)
+    assert found.distance("served", "tuned") < 0.5 * found.distance("tuned", "base")
+    assert found.verdict == "something else"
+
+
 def test_local_logprobs_are_those_of_plain_transformers(pair: tuple[Path, Path]) -> None:
     loaded = load_model(str(pair[0]))
     ids = tuple(range(5, 25))

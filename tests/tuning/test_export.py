@@ -406,8 +406,13 @@ def test_push_uploads_the_adapter_and_its_card_in_one_commit(hub: str, problems:
     files = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
              for line in map(json.loads, commits[0].splitlines()) if line["key"] == "file"}
     assert files.keys() == {p.name for p in result.adapter.iterdir()}
-    assert all(files[p.name] == p.read_bytes() for p in result.adapter.iterdir() if p.name != "README.md")
+    named = {"README.md", "adapter_config.json"}  # they hold the name of the base
+    assert all(files[p.name] == p.read_bytes() for p in result.adapter.iterdir() if p.name not in named)
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    mine = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert json.loads(files["adapter_config.json"]) == {**mine, "base_model_name_or_path": folder.name}
     card = ModelCard(files["README.md"].decode())
+    assert f"# LoRA adapter for {folder.name}" in card.content
     assert card.data.library_name == "peft"
     assert card.data.base_model is None  # a folder of this machine is no name on the hub
 

@@ -47,7 +47,7 @@ __all__ = ["ServedRow", "ServingCheck", "Verdict", "check_serving", "compare_ser
 FloatArray = npt.NDArray[np.float64]
 Verdict = Literal["applied", "not applied", "something else"]
 _REPLICATES, _REPLY_BYTES, _NEW_TOKENS = 2000, 64 << 20, 32
-_CLOSE, _SHARE = 0.5, (0.8, 1.25)
+_CLOSE, _SHARE, _WHOLE = 0.5, (0.8, 1.25), (0.9, 1.1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class ServingCheck(TableResult):
     def verdict(self) -> Verdict:
         """``applied``, ``not applied`` (the server answers as the base does), or ``something else``."""
         size = self.distance("tuned", "base")
-        if _SHARE[0] <= self.share.value <= _SHARE[1] and self.distance("served", "tuned") < _CLOSE * size:
+        whole = math.isnan(self.share.low) or (self.share.low <= _WHOLE[1] and self.share.high >= _WHOLE[0])
+        if whole and _SHARE[0] <= self.share.value <= _SHARE[1] and self.distance("served", "tuned") < _CLOSE * size:
             return "applied"
         if self.share.value < 1 - _SHARE[0] and self.distance("served", "base") < _CLOSE * size:
             return "not applied"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from midblock.errors import OutputError, SettingsError
 from midblock.models.quiet import first_line
+from midblock.reading import read_json
 from midblock.settings.base import name_of
 
 __all__ = ["push_adapter", "require_hub"]
+
+_CONFIG = "adapter_config.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def require_hub() -> None:
@@ -29,7 +34,7 @@ def require_hub() -> None:
 
 
 def push_adapter(folder: Path, repo: str) -> str:
-    """Upload an adapter's folder with its card, whole, as one commit.
+    """Upload an adapter's folder with its card, whole, as one commit; no path of this machine goes with it.
 
     Args:
         folder: What `export_adapter` wrote.
@@ -44,7 +49,10 @@ def push_adapter(folder: Path, repo: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    files = [CommitOperationAdd(p.name, _card(p) if p.name == "README.md" else p) for p in sorted(folder.iterdir())]
+    base = str(read_json(folder / _CONFIG, error=OutputError).get("base_model_name_or_path"))
+    changed = {} if _HUB_NAME.fullmatch(base) else {"README.md": _card, _CONFIG: _config}
+    files = [CommitOperationAdd(p.name, changed[p.name](p, base) if p.name in changed else p)
+             for p in sorted(folder.iterdir())]
     try:
         address = str(api.create_repo(repo, private=True, exist_ok=True))
         api.create_commit(repo, files, commit_message="Adapter made with midblock")
@@ -54,12 +62,18 @@ def push_adapter(folder: Path, repo: str) -> str:
     return address
 
 
-def _card(path: Path) -> bytes:
-    """The card without the base's name where that is a folder of this machine, which the hub does not take."""
+def _card(path: Path, base: str) -> bytes:
+    """The card of an adapter whose base is a folder of this machine: named by its last part, which is no name on the
+    hub."""
     from huggingface_hub import ModelCard
 
-    card = ModelCard(path.read_text(encoding="utf-8"))
+    card = ModelCard(path.read_text(encoding="utf-8").replace(base, PurePath(base).name))
     data: Any = card.data
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(data.base_model)):
-        data.base_model = None
+    data.base_model = None
     return str(card).encode()
+
+
+def _config(path: Path, base: str) -> bytes:
+    """The adapter's config, its base named likewise."""
+    config = read_json(path, error=OutputError)
+    return json.dumps({**config, "base_model_name_or_path": PurePath(base).name}, indent=2).encode()
