@@ -156,6 +156,20 @@ def test_a_failed_part_is_named_and_stops_nothing(pair: tuple[str, str, str], tm
     assert (tmp_path / "s" / "report.html").is_file()
 
 
+def test_what_others_left_in_the_folder_of_a_pass_stays_and_stops_nothing(pair: tuple[str, str, str], tmp_path: Path
+                                                                          ) -> None:
+    base, tuned, rows = pair
+    study([base, tuned], data=[rows], out=tmp_path / "s", only=("profile",), **SMALL)
+    foreign = tmp_path / "s" / "pass" / "part-00000.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_text("not midblock's", encoding="utf-8")
+    found = study([base, tuned], data=[rows], out=tmp_path / "s", resume=True, only=("profile", "lens", "swap"),
+                  **SMALL)
+    assert found.failed == {}
+    assert {"lens", "swap"} <= found.seconds.keys()
+    assert foreign.read_text(encoding="utf-8") == "not midblock's"
+
+
 def test_an_interrupted_study_goes_on_with_the_parts_that_are_left(
         pair: tuple[str, str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned, rows = pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from midblock.errors import MidblockError, SettingsError
+from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress
 from midblock.provenance import RunFolder, check_whole
 from midblock.report.save import save_result
@@ -151,7 +152,8 @@ class Chain:
         for task in tasks:
             self._passed.pop(task, None)
         if tasks:
-            PassState(self._state(tasks[0])).discard()
+            with contextlib.suppress(OutputError):  # what no run of midblock left there stays, and stops no study
+                PassState(self._state(tasks[0])).discard()
 
     def _part(self, task: Task, progress: Progress) -> Any:
         from midblock.analysis.lens import lens_part
