@@ -358,3 +358,17 @@ def test_a_tuned_models_training_curve_is_drawn(tmp_path: Path) -> None:
     assert [r[0] for r in charts["Loss while training: tuned"]["rows"]] == [1, 2, 3, 4]
     assert {c.partition(":")[0] for c in charts} >= {"Gradient norm of each block", "Update of each block",
                                                      "Drift of each block's output"}
+
+
+def test_stages_of_a_chain_are_told_apart(tmp_path: Path) -> None:
+    table = Table()
+    for h in range(BLOCKS + 1):
+        for stage, place in (("sft-base", h), ("dpo-sft", BLOCKS - h)):
+            table.add("hidden", h, "cosine", "pair", Estimate(1 - 0.01 * place, 0.8, 1.0, 120), stage=stage)
+    a_run(tmp_path / "p", "profile", table)
+    runs, _ = collect([tmp_path])
+    late, early = findings_of(runs, charts_of(runs)).answer[:2]
+    assert "(sft-base)" in late
+    assert "acted most on late" in late
+    assert "(dpo-sft)" in early
+    assert "acted most on early" in early

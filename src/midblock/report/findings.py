@@ -71,11 +71,15 @@ def _where(runs: Sequence[Run]) -> list[str]:
             layers = pd.to_numeric(rows["layer"], errors="coerce")
             if len(rows) < 5 or layers.isna().any():
                 continue
-            away = (rows["value"] - (find(metric).unchanged if find(metric).paired else 0.0)).abs()
-            means = {str(z): v for z, v in zone_means(layers.astype(int), away, int(layers.max())).items()}
             what = "blocks" if (rows["kind"] == "block").all() else "hidden states"
-            words = where_most(means, what) if (away > 0).any() else ""
-            found.setdefault((run.pair, find(metric).label.lower(), words), {})[run.data] = means
+            stages = rows["stage"].fillna("") if "stage" in rows else pd.Series("", index=rows.index)
+            for stage, part in rows.groupby(stages, sort=False):
+                away = (part["value"] - (find(metric).unchanged if find(metric).paired else 0.0)).abs()
+                zones = zone_means(layers[part.index].astype(int), away, int(layers.max()))
+                means = {str(zone): value for zone, value in zones.items()}
+                words = where_most(means, what) if (away > 0).any() else ""
+                who = run.pair if stages.nunique() == 1 else f"{run.pair} ({stage})"
+                found.setdefault((who, find(metric).label.lower(), words), {})[run.data] = means
             break
     return [_sentence(*key, by_data) for key, by_data in found.items()]
 
