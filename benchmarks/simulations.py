@@ -1,59 +1,94 @@
 """Simulations behind docs/statistics.md: how often the tests err, how often the intervals hold the truth.
 
-    python benchmarks/simulations.py                    # all tables, as in the documentation
-    python benchmarks/simulations.py --rounds 100       # a quick look
+    python benchmarks/simulations.py                          # all tables, as in the documentation
+    python benchmarks/simulations.py --only arms,gains        # some of them
+    python benchmarks/simulations.py --rounds 100             # a quick look
 
-Scores are simulated as sweeps have them: every arm answers the same items, every seed trains every arm anew.
+Scores are simulated as sweeps have them: every arm answers the same items, every seed trains every arm anew. Each share
+stands with its own 95% interval over the simulated studies.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import _common as common
 
 # isort: split
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy import stats as scipy_stats
 
 from midblock import metrics, stats
 from midblock.analysis.measures import Depth
 from midblock.quantities import find
 from midblock.results import Table
 from midblock.settings import ProfileSettings
+from midblock.settings.sweep import StatisticsConfig
+from midblock.sweeps.planning import equivalence_margin
+
+FloatArray = npt.NDArray[np.float64]
+Rows = Iterator[tuple[object, ...]]
+SEEDS = (2, 3, 5)
+SEED_COLUMNS = tuple(f"{n} seeds" for n in SEEDS)
+ALPHA = 0.05
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1000, help="simulated studies per cell (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2000, help="simulated studies per cell (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(TABLES), help="tables, with commas: %(default)s")
     args = parser.parse_args()
     print(common.machine())
-    for title, columns, rows in (
-            ("Inverted U: share of studies that claim one at level 0.05", ("shape", "depths", *SEED_COLUMNS),
-             inverted_u(args.rounds)),
-            ("Intervals of arms: share that hold the true mean (95%)", ("scores", "arms", "seed sd", *SEED_COLUMNS[:3]),
-             arms(args.rounds)),
-            ("Share of the full gain: share of intervals that hold it (95%)", ("true share", "seed sd", "2", "3", "5"),
-             gains(args.rounds)),
-            ("Dataset-level measures: share of intervals that hold the expected value at N samples (95%)",
-             ("measure", "N", "d", "mean direction", "covers"), spectra(max(args.rounds // 5, 20)))):
-        print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-        for row in rows:
-            print("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in row) + " |", flush=True)
+    for name in args.only.split(","):
+        title, columns, make = TABLES[name]
+        started = time.perf_counter()
+        print(f"\n### {name}: {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+        for row in make(args.rounds):
+            print("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row) + " |", flush=True)
+        print(f"\n{args.rounds} rounds, {time.perf_counter() - started:.0f} s", flush=True)
 
 
-SEED_COLUMNS = ("2 seeds", "3 seeds", "5 seeds")
+def share(rounds: Sequence[float]) -> str:
+    """Mean over simulated studies with its 95% interval (Wilson's where every study says the same)."""
+    values = np.asarray(rounds, dtype=np.float64)
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
+    low, high = mean - half, mean + half
+    if half == 0:
+        found = stats.wilson_interval(int(mean > 0.5) * len(values), len(values))
+        low, high = found.low, found.high
+    return f"{mean:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
 
 
-def sweep(rng: np.random.Generator, truth: np.ndarray, seeds: int, seed_sd: float, items: int = 100) -> np.ndarray:
+# ---------------------------------------------------------------- scores
+
+
+def sweep(rng: np.random.Generator, truth: FloatArray, seeds: int, seed_sd: float, items: int = 100) -> FloatArray:
     """(seeds, items, arms): an item's difficulty, its affinity to an arm, chance of a training and of an answer."""
     size = len(truth)
     return np.asarray(truth + rng.normal(0, 0.4, (1, items, 1)) + rng.normal(0, 0.25, (1, items, size))
                       + rng.normal(0, seed_sd, (seeds, 1, size)) + rng.normal(0, 0.3, (seeds, items, size)))
 
 
-def inverted_u(rounds: int) -> Iterator[tuple[object, ...]]:
+def right_or_wrong(rng: np.random.Generator, rates: Sequence[float], seeds: int, seed_sd: float, items: int
+                   ) -> FloatArray:
+    """(arms, seeds, items) of given accuracies: a probit of the item, the arm's affinity and the training."""
+    total = np.sqrt(1 + 1.2**2 + 0.9**2 + seed_sd**2)
+    size = len(rates)
+    latent = (total * scipy_stats.norm.ppf(rates)[:, None, None] + rng.normal(0, 1.2, items)
+              + rng.normal(0, 0.9, (size, 1, items)) + rng.normal(0, seed_sd, (size, seeds, 1))
+              + rng.normal(0, 1, (size, seeds, items)))
+    return np.asarray(latent > 0, dtype=np.float64)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def inverted_u(rounds: int) -> Rows:
     """The worst over two sizes of the effect and three of the seeds' standard deviation."""
     for depths in (5, 10):
         x = (np.arange(depths) + 0.5) / depths
@@ -62,89 +97,191 @@ def inverted_u(rounds: int) -> Iterator[tuple[object, ...]]:
                   "only rises": x, "inverted U (power)": 1 - ((x - 0.45) / 0.5) ** 2}
         for name, truth in shapes.items():
             row = []
-            for seeds in (2, 3, 5):
+            for seeds in (1, *SEEDS):
                 rates = []
-                for effect in (0.2, 0.5):
-                    for seed_sd in (0.0, 0.03, 0.08):
-                        rng = np.random.default_rng([depths, seeds, int(100 * seed_sd)])
-                        found = (stats.inverted_u_test(x, sweep(rng, effect * truth, seeds, seed_sd))
-                                 for _ in range(rounds))
-                        rates.append(np.mean([f.p < 0.05 for f in found]))
-                row.append(float(min(rates) if "power" in name else max(rates)))
+                for effect, seed_sd in itertools.product((0.2, 0.5), (0.0, 0.03, 0.08)):
+                    rng = np.random.default_rng([depths, seeds, int(100 * seed_sd)])
+                    rates.append([float(stats.inverted_u_test(x, sweep(rng, effect * truth, seeds, seed_sd)).p < ALPHA)
+                                  for _ in range(rounds)])
+                row.append(share((min if "power" in name else max)(rates, key=np.mean)))
             yield name, depths, *row
 
 
-def right_or_wrong(rng: np.random.Generator, seeds: int, seed_sd: float, size: int, items: int = 150) -> np.ndarray:
-    """(arms, seeds, items) of an accuracy of 0.35: a probit of the item, the arm's affinity and the training."""
-    total = np.sqrt(1 + 1.2**2 + 0.9**2 + seed_sd**2)
-    latent = (-0.3853 * total + rng.normal(0, 1.2, items) + rng.normal(0, 0.9, (size, 1, items))
-              + rng.normal(0, seed_sd, (size, seeds, 1)) + rng.normal(0, 1, (size, seeds, items)))
-    return (latent > 0).astype(np.float64)
+def arms(rounds: int) -> Rows:
+    """Shares of the arms of a study, so that six arms count as six answers of one round."""
+    for (what, size), seed_sd in itertools.product(
+            (("right or wrong", 6), ("right or wrong", 1), ("any number", 6), ("any number", 1)), (0.0, 0.15, 0.4, 0.8)):
+        row = []
+        for seeds in SEEDS:
+            rng = np.random.default_rng([size, seeds, int(100 * seed_sd)])
+            held = []
+            for _ in range(rounds):
+                if what == "any number":
+                    tables, truth = np.moveaxis(sweep(rng, np.zeros(size), seeds, seed_sd / 4), 2, 0), 0.0
+                else:
+                    tables, truth = right_or_wrong(rng, [0.35] * size, seeds, seed_sd, 150), 0.35
+                found = stats.arm_intervals({str(i): t for i, t in enumerate(tables)})
+                held.append(np.mean([f.low <= truth <= f.high for f in found.values()]))
+            row.append(share(held))
+        yield what, size, seed_sd if what != "any number" else seed_sd / 4, *row
 
 
-def arms(rounds: int) -> Iterator[tuple[object, ...]]:
-    for size in (6, 1):
-        for seed_sd in (0.0, 0.15, 0.4, 0.8):
+def gains(rounds: int) -> Rows:
+    for what, true, seed_sd in itertools.product(("any number", "right or wrong"), (0.6, 0.98), (0.0, 0.1, 0.4)):
+        row = []
+        for seeds in SEEDS:
+            rng = np.random.default_rng([int(100 * true), seeds, int(100 * seed_sd)])
+            held, bounded = [], []
+            for _ in range(rounds):
+                found = stats.share_of_gain(*_trained(rng, what, true, seeds, seed_sd))
+                bounded.append(float(not np.isnan(found.low)))
+                held.append(float(not bounded[-1] or found.low <= true <= found.high))  # without bounds: all shares
+            row.append(f"{share(held)}, {1 - np.mean(bounded):.2f}")
+        yield what, true, seed_sd, *row
+
+
+def gain_shown(rounds: int) -> Rows:
+    """At least a wanted share is shown where the lower bound is at or above it."""
+    for wanted, true in ((0.8, 0.8), (0.8, 0.9), (0.8, 1.0), (0.9, 0.9), (0.9, 1.0)):
+        for items, seed_sd in itertools.product((200, 1000), (0.15, 0.4)):
             row = []
-            for seeds in (2, 3, 5):
-                rng = np.random.default_rng([size, seeds, int(100 * seed_sd)])
-                hits = 0
+            for seeds in SEEDS:
+                rng = np.random.default_rng([int(100 * true), items, seeds, int(100 * seed_sd)])
+                row.append(share([float(stats.share_of_gain(*_trained(
+                    rng, "right or wrong", true, seeds, seed_sd, items)).low >= wanted) for _ in range(rounds)]))
+            yield wanted, true, items, seed_sd, *row
+
+
+def _trained(rng: np.random.Generator, what: str, true: float, seeds: int, seed_sd: float, items: int = 0
+             ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Scores of an arm, of all layers and of the untuned model."""
+    if what == "right or wrong":  # from 10% to 50%
+        items = items or 200
+        total = np.sqrt(1 + 1.2**2 + 0.9**2 + seed_sd**2)
+        item = rng.normal(0, 1.2, items)
+        rates = scipy_stats.norm.ppf([0.1 + 0.4 * true, 0.5])[:, None, None] * total
+        trained = (rates + item + rng.normal(0, 0.9, (2, 1, items)) + rng.normal(0, seed_sd, (2, seeds, 1))
+                   + rng.normal(0, 1, (2, seeds, items))) > 0
+        base = scipy_stats.norm.ppf(0.1) * np.sqrt(1 + 1.2**2 + 0.9**2) + item + rng.normal(0, (1 + 0.9**2) ** 0.5, items)
+        return trained[0].astype(np.float64), trained[1].astype(np.float64), (base > 0).astype(np.float64)
+    items = items or 100
+    item = rng.normal(0, 0.4, items)
+    scores = item[None, :, None] + sweep(rng, np.array([true, 1.0]), seeds, seed_sd / 4, items)
+    return scores[:, :, 0], scores[:, :, 1], item + rng.normal(0, 0.3, items)
+
+
+def equivalence(rounds: int) -> Rows:
+    """At a true difference of exactly the margin to the worse side, and of none; the family is every arm but the first
+    against it, corrected as a sweep corrects it. A false claim counts once a family."""
+    for arms_in, items, margin, seed_sd in itertools.product((2, 6), (200, 1000), (0.05, 0.1), (0.0, 0.15, 0.4)):
+        if (items, margin) == (1000, 0.1):
+            continue
+        cells: dict[str, list[str]] = {"false": [], "no worse": [], "as good": []}
+        for seeds in (1, *SEEDS):
+            tests = arms_in - 1
+            rng = np.random.default_rng([arms_in, items, seeds, int(100 * seed_sd)])
+            false, no_worse, as_good = [], [], []
+            for truth in (margin, 0.0):
+                rates = [0.5] + [0.5 - truth] * tests
                 for _ in range(rounds):
-                    tables = right_or_wrong(rng, seeds, seed_sd, size)
-                    found = stats.arm_intervals({str(i): t for i, t in enumerate(tables)})["0"]
-                    hits += found.low <= 0.35 <= found.high
-                row.append(hits / rounds)
-            yield "right or wrong", size, seed_sd, *row
+                    tables = right_or_wrong(rng, rates, seeds, seed_sd, items)
+                    found = stats.compare_arms(
+                        {str(i): t for i, t in enumerate(tables)}, baseline="0", binary=True,
+                        confidence=1 - 2 * ALPHA / tests)
+                    above = found["low"].to_numpy(dtype=np.float64) >= -margin
+                    below = found["high"].to_numpy(dtype=np.float64) <= margin
+                    if truth:
+                        false.append(float(above.any()))
+                    else:
+                        no_worse.append(float(above.mean()))
+                        as_good.append(float((above & below).mean()))
+            for name, values in (("false", false), ("no worse", no_worse), ("as good", as_good)):
+                cells[name].append(share(values))
+        for name, row in cells.items():
+            yield name, arms_in - 1, items, margin, seed_sd, *row
 
 
-def gains(rounds: int) -> Iterator[tuple[object, ...]]:
-    for share in (0.6, 0.98):
-        for seed_sd in (0.0, 0.1):
-            row = []
-            for seeds in (2, 3, 5):
-                rng = np.random.default_rng([int(100 * share), seeds, int(100 * seed_sd)])
-                hits = 0
-                for _ in range(rounds):
-                    item = rng.normal(0, 0.4, 100)
-                    trained = item[None, :, None] + sweep(rng, np.array([share, 1.0]), seeds, seed_sd)
-                    base = item + rng.normal(0, 0.3, 100)  # the untuned model: no training, so no seeds
-                    found = stats.share_of_gain(trained[:, :, 0], trained[:, :, 1], base)
-                    hits += found.low <= share <= found.high or np.isnan(found.low)  # without bounds: all shares
-                row.append(hits / rounds)
-            yield share, seed_sd, *row
+def planned(rounds: int) -> Rows:
+    """Power at the margin that the dry run prints for 80%, where the seeds hardly vary, as the dry run assumes."""
+    for items, tests in itertools.product((200, 1000), (1, 5)):
+        row = []
+        for seeds in (1, *SEEDS):
+            margin = equivalence_margin(items, seeds, StatisticsConfig(expected_accuracy=0.5), binary=True, tests=tests)
+            rng = np.random.default_rng([items, tests, seeds])
+            shown = []
+            for _ in range(rounds):
+                tables = right_or_wrong(rng, [0.5] * (tests + 1), seeds, 0.05, items)
+                found = stats.compare_arms({str(i): t for i, t in enumerate(tables)}, baseline="0", binary=True,
+                                           confidence=1 - 2 * ALPHA / tests)
+                shown.append(float(((found["low"] >= -margin) & (found["high"] <= margin)).mean()))
+            row.append(f"{margin:.3f}: {share(shown)}")
+        yield items, tests, *row
 
 
-def spectra(rounds: int) -> Iterator[tuple[object, ...]]:
+SPECTRAL = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm", "condition_number")
+
+
+def spectra(rounds: int) -> Rows:
     """The estimand is the value expected of N samples: these measures depend on N."""
     settings = ProfileSettings(replicates=400)
-    for n, d in ((100, 40), (100, 300), (200, 300)):
-        for mean in (0.0, 0.5):
-            scale = torch.arange(1, d + 1, dtype=torch.float64).pow(-0.7)
-            generator = torch.Generator().manual_seed(n + d)
-
-            def draw(n: int = n, d: int = d, scale: torch.Tensor = scale, mean: float = mean,
-                     generator: torch.Generator = generator) -> torch.Tensor:
-                return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale + mean
-
-            weights = torch.from_numpy(stats.bootstrap_weights(n, settings.replicates, 0))
-            names = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm")
-            truth: dict[str, list[float]] = {name: [] for name in names}
-            hits = dict.fromkeys(names, 0)
-            studies = []
-            for _ in range(rounds):
-                x = draw()
+    rounds = max(rounds // 5, 20)
+    for (n, d), kind in itertools.product(((100, 40), (400, 40), (100, 300), (200, 300), (400, 300)), STATES):
+        generator = torch.Generator().manual_seed(n + d)
+        draw = STATES[kind](n, d, generator)
+        weights = torch.from_numpy(stats.bootstrap_weights(n, settings.replicates, 0))
+        truth: dict[str, list[float]] = {name: [] for name in SPECTRAL}
+        studies = []
+        for turn in range(5 * rounds):
+            x = draw()
+            spectrum = metrics.Spectrum(metrics.singular_values(x, method="gram").square(), n, d)
+            for name in SPECTRAL:
+                truth[name].append(float(find(name).load()(spectrum, **find(name).arguments(settings))))
+            if turn < rounds:
                 table = Table()
                 Depth(table, 0, ["base"], [], settings, weights).pooled({"base": x})
                 studies.append({row["metric"]: row for row in table.rows})
-            for _ in range(2 * rounds):
-                spectrum = metrics.Spectrum(metrics.singular_values(draw(), method="gram").square(), n, d)
-                for name in names:
-                    truth[name].append(float(find(name).load()(spectrum, **find(name).arguments(settings))))
-            for study in studies:
-                for name in names:
-                    hits[name] += study[name]["low"] <= np.mean(truth[name]) <= study[name]["high"]
-            for name in names:
-                yield name, n, d, "yes" if mean else "no", hits[name] / rounds
+        for name in SPECTRAL:
+            mean = float(np.mean(truth[name]))
+            bounds = [(s[name]["low"], s[name]["high"]) for s in studies if s[name]["low"] is not None]
+            covers = share([float(low <= mean <= high) for low, high in bounds]) if bounds else "withheld"
+            width = np.mean([high - low for low, high in bounds]) / (2 * 1.96 * np.std(truth[name])) if bounds else 0.0
+            yield name, n, d, kind, f"{mean:.3g}", covers, float(width)
+
+
+def _decaying(mean: float) -> Callable[[int, int, torch.Generator], Callable[[], torch.Tensor]]:
+    def of(n: int, d: int, generator: torch.Generator) -> Callable[[], torch.Tensor]:
+        scale = torch.arange(1, d + 1, dtype=torch.float64).pow(-0.7)
+        return lambda: torch.randn(n, d, generator=generator, dtype=torch.float64) * scale + mean
+    return of
+
+
+def _clusters(n: int, d: int, generator: torch.Generator) -> Callable[[], torch.Tensor]:
+    """Eight kinds of samples, as the subjects of a benchmark are, about a common mean."""
+    scale = torch.arange(1, d + 1, dtype=torch.float64).pow(-0.7)
+    centres = 2 * torch.randn(8, d, generator=generator, dtype=torch.float64) * scale + 0.3
+    return lambda: (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
+                    + centres[torch.randint(8, (n,), generator=generator)])
+
+
+STATES: Mapping[str, Callable[[int, int, torch.Generator], Callable[[], torch.Tensor]]] = {
+    "decaying spectrum": _decaying(0.0), "and a shared mean": _decaying(0.5), "eight clusters": _clusters}
+
+TABLES: Mapping[str, tuple[str, Sequence[str], Callable[[int], Rows]]] = {
+    "inverted-u": ("share of studies that claim one at level 0.05", ("shape", "depths", "1 seed", *SEED_COLUMNS),
+                   inverted_u),
+    "arms": ("share of arms' intervals that hold the true mean (95%)", ("scores", "arms", "seed sd", *SEED_COLUMNS),
+             arms),
+    "gains": ("share of intervals that hold the share of the full gain (95%), and share of them without bounds",
+              ("scores", "true share", "seed sd", *SEED_COLUMNS), gains),
+    "gain-shown": ("how often an arm is shown to reach at least a share of the full gain",
+                   ("at least", "true share", "items", "seed sd", *SEED_COLUMNS), gain_shown),
+    "equivalence": ("no worse, as good: false claims at a difference of the margin, and power where arms are equal",
+                    ("claim", "comparisons", "items", "margin", "seed sd", "1 seed", *SEED_COLUMNS), equivalence),
+    "planned": ("margin that --dry-run gives for 80% power, and the power there",
+                ("items", "comparisons", "1 seed", *SEED_COLUMNS), planned),
+    "spectra": ("share of intervals that hold the expected value at N samples (95%), and their mean width over that of "
+                "an ideal interval", ("measure", "N", "d", "states", "expected", "covers", "width"), spectra),
+}
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ def test_rows_equal_the_measures_of_the_loaded_matrices(folders):
         float(metrics.change_cosine(low - base, full - base)), abs=1e-9)
     assert value(frame, "principal_angles", "full with low") == pytest.approx(
         float(metrics.principal_angles(low - base, full - base, k=1).mean()), abs=1e-6)
-    untouched = frame[(frame.metric == "share_unchanged") & (frame.stage == "low-base") & (frame.tensor != TENSOR)]
+    of_matrices = frame[frame.tensor.notna() & (frame.stage == "low-base")]
+    untouched = of_matrices[(of_matrices.metric == "share_unchanged") & (of_matrices.tensor != TENSOR)]
     assert (untouched["value"] == 1).all()
-    assert (frame[(frame.metric == "change_rank") & (frame.stage == "low-base")]["value"].sum()) == 1
+    assert of_matrices[of_matrices.metric == "change_rank"]["value"].sum() == 1
 
 
 def test_what_has_no_value_says_why(folders):
@@ -62,3 +63,55 @@ def test_what_has_no_value_says_why(folders):
     reasons = {(r["metric"], r["stage"]): r["reason"] for r in result.table.reasons}
     assert "one of them is zero" in reasons["change_cosine", "low with same"]
     assert "change_rank" not in set(weights(folders[:2], spectra=False).frame["metric"])
+
+
+def test_groups_are_means_over_their_matrices_with_figures_and_words(folders):
+    result = weights(folders, names=["base", "low", "full"], rotations=True, spectra=False)
+    frame = result.frame
+    own = frame[(frame.kind == "block") & (frame.layer == 1)]
+    for stage, metric in (("low-base", "vector_rotation"), ("low-base", "share_unchanged"),
+                          ("full-base", "change_rank"), ("full with low", "change_cosine")):
+        for group, kinds in (("qkvo", {"q", "k", "v", "o"}), ("mlp", {"gate", "up", "down"}), ("all", None)):
+            part = own[(own.stage == stage) & (own.metric == metric) & own.tensor.notna() & own.value.notna()]
+            part = part if kinds is None else part[part.matrix.isin(kinds)]
+            total, weight = 0.0, 0.0
+            for value, n in zip(part["value"], part["n"], strict=True):
+                each = n if metric == "share_unchanged" else 1
+                total, weight = total + each * value, weight + each
+            found = own[(own.stage == stage) & (own.metric == metric) & own.tensor.isna() & (own.matrix == group)]
+            if weight == 0:
+                assert found.empty
+                continue
+            assert found["value"].item() == pytest.approx(total / weight), (stage, metric, group)
+            assert found["n"].item() == part["n"].sum()
+    figures = result.figures()
+    assert {"weights-rotations-low-base", "weights-rotations-full-with-low", "weights-intruders-low-base"} <= set(figures)
+    words = "\n".join(result.details())
+    assert "most in block 1" in words
+    assert "bit for bit what they were" in words
+    assert "full with low: cosine of the two changes" in words
+    table = result.by_block("low-base", "intruder_dimensions").set_index("block")
+    assert table.loc[1, "q"] == 1
+    assert table.loc[0, "q"] == 0
+
+
+def test_rotations_have_a_place_in_the_report(folders, tmp_path):
+    pytest.importorskip("plotly")
+    from midblock.provenance import RunFolder
+    from midblock.report.charts import charts_of
+    from midblock.report.collect import collect
+
+    result = weights(folders, names=["base", "low", "full"], rotations=True, spectra=False)
+    with RunFolder(tmp_path / "w", command="weights", settings={}) as made:
+        made.record_inputs(models={n: {"spec": n, "name": n, "fingerprint": n, "blocks": result.num_blocks}
+                                   for n in ("base", "low", "full")}, data={})
+        made.write_table(result.table)
+    charts = {(c["kind"], c["title"]): c for c in charts_of(collect([tmp_path])[0])}
+    for title in ("Intruder dimensions", "Singular vectors kept", "Entries exactly unchanged", "Rank of the change",
+                  "Cosine of two changes", "Principal angles of two changes"):
+        assert charts["depth", title]["rows"], title
+    heat = charts["heatmap", "Intruder dimensions of each matrix (low-base)"]
+    assert ["q", 1, 1.0] in heat["rows"]
+    assert len(heat["rows"]) == 7 * result.num_blocks
+    relative = charts["heatmap", "Weight change, relative of each matrix (low-base)"]
+    assert {row[0] for row in relative["rows"]} >= {"q", "k", "v", "o", "gate", "up", "down"}

@@ -6,9 +6,8 @@ asked for (``rotations``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def turns(chain: Sequence[Stage], pairs: Sequence[Pair], weights: Sequence[Weigh
     matrices = [w for w in weights if len(w.shape) == 2 and min(w.shape) > 1]
     threads = torch.get_num_threads()
     largest = max((w.numel for w in matrices), default=1)
-    workers = max(1, min(workers, (1 << 30) // (8 * 6 * largest)))  # two matrices, their difference and workspaces
+    workers = max(1, min(workers, (1 << 30) // (8 * (4 + 2 * len(chain)) * largest)))  # matrices, vectors and workspaces
     with ThreadPoolExecutor(workers, thread_name_prefix="rotations",
                             initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
         for done, found in enumerate(pool.map(lambda w: list(_of_weight(chain, pairs, w)), matrices), start=1):
@@ -53,22 +52,26 @@ def _of_weight(chain: Sequence[Stage], pairs: Sequence[Pair], weight: Weight) ->
     operands = [stage.operand(weight) for stage in chain]
     values = [entries(operand, weight) for operand in operands]
     k = min(DIRECTIONS, *weight.shape)
+    vectors = {i: metrics.left_singular_vectors(values[i]) for i in {i for pair in pairs for i in pair}}
     for later, earlier in pairs:
         name = side_of((chain[later].name, chain[earlier].name))
         before, after = values[earlier], values[later]
         stored = min((operands[i].dtype for i in (later, earlier)), key=lambda dtype: torch.finfo(dtype).bits)
-        for metric, side, value in (
-                ("share_unchanged", "pair", lambda b=before, a=after: metrics.share_unchanged(b, a)),
-                ("change_rank", "difference", lambda b=before, a=after, d=stored: _rank(b, a, d)),
-                ("vector_rotation", "pair", lambda b=before, a=after: metrics.vector_rotation(b, a, k=k).mean()),
-                ("intruder_dimensions", "pair", lambda b=before, a=after: metrics.intruder_dimensions(b, a, k=k))):
-            yield weight, metric, side, name, _value(value)
+        kept = metrics.largest_cosines(vectors[earlier], vectors[later][:, :k])
+        for metric, side, value in (("share_unchanged", "pair", metrics.share_unchanged(before, after)),
+                                    ("change_rank", "difference", _rank(before, after, stored)),
+                                    ("vector_rotation", "pair", kept.mean()),
+                                    ("intruder_dimensions", "pair", (kept < metrics.INTRUDER).sum())):
+            yield weight, metric, side, name, float(value)
     for later in range(2, len(chain)):
         one, other = values[later - 1] - values[0], values[later] - values[0]
         stored = min((operands[i].dtype for i in (0, later - 1, later)), key=lambda dtype: torch.finfo(dtype).bits)
         common = min(k, *(int(_rank(values[0], values[i], stored)) for i in (later - 1, later)))
         name = f"{chain[later].name} with {chain[later - 1].name}"
-        yield weight, "change_cosine", "pair", name, _value(lambda a=one, b=other: metrics.change_cosine(a, b))
+        try:
+            yield weight, "change_cosine", "pair", name, float(metrics.change_cosine(one, other))
+        except UndefinedMetricError as error:
+            yield weight, "change_cosine", "pair", name, str(error)
         if common:
             yield weight, "principal_angles", "pair", name, float(
                 metrics.principal_angles(one, other, k=common).mean())
@@ -85,9 +88,3 @@ def _rank(before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
     floor = torch.finfo(dtype).eps * float(after.square().mean().sqrt()) * sum(n ** 0.5 for n in change.shape)
     return torch.count_nonzero(metrics.singular_values(change) > floor)
 
-
-def _value(make: Callable[..., Any]) -> float | str:
-    try:
-        return float(make())
-    except UndefinedMetricError as error:
-        return str(error)

@@ -7,7 +7,7 @@ reads them side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,12 @@ from midblock.analysis.weight_sums import (
     spectra_cost,
     usable_cores,
 )
-from midblock.analysis.weight_turns import turns
+from midblock.analysis.weight_turns import Turn, turns
 from midblock.errors import SettingsError
 from midblock.models import LoadedModel, split_fused
 from midblock.models.chain import comparisons, side_of, stage_names
 from midblock.progress import Progress, silent
-from midblock.quantities import matrix_order
+from midblock.quantities import label_of, matrix_order
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import ZONES, depth, format_blocks, where_most, zone_means, zones_in_words
 from midblock.settings.weights import WeightsSettings
@@ -51,6 +51,9 @@ GROUPS: dict[str, frozenset[str]] = {
 }
 _ALL_GROUPS = {**GROUPS, "cross": frozenset(f"cross_{k}" for k in GROUPS["qkvo"])}
 
+TURNED = ("vector_rotation", "intruder_dimensions", "share_unchanged", "change_rank")
+"""What rotations measure of one change; ``TWO_CHANGES``: of two side by side."""
+TWO_CHANGES = ("change_cosine", "principal_angles")
 _AUTO_SPECTRA = 2e12  # operations: under a minute or two on two cores
 
 
@@ -170,16 +173,39 @@ class WeightsResult(TableResult):
             lines.append(f"{stage}: {len(blocks)} of {self.num_blocks} blocks changed"
                          f"{f' ({format_blocks(blocks)})' if blocks else ''}; outside them: "
                          f"{self._outside(stage) or 'nothing'}.")
+        lines += self._turned()
         if self.counts.get("tied"):
             lines.append("The head is tied to the embeddings and stands under their name.")
         return [*lines, *self.counts.get("notes", [])]
 
+    def _turned(self) -> list[str]:
+        """What the rotations say, per comparison; nothing where they were not taken."""
+        frame = self.frame
+        own = frame[(frame["kind"] == "block") & (frame["matrix"] == "all") & frame["tensor"].isna()]
+        lines = []
+        for stage, part in own[own["metric"].isin([*TURNED, *TWO_CHANGES])].groupby("stage", sort=False):
+            means = part.groupby("metric")["value"].mean()
+            if "intruder_dimensions" in means:
+                intruders = part[part["metric"] == "intruder_dimensions"].set_index("layer")["value"]
+                zones = zone_means(intruders.index.astype(int), intruders, self.num_blocks - 1)
+                where = f", most in block {intruders.idxmax()}" if intruders.max() > 0 else ""
+                lines.append(
+                    f"{stage}: of the 10 first singular vectors of a matrix {means['intruder_dimensions']:.2g} are "
+                    f"intruders, new to the base ({zones_in_words(zones, '.2g')}{where}); mean largest cosine with "
+                    f"the base's {means['vector_rotation']:.3g}; {means['share_unchanged']:.1%} of the entries are bit "
+                    "for bit what they were.")
+            if "change_cosine" in means:
+                lines.append(f"{stage}: cosine of the two changes {means['change_cosine']:.3g}"
+                             + (f", principal angles of their strongest directions {means['principal_angles']:.3g} "
+                                "radians (π/2: unrelated)" if "principal_angles" in means else "") + ".")
+        return lines
+
     def figures(self) -> dict[str, Figure]:
-        """Change by block and group, absolute and relative, and the relative change as a heatmap."""
+        """Change by block and group, absolute and relative, the relative change as a heatmap, and the rotations."""
         from midblock.figures import depth_lines, heatmap
 
-        frame = self.frame
-        frame = frame[(frame["kind"] == "block") & (frame["side"] == "difference")]
+        blocks = self.frame[self.frame["kind"] == "block"]
+        frame = blocks[blocks["side"] == "difference"]
         made = {}
         for pair in comparisons(self.stages):
             stage = side_of(pair)
@@ -190,13 +216,24 @@ class WeightsResult(TableResult):
                 made[f"weights{suffix}"] = depth_lines(
                     groups, ["weight_change", "weight_change_relative"], hue="matrix",
                     num_layers=self.num_blocks - 1, title=f"Weight change: {pair[0]} against {pair[1]}")
-            kinds = self.by_block(stage, "weight_change_relative").drop(columns=["depth", *GROUPS, "all"],
-                                                                        errors="ignore").set_index("block")
-            if kinds.shape[1]:
-                made[f"weights-matrices{suffix}"] = heatmap(
-                    kinds.T.to_numpy(), list(kinds.columns), list(kinds.index),
-                    title=f"Relative weight change by matrix: {pair[0]} against {pair[1]}",
-                    label="||difference|| / ||earlier stage||", row_label="matrix", column_label="block")
+            for metric, name, words in (("weight_change_relative", "matrices", "Relative weight change"),
+                                        ("intruder_dimensions", "intruders", "Intruder dimensions")):
+                if not ((blocks["metric"] == metric) & (blocks["stage"] == stage)).any():
+                    continue
+                kinds = self.by_block(stage, metric).drop(columns=["depth", *GROUPS, "all"],
+                                                          errors="ignore").set_index("block")
+                if kinds.shape[1]:
+                    made[f"weights-{name}{suffix}"] = heatmap(
+                        kinds.T.to_numpy(), list(kinds.columns), list(kinds.index),
+                        title=f"{words} by matrix: {pair[0]} against {pair[1]}", label=label_of(metric),
+                        row_label="matrix", column_label="block")
+        turned = blocks[blocks["tensor"].isna() & blocks["matrix"].isin(GROUPS)
+                        & blocks["metric"].isin([*TURNED, *TWO_CHANGES])]
+        for stage, part in turned.groupby("stage", sort=False):
+            shown = [m for m in (*TURNED, *TWO_CHANGES) if (part["metric"] == m).any()]
+            suffix = "" if len(self.stages) == 2 else f"-{str(stage).replace(' ', '-')}"
+            made[f"weights-rotations{suffix}"] = depth_lines(
+                part, shown, hue="matrix", num_layers=self.num_blocks - 1, title=f"How the weights turned: {stage}")
         return made
 
 
@@ -263,13 +300,7 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
     if spectra:
         _spectra_rows(table, chain, pairs, measured, workers, progress)
     if chosen.rotations:
-        for weight, metric, side, compared, value in turns(chain, pairs, [w for w, _ in measured], workers, progress):
-            cell: dict[str, Any] = {"n": weight.numel, "stage": compared, "matrix": weight.kind,
-                                    "tensor": weight.name}
-            if isinstance(value, str):
-                table.add_undefined(*_place(weight), metric, side, value, **cell)
-            else:
-                table.add(*_place(weight), metric, side, value, **cell)
+        _turn_rows(table, turns(chain, pairs, [w for w, _ in measured], workers, progress))
     for stage in chain:
         stage.release()
     counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),
@@ -345,6 +376,25 @@ def _parts(weight: Weight, difference: Tensor, own: Tensor, config: Any) -> list
         found += [_Part(part, weight.name, float(changed[part].sum()), float(norms[part].sum()),
                         changed[part].numel() * inputs) for part in changed]
     return found
+
+
+def _turn_rows(table: Table, found: Iterable[Turn]) -> None:
+    """Rows of every matrix, and of each group of a block the mean over its matrices, entries weighing alike."""
+    members: dict[tuple[Any, ...], list[tuple[float, int]]] = {}
+    for weight, metric, side, compared, value in found:
+        cell: dict[str, Any] = {"n": weight.numel, "stage": compared, "matrix": weight.kind, "tensor": weight.name}
+        if isinstance(value, str):
+            table.add_undefined(*_place(weight), metric, side, value, **cell)
+            continue
+        table.add(*_place(weight), metric, side, value, **cell)
+        for group in ("all", *(g for g, kinds in _ALL_GROUPS.items() if weight.kind in kinds)):
+            if weight.block is not None:
+                members.setdefault((weight.block, metric, side, compared, group), []).append((value, weight.numel))
+    for (block, metric, side, compared, group), values in members.items():
+        sizes = [n if metric == "share_unchanged" else 1 for _, n in values]
+        mean = sum(v * n for (v, _), n in zip(values, sizes, strict=True)) / sum(sizes)
+        table.add("block", block, metric, side, mean, n=sum(n for _, n in values), stage=compared, matrix=group,
+                  tensor=None)
 
 
 def _spectra_rows(table: Table, chain: Sequence[Stage], pairs: Sequence[Pair],

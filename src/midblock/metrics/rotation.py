@@ -13,7 +13,11 @@ from torch import Tensor
 from midblock.errors import UndefinedMetricError
 from midblock.metrics._inputs import features, matching, require_finite
 
-__all__ = ["change_cosine", "intruder_dimensions", "principal_angles", "share_unchanged", "vector_rotation"]
+__all__ = ["INTRUDER", "change_cosine", "intruder_dimensions", "largest_cosines", "left_singular_vectors",
+           "principal_angles", "share_unchanged", "vector_rotation"]
+
+INTRUDER = 0.6
+"""Cosine below which a direction counts as new, as in [1]."""
 
 
 def share_unchanged(base: Tensor, sft: Tensor) -> Tensor:
@@ -110,13 +114,22 @@ def vector_rotation(base: Tensor, sft: Tensor, *, k: int = 10) -> Tensor:
     matching(base, sft, "base and sft")
     if base.ndim != 2 or k < 1:
         raise ValueError(f"weights have shape {tuple(base.shape)} and k is {k}; expected a matrix and k of at least 1.")
-    before = torch.linalg.svd(features(base, "base"), full_matrices=False).U
-    after = torch.linalg.svd(features(sft, "sft"), full_matrices=False).U[:, :k]
+    return largest_cosines(left_singular_vectors(base), left_singular_vectors(sft)[:, :k])
+
+
+def left_singular_vectors(x: Tensor) -> Tensor:
+    """Left singular vectors (m, min(m, n)) of a matrix (m, n), float64, those of the largest singular values first."""
+    vectors: Tensor = torch.linalg.svd(features(x, "x"), full_matrices=False).U
+    return vectors
+
+
+def largest_cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Largest cosine, in size, of each of ``after``'s unit columns (m, k) with any of ``before``'s (m, n): (k)."""
     cosines: Tensor = before.mT @ after
     return cosines.abs().amax(dim=0).clamp(max=1.0)
 
 
-def intruder_dimensions(base: Tensor, sft: Tensor, *, k: int = 10, epsilon: float = 0.6) -> Tensor:
+def intruder_dimensions(base: Tensor, sft: Tensor, *, k: int = 10, epsilon: float = INTRUDER) -> Tensor:
     """Number of intruders [1] among the ``k`` first left singular vectors of the tuned weight: ().
 
     An intruder has a cosine below ``epsilon`` with every left singular vector of the base. LoRA makes them, full

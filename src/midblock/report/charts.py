@@ -142,27 +142,32 @@ def _in_order(groups: pd.Series[Any]) -> list[str]:
     return [*first, *matrix_order([g for g in names if g not in first])]
 
 
+_MATRIX_HEATMAPS = {"weights": ("weight_change_relative", "intruder_dimensions", "vector_rotation"),
+                    "importance": ("ila_score",)}
+
+
 def _matrix_heatmaps(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Matrices by blocks: how far each was moved (weights), how much each matters (importance)."""
+    """Matrices by blocks: how far each was moved and how it turned (weights), how much each matters (importance)."""
     for run in runs:
-        if run.command not in ("weights", "importance"):
+        wanted = _MATRIX_HEATMAPS.get(run.command, ())
+        if not wanted or "matrix" not in run.frame:
             continue
-        frame = _tidy(run)
-        wanted = {"weights": "weight_change_relative", "importance": "ila_score"}[run.command]
-        if "matrix" not in frame or not (frame["metric"] == wanted).any():
-            continue
-        frame = frame[(frame["kind"] == "block") & (frame["metric"] == wanted)
-                      & ~frame["matrix"].isin(["all", "qkvo", "mlp", "norms"]) & frame["matrix"].notna()]
-        for stage, part in frame.groupby("stage", sort=False):
-            grid = part.assign(layer=pd.to_numeric(part["layer"])).groupby(["matrix", "layer"])["value"].mean()
+        # of weights one row per tensor, of importance none
+        frame = run.frame[run.frame["tensor"].notna()] if run.command == "weights" else _tidy(run)
+        frame = frame[(frame["kind"] == "block") & frame["metric"].isin(wanted) & frame["matrix"].notna()
+                      & ~frame["matrix"].isin(["all", "qkvo", "mlp"])]
+        frame = frame.assign(stage=frame["stage"].fillna("") if "stage" in frame else "",
+                             layer=pd.to_numeric(frame["layer"], errors="coerce"))
+        for (metric, stage), part in frame.groupby(["metric", "stage"], sort=False):
+            grid = part[part["value"].notna()].groupby(["matrix", "layer"])["value"].mean()
             if grid.empty:
                 continue
             rows = [[_cell(m), int(b), _cell(v)] for (m, b), v in grid.items()]
             place = {m: i for i, m in enumerate(matrix_order([r[0] for r in rows]))}
             rows.sort(key=lambda r: (place[r[0]], r[1]))
-            quantity = _quantity(wanted)
+            quantity = _quantity(metric)
             yield _chart("heatmap", quantity.family if quantity else "weights",
-                         f"{_title(wanted)} of each matrix{f' ({printable(str(stage))})' if stage else ''}",
+                         f"{_title(metric)} of each matrix{f' ({printable(str(stage))})' if stage else ''}",
                          ("matrix", "block", "value"), rows, quantity=quantity, x="block", y="matrix", run=run)
 
 

@@ -63,10 +63,10 @@ def arguments(part: Part, settings: StudySettings, data: str | None) -> dict[str
     shared = {"max_length": s.max_length, "batch_size": s.batch_size, "seed": s.seed}
     tokens = s.token_samples if not s.token_data or data in s.token_data else 0
     return {
-        "weights": {},
-        "profile": {"samples": s.samples, "token_samples": tokens, **shared},
-        "lens": {"samples": s.lens_samples, "trace": 1, **shared},
-        "swap": {"samples": s.swap_samples, "segments": s.segments, **shared},
+        "weights": {"rotations": s.rotations},
+        "profile": {"samples": s.samples, "token_samples": tokens, "paper_code": s.paper_code, **shared},
+        "lens": {"samples": s.lens_samples, "trace": 1, "paper_code": s.paper_code, **shared},
+        "swap": {"samples": s.swap_samples, "segments": s.segments, "depth": s.swap_depth, **shared},
         "gradients": {"samples": s.gradient_samples, **shared},
         "locate": {"samples": s.gradient_samples, "gradient_samples": s.gradient_samples, **shared},
         "correlate": {}, "sweep": {},
@@ -210,7 +210,7 @@ class Chain:
         if task.part == "weights":
             from midblock.analysis.weights import weights
 
-            return weights(self._specs, progress=progress)
+            return weights(self._specs, progress=progress, **arguments(task.part, self._settings, None))
         if task.part == "correlate":
             from midblock.analysis.correlate import correlate
 

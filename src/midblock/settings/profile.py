@@ -28,7 +28,8 @@ class ProfileSettings(Settings):
     view_samples: int = setting(100, ge=2, metavar="N", help="Samples that get views.")
     alpha: float = setting(1.0, gt=0, metavar="A", help="Order of the matrix entropies.")
     normalize: Literal["max", "rows", "dim", "none"] = setting(
-        "max", help="What entropies are divided by: ln min(T, d) (max), ln T (rows), ln d (dim), nothing (none).")
+        "max", help=("What entropies are divided by: ln min(T, d) (max, the paper's code), ln T (rows, the paper's "
+                     "text), ln d (dim), nothing (none)."))
     sparsity_eps: float = setting(1e-2, gt=0, metavar="EPS", help="Entries below this size count as inactive.")
     paper_code: bool = setting(False, old=("earlier_code",), help=(
         "The formulas of the paper's public code where they differ: unit rows, squared singular values, "

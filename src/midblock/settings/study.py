@@ -31,6 +31,11 @@ class StudySettings(Settings):
     swap_samples: int = setting(32, ge=2, metavar="N", help="Samples of the swap.")
     gradient_samples: int = setting(16, ge=4, metavar="N", help="Samples of the backward passes and of locate.")
     segments: int = setting(5, ge=1, metavar="K", help="Number of equal depth segments that are swapped.")
+    swap_depth: int | None = setting(None, ge=1, metavar="N", help=(
+        "Swap only the last N blocks of each segment, as the paper's public code does."))
+    rotations: bool = setting(False, help=(
+        "Also how tuning turned the weights: singular vectors kept, intruder dimensions, entries unchanged (minutes)."))
+    paper_code: bool = setting(False, help="Profile and lens with the formulas of the paper's public code.")
     max_length: int = sampling.max_length(256, least=3)
     batch_size: int = sampling.batch_size()
     seed: int = sampling.seed()

@@ -14,7 +14,7 @@ from scipy import optimize
 from midblock.errors import SettingsError
 from midblock.results import Estimate
 from midblock.stats._arrays import check_confidence, matrix
-from midblock.stats.intervals import crossed_mean, half_width
+from midblock.stats.intervals import crossed_mean
 
 __all__ = ["share_of_gain"]
 
@@ -63,11 +63,9 @@ def share_of_gain(arm: npt.ArrayLike, full: npt.ArrayLike, base: npt.ArrayLike, 
 
     def excess(r: float) -> float:
         """Above 0 where r is outside."""
-        table = gained - r * possible
-        if table.shape[0] > 1 and n > 1:
-            return abs(float(table.mean())) - half_width(table, confidence)
-        one = crossed_mean(table).interval(confidence)
-        return abs(one.value) - (one.high - one.value) if math.isfinite(one.high) else -1.0
+        mean = crossed_mean(gained - r * possible)
+        half = mean.half_width(confidence)
+        return -1.0 if math.isnan(half) else abs(mean.value) - half
 
     ends = []
     for way in (-1.0, 1.0):
