@@ -30,6 +30,8 @@ def test_a_record_is_complete_and_its_functions_exist(quantity):
     assert quantity.label[:1].isupper() or quantity.label.startswith("Di")
     assert "_" not in quantity.axis
     assert quantity.formula
+    assert quantity.source, "a paper, or: definition"
+    assert quantity.reading
     assert not quantity.label.endswith(")"), "the unit has a field of its own"
     for part in ("function", "resampled", "jackknife"):
         if getattr(quantity, part):

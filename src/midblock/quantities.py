@@ -66,7 +66,7 @@ class Quantity:
         paired: It compares two models directly; otherwise each model has a value, and the difference is reported.
         unchanged: Value of a paired measure of a model with itself.
         formula: TeX, without dollar signs.
-        source: Paper and equation.
+        source: Paper and equation, where it is not a plain definition.
         function: The function, or ``module:name`` of it. What it is called with depends on ``level``:
             token: states (B, T, d) and ``mask=`` (B, T), one value a sample back;
             dataset: rows (N, d), a value or one a row back;
@@ -95,7 +95,7 @@ class Quantity:
     paired: bool = False
     unchanged: float = 0.0
     formula: str = ""
-    source: str = ""
+    source: str = "definition"
     function: str | Callable[..., Any] = ""
     options: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -333,7 +333,7 @@ _add("curvature", "Curvature", "token", "geometry", unit="mean angle / π", func
      formula=r"\frac{1}{\pi (T - 2)} \sum_t \angle(v_t, v_{t+1}),\quad v_t = z_{t+1} - z_t", source="Paper, eq. 5",
      reading="How sharply the path of token states turns: 0 is a straight line, 1 a reversal at every token.")
 _add("l2_norm", "L2 norm", "dataset", "geometry", unit="units of the states", function="row_norms",
-     formula=r"\frac1N \sum_i \lVert x_i \rVert_2", reading="Length of the pooled states.")
+     formula=r"\frac1N \sum_i \lVert x_i \rVert_2", source="Paper's code", reading="Length of the pooled states.")
 _add("gini", "Gini coefficient", "dataset", "geometry", function="gini_rows",
      formula=r"\frac{\sum_j (2j - d - 1)\, |x|_{(j)}}{d \sum_j |x|_{(j)}}",
      source="Gini 1912; Hurley and Rickard 2009",
@@ -423,14 +423,16 @@ _add("weight_change_effective_rank", "Effective rank of the change", "weight", "
      reading="Number of directions that the change uses.")
 _add("share_unchanged", "Entries exactly unchanged", "weight", "weights", unit="share of entries", paired=True,
      unchanged=1.0, function="share_unchanged", formula=r"\frac{\#\{(i, j) : W_{ij} = W'_{ij}\}}{m n}",
+     source="Mukherjee et al. 2025",
      reading="Share of weights that tuning left bit for bit: rounding to 16 bits keeps many.")
 _add("change_rank", "Rank of the change", "weight", "weights", unit="dimensions", paired=True,
      formula=r"\#\{k : s_k(\Delta W) > \epsilon\, \mathrm{rms}(W) (\sqrt m + \sqrt n)\}",
-     reading="Directions of the change above the rounding of what is stored: at most its rank for LoRA.")
+     reading="Directions of the change above the rounding of what is stored: at most its rank for LoRA.",
+     source="Mukherjee et al. 2025")
 _add("change_cosine", "Cosine of two changes", "weight", "weights", unit="1 = same direction", paired=True,
      unchanged=1.0, function="change_cosine",
      formula=r"\frac{\langle \Delta W, \Delta W' \rangle}{\lVert \Delta W \rVert \lVert \Delta W' \rVert}",
-     reading="Whether two stages or two arms moved a weight the same way.")
+     reading="Whether two stages or two arms moved a weight the same way.", source="Ilharco et al. 2023")
 _add("principal_angles", "Principal angles of two changes", "weight", "weights", unit="radians", paired=True,
      function="principal_angles", formula=r"\arccos s_i(U_k^\top U'_k)", source="Björck and Golub 1973",
      reading="Angles between the strongest directions of two changes: 0 for one space, π/2 for unrelated ones.")
@@ -449,42 +451,49 @@ _add("weight_norm", "Weight norm", "weight", "weights", unit="Frobenius norm", f
 
 # predictions
 _add("loss", "Loss", "logits", "predictions", unit="nats per token", formula=r"-\ln p(\mathrm{gold})",
-     reading="Lower is better; 0 is certainty.")
+     reading="Lower is better; 0 is certainty.", source="Shannon 1948")
 _add("perplexity", "Perplexity", "logits", "predictions", formula=r"\exp(\mathrm{loss})",
-     reading="Lower is better; number of equally likely tokens with the same loss.")
+     reading="Lower is better; number of equally likely tokens with the same loss.", source="Jelinek et al. 1977")
 _add("perplexity_ratio", "Perplexity ratio", "logits", "predictions", paired=True, unchanged=1.0,
      formula=r"\exp(\mathrm{loss}_b - \mathrm{loss}_a)", reading="Below 1: the later model predicts better.")
 _add("accuracy", "Accuracy", "logits", "predictions", unit="share",
      formula=r"[\arg\max p = \mathrm{gold}]",
-     reading="Share of tokens (or of items, where answers are scored) that are right.")
+     reading="Share of tokens (or of items, where answers are scored) that are right.", source="Paper, figure 3")
 _add("entropy", "Entropy", "logits", "predictions", unit="nats", formula=r"-\sum_v p_v \ln p_v",
-     reading="How undecided the prediction is.")
-_add("gold_probability", "Probability of the right token", "logits", "predictions", formula=r"p(\mathrm{gold})")
+     reading="How undecided the prediction is.", source="Shannon 1948")
+_add("gold_probability", "Probability of the right token", "logits", "predictions", formula=r"p(\mathrm{gold})",
+     source="nostalgebraist 2020", reading="Higher is better: how much of the prediction the right token has.")
 _add("gold_rank", "Rank of the right token", "logits", "predictions", unit="0 = most likely",
-     formula=r"\#\{v : p_v > p(\mathrm{gold})\}")
+     formula=r"\#\{v : p_v > p(\mathrm{gold})\}", source="nostalgebraist 2020",
+     reading="0 where the right token is the most likely one.")
 
 # agreement of predictions
 _add("kl", "KL divergence", "logits", "agreement", unit="nats", paired=True, formula=r"\sum_v p_v \ln (p_v / q_v)",
      source="Kullback and Leibler 1951", reading="0 where both models predict the same.")
 _add("top1_agreement", "Same most likely token", "logits", "agreement", unit="share of positions", paired=True,
-     unchanged=1.0, formula=r"[\arg\max p = \arg\max q]")
+     unchanged=1.0, formula=r"[\arg\max p = \arg\max q]", source="Paper's code", reading="1: both say the same next.")
 _add("top_k_overlap", "Common tokens of the top lists", "logits", "agreement", unit="share", paired=True,
-     unchanged=1.0, formula=r"|\mathrm{top}_k(p) \cap \mathrm{top}_k(q)| / k")
+     unchanged=1.0, formula=r"|\mathrm{top}_k(p) \cap \mathrm{top}_k(q)| / k",
+     reading="Whether the same few tokens are in question, in whatever order.")
 
 # gradients
 _add("gradient_norm", "Gradient norm", "gradient", "gradients", unit="Frobenius norm", formula=r"\lVert g \rVert_F",
      source="Paper, figure 4", reading="How strongly the loss pulls at a block's weights.")
 _add("gradient_norm_relative", "Gradient norm, relative", "gradient", "gradients", unit="per norm of the weights",
-     formula=r"\lVert g \rVert / \lVert W \rVert")
-_add("fisher", "Fisher information", "gradient", "gradients", unit="sum of squared gradients", formula=r"\sum g^2")
+     formula=r"\lVert g \rVert / \lVert W \rVert", reading="The same, comparable over matrices of different size.")
+_add("fisher", "Fisher information", "gradient", "gradients", unit="sum of squared gradients", formula=r"\sum g^2",
+     source="Kirkpatrick et al. 2017 (its diagonal, from the labels of the data)",
+     reading="How much the loss depends on a block's weights, by squared gradients.")
 _add("taylor", "First-order importance", "gradient", "gradients", unit="nats", formula=r"\big|\sum w\, g\big|",
      source="Molchanov et al. 2017", reading="First-order change of the loss if the weights were removed.")
 
 # importance of blocks
 _add("block_influence", "Block influence", "block", "importance", function="block_influence",
-     formula=r"1 - \cos(z_{\mathrm{in}}, z_{\mathrm{out}})", source="Men et al. 2024")
+     formula=r"1 - \cos(z_{\mathrm{in}}, z_{\mathrm{out}})", source="Men et al. 2024",
+     reading="How far a block turns the states that pass it: near 0, it could be left out.")
 _add("angular_distance", "Angular distance", "block", "importance", unit="angle / π", function="angular_distance",
-     formula=r"\arccos \cos(z_{\mathrm{in}}, z_{\mathrm{out}}) / \pi", source="Gromov et al. 2024")
+     formula=r"\arccos \cos(z_{\mathrm{in}}, z_{\mathrm{out}}) / \pi", source="Gromov et al. 2024",
+     reading="The same as an angle: 0 for a block that turns nothing, 1 for one that reverses.")
 _add("ila_score", "ILA score", "block", "importance", formula=r"s_i,\ \Delta W_i \sigma(s_i)",
      source="Shi et al. 2024 (ILA)", reading="Higher: the block's update matters more for the training loss.")
 _add("cka_novelty", "CKA novelty", "block", "importance", unit="1 − debiased CKA",
@@ -497,4 +506,4 @@ _add("weight_snr", "Weights: signal to noise", "weight", "importance", unit="ene
 _add("relative_update", "Change by tuning", "weight", "importance", unit="share of the weights' norm", paired=True,
      formula=r"\lVert \Delta W \rVert_F / \lVert W \rVert_F", reading="How far training moved a tuned matrix.")
 _add("update_norm", "Norm of the update", "block", "importance", unit="Frobenius norm",
-     formula=r"\lVert \Delta W \rVert_F")
+     formula=r"\lVert \Delta W \rVert_F", reading="How far training moved the unit: a control for learned scores.")

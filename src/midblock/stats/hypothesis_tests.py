@@ -205,7 +205,7 @@ def compare_arms(scores: Mapping[str, npt.ArrayLike], *, baseline: str | None = 
     ==========================  ================================  ================================
     right/wrong, one seed       exact McNemar                     adjusted Wald, paired shares
     other scores, one seed      sign-flip permutation             paired bootstrap over items
-    several seeds               crossed t: seeds and items both   the same t
+    several seeds               crossed t: seeds and items both   the same
                                 random (`crossed_mean`, [5])
     ==========================  ================================  ================================
 
@@ -213,9 +213,9 @@ def compare_arms(scores: Mapping[str, npt.ArrayLike], *, baseline: str | None = 
     seed. A test on one seed speaks about new items only, not about new seeds. Two or three seeds show
     the variance between seeds badly, so with three or more arms the ratio of the seeds' to the
     residual mean square is averaged over all pairs of arms, and a comparison uses the larger of
-    it and its own. By simulation the 5% test then has 1 to 7% false alarms also at two seeds,
-    unless the two arms compared have several times the seed variance of the others (15% at
-    three times the standard deviation): then use ``pool_seeds=False`` and more seeds.
+    it and its own. By simulation (docs/statistics.md) the 5% test then has at most 5% false alarms also
+    at two seeds, unless the two arms compared have several times the seed variance of the others
+    (15% at three times the standard deviation): then use ``pool_seeds=False`` and more seeds.
 
     Args:
         scores: Arm -> (seeds, items), or (items,) for one seed; higher or lower better. Seed k
