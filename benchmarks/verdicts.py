@@ -52,7 +52,8 @@ class Size:
 
     @property
     def note(self) -> str:
-        return "a floor" if self.level < 0.1 else "a ceiling" if self.level > 0.9 else "loss still falls" if self.steep else ""
+        found = (("a floor", self.level < 0.1), ("a ceiling", self.level > 0.9), ("loss still falls", self.steep))
+        return ", ".join(word for word, there in found if there)
 
 
 SIZES = (Size(1, 8, 3), Size(1, 64, 40), Size(3, 8, 40), Size(3, 200, 3), Size(3, 64, 40, level=0.01),

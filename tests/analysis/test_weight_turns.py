@@ -85,7 +85,7 @@ def test_groups_are_means_over_their_matrices_with_figures_and_words(folders):
             assert found["value"].item() == pytest.approx(total / weight), (stage, metric, group)
             assert found["n"].item() == part["n"].sum()
     figures = result.figures()
-    assert {"weights-rotations-low-base", "weights-rotations-full-with-low", "weights-intruders-low-base"} <= set(figures)
+    assert {"weights-rotations-low-base", "weights-rotations-full-with-low", "weights-intruders-low-base"} <= {*figures}
     words = "\n".join(result.details())
     assert "most in block 1" in words
     assert "bit for bit what they were" in words

@@ -176,12 +176,13 @@ def test_parts_of_a_crossed_mean_are_those_of_an_anova_table():
     seed, item, residual = (anova["mean_sq"][name] for name in ("C(seed)", "C(item)", "Residual"))
     found = crossed_mean(table)
     of_items = item - residual
-    of_seeds = seed * (seed / (seed + of_items / 16)) ** 2
+    of_seeds = seed * (seed / (seed + of_items / (8 * 2**0.5))) ** 2
     assert found.parts == (pytest.approx((of_items / 36, 11)), pytest.approx((of_seeds / 36, 2)))
     assert found.half_width(0.9) ** 2 == pytest.approx(of_items / 36 * scipy_stats.t.ppf(0.95, 11) ** 2
                                                        + of_seeds / 36 * scipy_stats.t.ppf(0.95, 2) ** 2)
     pooled = crossed_mean(table, seed_ratio=2 * seed / residual, seed_ratio_df=10)
-    assert pooled.parts[1] == pytest.approx((2 * seed * (2 * seed / (2 * seed + of_items / 80)) ** 2 / 36, 10))
+    weight = 2 * seed / (2 * seed + of_items / (8 * 10**0.5))
+    assert pooled.parts[1] == pytest.approx((2 * seed * weight**2 / 36, 10))
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.03, 0.2, 0.5, 3.0, 400.0])
@@ -318,7 +319,7 @@ def test_arms_share_the_ratio_of_their_seeds_with_loops():
     for arm, (seed, item, rest) in squares.items():
         used = max(seed, ratio * rest)
         of_items = max(item - rest, 0)
-        part = used * (used / (used + of_items / (8 * 6))) ** 2 * scipy_stats.t.ppf(0.975, 6) ** 2
+        part = used * (used / (used + of_items / (8 * 6**0.5))) ** 2 * scipy_stats.t.ppf(0.975, 6) ** 2
         want = math.sqrt((part + of_items * scipy_stats.t.ppf(0.975, 19) ** 2) / 60)
         assert found[arm].high - found[arm].value == pytest.approx(want, rel=1e-9)
 

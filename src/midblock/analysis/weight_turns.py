@@ -39,7 +39,7 @@ def turns(chain: Sequence[Stage], pairs: Sequence[Pair], weights: Sequence[Weigh
     matrices = [w for w in weights if len(w.shape) == 2 and min(w.shape) > 1]
     threads = torch.get_num_threads()
     largest = max((w.numel for w in matrices), default=1)
-    workers = max(1, min(workers, (1 << 30) // (8 * (4 + 2 * len(chain)) * largest)))  # matrices, vectors and workspaces
+    workers = max(1, min(workers, (1 << 30) // (8 * (4 + 2 * len(chain)) * largest)))  # with vectors, workspaces
     with ThreadPoolExecutor(workers, thread_name_prefix="rotations",
                             initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
         for done, found in enumerate(pool.map(lambda w: list(_of_weight(chain, pairs, w)), matrices), start=1):

@@ -407,7 +407,7 @@ def crossed_mean(scores: npt.ArrayLike, *, seed_ratio: float | None = None,
         half width squared = (t_item^2 V + t_seed^2 MS_seed w^2) / SN, V = (MS_item - MS_residual)+,
 
     each part of the variance with the t of its own degrees of freedom, as in the modified large-sample intervals [9];
-    MS_seed holds the residual already. w = MS_seed / (MS_seed + V / (8 df_seed)) takes back what the t of one or two
+    MS_seed holds the residual already. w = MS_seed / (MS_seed + V / (8 sqrt df_seed)) takes back what t of one or two
     degrees of freedom would add where seeds hardly vary: without it the mean of two seeds would be covered 0.99 of the
     time. Satterthwaite's one t for both parts covered 0.87 to 0.98. With one seed it is the t interval over items, and
     says nothing about other seeds; with one item the t interval over seeds.
@@ -434,7 +434,7 @@ def crossed_mean(scores: npt.ArrayLike, *, seed_ratio: float | None = None,
     if seed_ratio is not None:
         ms_seed, df_seed = max(ms_seed, seed_ratio * ms_residual), max(df_seed, seed_ratio_df)
     of_items = max(ms_item - ms_residual, 0.0)
-    total = ms_seed + of_items / (8 * df_seed)
+    total = ms_seed + of_items / (8 * math.sqrt(df_seed))
     of_seeds = ms_seed * (ms_seed / total) ** 2 if total > 0.0 else 0.0
     return CrossedMean(value, ((of_items / table.size, items - 1.0), (of_seeds / table.size, df_seed)), seeds, items)
 

@@ -13,11 +13,13 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError, UndefinedMetricError
@@ -91,7 +93,7 @@ def inverted_u_test(depth: npt.ArrayLike, scores: npt.ArrayLike, *, confidence: 
     table = _Table(y)
     ways = []
     for at in x[1:-1]:
-        sides = [table.contrast(_line(x, at, left=left)) for left in (True, False)]
+        sides = [table.contrast(_line(tuple(x), float(at), left)) for left in (True, False)]
         ways.append((max(_one_sided(sides[0]), _one_sided((-sides[1][0], *sides[1][1:]))), at, sides))
     p, at, (left_side, right_side) = min(ways, key=lambda way: way[0])
     return InvertedU(p=min(1.0, p * len(ways)), break_at=float(at),
@@ -143,8 +145,10 @@ class _Table:
         return np.asarray((own + more) / (self._seeds * self._items), dtype=np.float64)
 
 
-def _line(x: FloatArray, at: float, *, left: bool) -> FloatArray:
+@functools.lru_cache(maxsize=256)
+def _line(depths: tuple[float, ...], at: float, left: bool) -> FloatArray:
     """Weights of the arms' means in the slope of one of the two lines: interrupted regression [1]."""
+    x = np.array(depths)
     before = x <= at if left else x < at
     design = np.stack([before, ~before, np.where(before, x - at, 0.0), np.where(before, 0.0, x - at)], axis=1)
     return np.asarray(np.linalg.pinv(design.astype(np.float64))[2 if left else 3], dtype=np.float64)
@@ -154,7 +158,7 @@ def _one_sided(slope: _Slope) -> float:
     value, error, df = slope
     if error == 0.0:
         return 0.0 if value > 0 else 1.0
-    return float(scipy_stats.t.sf(value / error, df))
+    return float(special.stdtr(df, -value / error))
 
 
 def _estimate(slope: _Slope, confidence: float, n: int) -> Estimate:
