@@ -110,6 +110,7 @@ def section(measure: Quantity) -> str:
     facts = {"Metric": f"`{measure.name}`", "Taken of": taken_of + ("; of both models" if measure.paired else ""),
              "Unit": measure.unit,
              "No change": f"{measure.unchanged:g}" if measure.paired else "a difference of 0",
+             "Interval": interval(measure),
              "Source": measure.source,
              "Function": f"`midblock.metrics.{measure.function.partition(':')[2]}`"
              if isinstance(measure.function, str) and measure.function else "",
@@ -118,6 +119,23 @@ def section(measure: Quantity) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     formula = f"$$\n{measure.formula}\n$$\n\n" if measure.formula else ""
     return f"## {measure.label}\n\n{formula}{measure.reading}\n\n| | |\n|---|---|\n{rows}"
+
+
+def interval(measure: Quantity) -> str:
+    """Where the interval of a measure comes from."""
+    if measure.level != "dataset":
+        return _INTERVALS[measure.level]
+    if measure.spectrum:
+        return {"bootstrap": "bootstrap over samples, eigenvalues to first order", "none": "none",
+                "groups": "jackknife over ten groups of samples"}[measure.interval]
+    return ("bootstrap over samples" if measure.resampled else "delete-one jackknife over samples" if measure.jackknife
+            else "Student's t over samples; of a value for the whole data set a jackknife over ten groups of samples")
+
+
+_INTERVALS = {"token": "Student's t over samples", "views": "jackknife over ten groups of samples",
+              "weight": "none: every weight is compared, nothing is sampled",
+              "logits": "bootstrap over samples, tokens pooled", "gradient": "Student's t over batches",
+              "block": "Student's t over samples or batches, where there are several"}
 
 
 def notebook_page(path: Path) -> str:

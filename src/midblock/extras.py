@@ -23,6 +23,7 @@ EXTRA_OF = {
     "pyarrow": "parquet",
     "ray": "ray",
     "trl": "tune",
+    "zstandard": "inspect",
 }
 # what needs more than the extra of the package that is missed first
 _NEEDS = {"midblock sweep": "tune,evaluate", "midblock.sweep": "tune,evaluate", "midblock demo": "all",

@@ -77,8 +77,8 @@ class Quantity:
         spectrum: ``function`` takes a `metrics.Spectrum` instead of X: one decomposition then serves all such measures
             and their bootstrap.
         unit_rows: Of a spectrum: rows are scaled to norm 1 first where the settings' ``unit_rows`` asks for it.
-        by_groups: Of a spectrum: its interval is a jackknife over ten groups of samples, where the bootstrap's is too
-            short (simulated in docs/statistics.md).
+        interval: Of a spectrum: the bootstrap's, by a jackknife over ten groups of samples where that is too short, or
+            none where neither holds the value (simulated in docs/statistics.md).
         resampled: ``(x, [y,] weights (B, N)) -> (B)``: its bootstrap replicates. Without it (and without
             ``jackknife``) a value for the whole data set gets a jackknife over ten groups of samples.
         jackknife: ``(x, [y]) -> (N)``: its values without each sample in turn.
@@ -101,7 +101,7 @@ class Quantity:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     spectrum: bool = False
     unit_rows: bool = False
-    by_groups: bool = False
+    interval: Literal["bootstrap", "groups", "none"] = "bootstrap"
     resampled: str | Callable[..., Any] = ""
     jackknife: str | Callable[..., Any] = ""
     least: int = 2
@@ -298,19 +298,19 @@ _add("dataset_entropy", "Dataset entropy", "dataset", "information", unit="share
      reading="How evenly the samples spread over directions. Lower after tuning means that samples move "
              "together.")
 _add("effective_rank", "Effective rank", "dataset", "information", unit="dimensions",
-     function="effective_rank_of", spectrum=True, by_groups=True, options={"energy": "energy"},
+     function="effective_rank_of", spectrum=True, interval="groups", options={"energy": "energy"},
      formula=r"\exp\left(-\sum_k q_k \ln q_k\right),\quad q_k = s_k / \textstyle\sum_j s_j",
      source="Paper, eq. 4; Roy and Vetterli 2007",
      variants=("squared singular values in place of s (the paper's code)",),
      reading="The number of directions that the samples use. It grows with the number of samples: compare at "
              "equal N.")
 _add("effective_rank_normalized", "Effective rank, normalised", "dataset", "information", unit="share of min(N, d)",
-     function="effective_rank_of", fixed={"normalize": True}, spectrum=True, by_groups=True,
+     function="effective_rank_of", fixed={"normalize": True}, spectrum=True, interval="groups",
      options={"energy": "energy"},
      formula=r"\exp\left(-\sum_k q_k \ln q_k\right) / \min(N, d)", source="Paper, eq. 4",
      reading="The effective rank as a share of the largest possible.")
 _add("rank_deficiency", "Rank deficiency", "dataset", "information", unit="share of min(N, d)",
-     function="rank_deficiency_of", spectrum=True, by_groups=True, options={"tol": "rank_tol"},
+     function="rank_deficiency_of", spectrum=True, options={"tol": "rank_tol"},
      formula=r"1 - \frac{\#\{k : s_k > 0.01\, s_1\}}{\min(N, d)}", source="Paper, section 3.3",
      variants=("another tolerance in place of 0.01",), reading="Share of directions with next to nothing in them.")
 _add("sparsity", "Sparsity", "token", "information", unit="share of entries", function="sparsity",
@@ -324,9 +324,9 @@ _add("spectral_norm", "Spectral norm", "dataset", "spectrum", unit="units of the
      spectrum=True, formula="s_1", source="Paper, figure 2",
      reading="Length of the longest direction of the pooled states.")
 _add("condition_number", "Condition number", "dataset", "spectrum", function="condition_number_of",
-     spectrum=True, formula=r"s_1 / s_{\min}", source="Paper, figure 2",
-     reading="How much longer the longest direction is than the shortest. Undefined for linearly dependent "
-             "samples.")
+     spectrum=True, interval="none", formula=r"s_1 / s_{\min}", source="Paper, figure 2",
+     reading="How much longer the longest direction is than the shortest; undefined for linearly dependent samples. No "
+             "interval: the shortest is that of the two samples most alike, which resampling cannot show.")
 
 # geometry of the states
 _add("curvature", "Curvature", "token", "geometry", unit="mean angle / π", function="curvature",

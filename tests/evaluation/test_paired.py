@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from midblock.errors import DataError, SettingsError
+from midblock.errors import DataError, MissingExtraError, SettingsError
 from midblock.evaluation.paired import COLUMNS, compare_logs, read_log
 
 
@@ -204,15 +206,67 @@ def test_inspect_logs(tmp_path, suffix):
     assert row["difference"] == pytest.approx((20 + 1.5 + 1.25) / 40)
 
 
-def test_epochs_are_seeds(tmp_path):
-    a = inspect_log(tmp_path / "a.eval", ["C"] * 25 + ["I"] * 15, epochs=3)
-    b = inspect_log(tmp_path / "b.eval", ["C"] * 20 + ["I"] * 20, epochs=3)
-    row = compare_logs(a, b).frame.iloc[0]
-    assert row["epochs"] == 3
-    assert row["test"] == "crossed t"
-    assert row["n"] == 40
-    one = inspect_log(tmp_path / "one.eval", ["I"] * 40)
-    assert compare_logs(a, one).frame["epochs"].item() == 1
+def test_the_score_of_an_item_is_its_mean_over_epochs(tmp_path):
+    rng = np.random.default_rng(0)
+    path = {}
+    for name, share in (("a", 0.8), ("b", 0.5)):
+        path[name] = inspect_log(tmp_path / f"{name}.json", ["C"] * 40, epochs=3)
+        stored = json.loads(path[name].read_text())
+        for sample in stored["samples"]:
+            sample["scores"]["match"]["value"] = "C" if rng.random() < share else "I"
+        path[name].write_text(json.dumps(stored))
+    means = {}
+    for name in path:
+        by_item = {}
+        for sample in json.loads(path[name].read_text())["samples"]:
+            by_item.setdefault(sample["id"], []).append(float(sample["scores"]["match"]["value"] == "C"))
+        means[name] = np.array([sum(v) / 3 for v in by_item.values()])
+    row = compare_logs(path["a"], path["b"]).frame.iloc[0]
+    assert (row["epochs"], row["n"], row["test"], row["a_only"]) == (3, 40, "permutation", None)
+    d = means["a"] - means["b"]
+    assert row["difference"] == pytest.approx(d.mean())
+    assert row["p"] < 0.01
+    half = scipy_stats.t.ppf(0.975, 39) * d.std(ddof=1) / 40**0.5
+    assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
+    one = inspect_log(tmp_path / "one.eval", ["I"] * 40)  # every epoch of the other side counts
+    assert compare_logs(path["a"], one).frame["difference"].item() == pytest.approx(means["a"].mean())
+
+
+def test_logs_that_inspect_has_compressed_with_zstandard(tmp_path):
+    """Written as inspect_ai 0.3.285 writes them: method 93, one frame a member."""
+    zstandard = pytest.importorskip("zstandard")
+    plain = inspect_log(tmp_path / "plain.eval", ["C"] * 20 + ["I"] * 10)
+    packed = tmp_path / "packed.eval"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
+        for info in source.infolist():
+            content = source.read(info)
+            made = zipfile.ZipInfo(info.filename)
+            target.writestr(made, zstandard.ZstdCompressor().compress(content))
+            made.CRC, made.file_size = zlib.crc32(content), len(content)
+            made.compress_type = 93
+    if sys.version_info < (3, 14):
+        with zipfile.ZipFile(packed) as archive, pytest.raises(NotImplementedError):
+            archive.read(archive.namelist()[0])
+    assert read_log(packed) == read_log(plain)
+    raw = bytearray(packed.read_bytes())
+    raw[raw.index(b"samples/0_epoch_1.json") + 60] ^= 0xFF
+    packed.write_bytes(raw)
+    with pytest.raises(DataError, match="no log of inspect"):
+        read_log(packed)
+
+
+def test_without_zstandard_one_line_says_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip("zstandard")
+    if sys.version_info >= (3, 14):
+        pytest.skip("zipfile reads it")
+    log = tmp_path / "a.eval"
+    with zipfile.ZipFile(log, "w") as archive:
+        made = zipfile.ZipInfo("header.json")
+        archive.writestr(made, b"x")
+        made.compress_type = 93
+    monkeypatch.setattr("midblock.extras.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"midblock\[inspect\]"):
+        read_log(log)
 
 
 def test_samples_that_failed_are_left_out(tmp_path):

@@ -49,8 +49,8 @@ class _Taken:
 
     value: float
     parts: np.ndarray[Any, Any]
-    how: Literal["rows", "replicates", "left out"]
-    """``parts`` are values per sample, bootstrap replicates, or values without some samples."""
+    how: Literal["rows", "replicates", "left out", "none"]
+    """``parts`` are values per sample, bootstrap replicates, values without some samples, or there are none."""
     n: int
 
     def __sub__(self, other: _Taken) -> _Taken:
@@ -63,6 +63,8 @@ class _Taken:
     def estimate(self, confidence: float) -> Estimate:
         if self.how == "rows":
             return stats.mean_interval(self.parts, confidence)
+        if self.how == "none":
+            return Estimate(self.value, n=self.n)
         make = stats.percentile_interval if self.how == "replicates" else stats.jackknife_interval
         found = make(self.value, self.parts, confidence)
         return Estimate(self.value, found.low, found.high, self.n)
@@ -145,7 +147,9 @@ class Depth:
             return f"{q.label} needs at least {q.least} samples"
         function = partial(q.load(), **q.arguments(self.settings))
         try:
-            if spectra is not None and q.by_groups:
+            if spectra is not None and q.interval == "none":
+                return _Taken(float(function(spectra.of(q)[0])), np.empty(0), "none", n)
+            if spectra is not None and q.interval == "groups":
                 parts = np.array([float(function(part)) for part in spectra.without_groups(q)])
                 return _Taken(float(function(spectra.of(q)[0])), parts, "left out", n)
             if spectra is not None:

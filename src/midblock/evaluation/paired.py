@@ -6,22 +6,24 @@ document (by id where a log has none), so that two runs on different subsets are
 
 | scores | test | interval |
 |---|---|---|
-| right/wrong, one epoch | exact McNemar | adjusted Wald, paired shares |
-| other scores, one epoch | sign-flip permutation | paired bootstrap over items |
-| several epochs (inspect) | t with epochs and items both random | the same |
+| right/wrong | exact McNemar | adjusted Wald, paired shares |
+| other scores; means over epochs (inspect) | sign-flip permutation | paired bootstrap over items |
 | items in groups (``cluster``) | sign-flip permutation of whole groups | t, clustered standard error [1] |
 
 p values are corrected by Holm over all rows.
 
 References:
-    [1] Miller, "Adding error bars to evals", arXiv 2411.00640, section 2.2.
+    [1] Miller, "Adding error bars to evals", arXiv 2411.00640, sections 2.2 (groups) and 3.1 (epochs).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from midblock.errors import DataError
+from midblock.extras import require
 from midblock.reading import parse_json, printable, read_json, read_jsonl, user_path
 from midblock.results import Answer, Estimate, Reading, Table
 from midblock.settings.compare import CompareSettings
@@ -52,6 +55,8 @@ _GRADES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 _NOT_METRICS = frozenset({"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "doc_hash", "prompt_hash",
                           "target_hash", "filter", "metrics", "item"})
 _MEMBER_LIMIT = 64 * 2**20
+_ZSTANDARD = 93
+"""Its number among a ZIP archive's ways to compress."""
 
 
 @dataclass
@@ -155,10 +160,10 @@ def _members(path: Path) -> Iterator[tuple[str, Any]]:
             names = archive.namelist()
             for name in [n for n in names if n in ("header.json", "_journal/start.json")][:1] + sorted(
                     n for n in names if n.startswith("samples/") and n.endswith(".json")):
-                if archive.getinfo(name).file_size > _MEMBER_LIMIT:
+                info = archive.getinfo(name)
+                if info.file_size > _MEMBER_LIMIT:
                     raise DataError(f"{path}: {printable(name)} has more than {_MEMBER_LIMIT:,} bytes.")
-                with archive.open(name) as member:
-                    raw = member.read(_MEMBER_LIMIT + 1)
+                raw = _content(archive, info)
                 where = f"{path}/{printable(name)}"
                 try:
                     text = raw.decode()
@@ -167,6 +172,28 @@ def _members(path: Path) -> Iterator[tuple[str, Any]]:
                 yield name, parse_json(text, where=where, error=DataError)
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as fault:
         raise DataError(f"{path} is no log of inspect: {printable(str(fault))}.") from None
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member's bytes; inspect compresses with Zstandard, which zipfile reads from Python 3.14 on."""
+    if info.compress_type != _ZSTANDARD or sys.version_info >= (3, 14):
+        with archive.open(info) as member:
+            return member.read(_MEMBER_LIMIT + 1)
+    require("zstandard", "a .eval log of inspect (Zstandard)")
+    import zstandard
+
+    stored = copy.copy(info)  # what lies in the file, as it lies there
+    stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
+    stored.CRC = None  # type: ignore[assignment]  # the sum is that of the content
+    with archive.open(stored) as member, zstandard.ZstdDecompressor().stream_reader(
+            member, read_across_frames=True) as reader:
+        try:
+            content = reader.read(_MEMBER_LIMIT + 1)
+        except zstandard.ZstdError as fault:
+            raise zipfile.BadZipFile(f"{info.filename}: {fault}") from None
+    if zlib.crc32(content) != info.CRC:
+        raise zipfile.BadZipFile(f"{info.filename} is damaged")
+    return content
 
 
 def _inspect(parts: Iterable[tuple[str, Any]], path: Path) -> Log:
@@ -316,10 +343,9 @@ def _keys(log: Log) -> str:
 
 
 def _row(first: Scores, second: Scores, items: list[str], wanted: CompareSettings, tests: int) -> dict[str, Any]:
-    epochs = sorted(set.intersection(*({*s.values[i]} for s in (first, second) for i in items)))
-    if not epochs:
-        raise DataError("no epoch has scores of every item in both logs.")
-    x, y = (np.array([[s.values[i][e] for i in items] for e in epochs]) for s in (first, second))
+    epochs = max(len(s.values[i]) for s in (first, second) for i in items)
+    # an item's epochs are answers of one model, with nothing in common but the item: their mean is its score [1]
+    x, y = (np.array([np.mean(list(s.values[i].values())) for i in items]) for s in (first, second))
     binary = bool(np.isin(x, (0.0, 1.0)).all() and np.isin(y, (0.0, 1.0)).all())
     sign = 1.0 if first.higher_is_better else -1.0
     # both one-sided tests at level alpha/m hold together for all rows
@@ -335,9 +361,8 @@ def _row(first: Scores, second: Scores, items: list[str], wanted: CompareSetting
     half = (row["high"] - row["low"]) / 2
     normal = scipy_stats.norm.ppf
     error = half / float(normal(0.5 + wanted.confidence / 2))
-    one = binary and len(epochs) == 1
-    return {**row, "n": len(items), "epochs": len(epochs), "a": float(x.mean()), "b": float(y.mean()),
-            "a_only": int((x > y).sum()) if one else None, "b_only": int((x < y).sum()) if one else None,
+    return {**row, "n": len(items), "epochs": epochs, "a": float(x.mean()), "b": float(y.mean()),
+            "a_only": int((x > y).sum()) if binary else None, "b_only": int((x < y).sum()) if binary else None,
             "worst": -min(bounds), "best": max(bounds), "better": float(np.sign(row["difference"] * sign)),
             "detectable": error * float(normal(1 - wanted.alpha / (2 * tests)) + normal(wanted.power))}
 
@@ -363,15 +388,14 @@ def _clustered(x: FloatArray, y: FloatArray, groups: npt.NDArray[np.int64], conf
 
     SE^2 = G/(G-1) * sum over groups of (sum over their items of d_i - mean d)^2 / n^2, t with G - 1 degrees of freedom.
     """
-    first, second = x.mean(axis=0), y.mean(axis=0)
-    d = first - second
+    d = x - y
     count = int(groups.max()) + 1
     sums = np.bincount(groups, weights=d - d.mean(), minlength=count)
     error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / d.size
     mean = float(d.mean())
     half, wide = (float(scipy_stats.t.ppf(0.5 + c / 2, count - 1)) * error for c in (confidence, together))
-    p = paired_permutation(np.bincount(groups, weights=first, minlength=count),
-                           np.bincount(groups, weights=second, minlength=count), replicates)
+    p = paired_permutation(np.bincount(groups, weights=x, minlength=count),
+                           np.bincount(groups, weights=y, minlength=count), replicates)
     spread = float(d.std(ddof=1)) if d.size > 1 else 0.0
     return ({"difference": mean, "low": mean - half, "high": mean + half, "p": p, "groups": count,
              "test": "permutation of groups", "effect_size": mean / spread if spread else math.nan,
