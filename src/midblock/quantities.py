@@ -292,11 +292,11 @@ _add("prompt_entropy", "Prompt entropy", "token", "information", unit="share of 
      reading="How evenly the tokens of a text spread over directions: 1 is all directions alike, 0 a single "
              "one. Lower after tuning means that token states are compressed.")
 _add("dataset_entropy", "Dataset entropy", "dataset", "information", unit="share of the maximum",
-     function="entropy_of", spectrum=True, unit_rows=True, options={"alpha": "alpha", "normalize": "normalize"},
+     function="entropy_of", spectrum=True, unit_rows=True, interval="groups",
+     options={"alpha": "alpha", "normalize": "normalize"},
      formula=r"\frac{-\sum_k p_k \ln p_k}{\ln \min(N, d)},\quad p = \operatorname{eig} "
              r"\frac{XX^\top}{\operatorname{tr} XX^\top}", source="Paper, eq. 3", variants=_ENTROPY_VARIANTS,
-     reading="How evenly the samples spread over directions. Lower after tuning means that samples move "
-             "together.")
+     reading="How evenly the samples spread over directions. Lower after tuning: the samples move together.")
 _add("effective_rank", "Effective rank", "dataset", "information", unit="dimensions",
      function="effective_rank_of", spectrum=True, interval="groups", options={"energy": "energy"},
      formula=r"\exp\left(-\sum_k q_k \ln q_k\right),\quad q_k = s_k / \textstyle\sum_j s_j",
