@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import _common as common
 
@@ -24,7 +26,7 @@ import torch
 from scipy import stats as scipy_stats
 
 from midblock import metrics, stats
-from midblock.analysis.measures import Depth
+from midblock.analysis.measures import Depth, Spectra
 from midblock.quantities import find
 from midblock.results import Table
 from midblock.settings import ProfileSettings
@@ -67,7 +69,8 @@ def share(rounds: Sequence[float]) -> str:
 # ---------------------------------------------------------------- scores
 
 
-def sweep(rng: np.random.Generator, truth: FloatArray, seeds: int, seed_sd: float, items: int = 100) -> FloatArray:
+def sweep(rng: np.random.Generator, truth: FloatArray, seeds: int, seed_sd: float | FloatArray, items: int = 100
+          ) -> FloatArray:
     """(seeds, items, arms): an item's difficulty, its affinity to an arm, chance of a training and of an answer."""
     size = len(truth)
     return np.asarray(truth + rng.normal(0, 0.4, (1, items, 1)) + rng.normal(0, 0.25, (1, items, size))
@@ -123,6 +126,17 @@ def arms(rounds: int) -> Rows:
                 held.append(np.mean([f.low <= truth <= f.high for f in found.values()]))
             row.append(share(held))
         yield what, size, seed_sd if what != "any number" else seed_sd / 4, *row
+    for seed_sd in (0.0375, 0.1):
+        row = []
+        for seeds in SEEDS:
+            rng = np.random.default_rng([seeds, int(100 * seed_sd)])
+            held = []
+            for _ in range(rounds):
+                scores = sweep(rng, np.zeros(6), seeds, np.array([2.5 * seed_sd] + [seed_sd] * 5))
+                found = stats.arm_intervals({str(i): scores[:, :, i] for i in range(6)})["0"]
+                held.append(float(found.low <= 0 <= found.high))
+            row.append(share(held))
+        yield "any number", "one of six, 2.5 times the sd", seed_sd, *row
 
 
 def gains(rounds: int) -> Rows:
@@ -217,34 +231,67 @@ def planned(rounds: int) -> Rows:
         yield items, tests, *row
 
 
-SPECTRAL = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm", "condition_number")
+SPECTRAL = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm")
+STATES_FILE = Path(tempfile.gettempdir()) / "midblock-smollm2-states.pt"
 
 
 def spectra(rounds: int) -> Rows:
     """The estimand is the value expected of N samples: these measures depend on N."""
     settings = ProfileSettings(replicates=400)
-    rounds = max(rounds // 5, 20)
-    for (n, d), kind in itertools.product(((100, 40), (400, 40), (100, 300), (200, 300), (400, 300)), STATES):
-        generator = torch.Generator().manual_seed(n + d)
-        draw = STATES[kind](n, d, generator)
+    kinds: list[tuple[int, int, str, Callable[[], torch.Tensor]]] = []
+    for (n, d), kind in itertools.product(((100, 40), (100, 300), (200, 300), (400, 300)), STATES):
+        kinds.append((n, d, kind, STATES[kind](n, d, torch.Generator().manual_seed(n + d))))
+    for h, pool in smollm2_states().items():
+        for n in (100, 200, 400):
+            kinds.append((n, pool.shape[1], f"SmolLM2, hidden {h}", _of_pool(pool, n)))
+    rounds = max(rounds // 10, 20)
+    for n, d, kind, draw in kinds:
         weights = torch.from_numpy(stats.bootstrap_weights(n, settings.replicates, 0))
         truth: dict[str, list[float]] = {name: [] for name in SPECTRAL}
         studies = []
-        for turn in range(5 * rounds):
+        for turn in range(4 * rounds):
             x = draw()
             spectrum = metrics.Spectrum(metrics.singular_values(x, method="gram").square(), n, d)
             for name in SPECTRAL:
                 truth[name].append(float(find(name).load()(spectrum, **find(name).arguments(settings))))
             if turn < rounds:
                 table = Table()
-                Depth(table, 0, ["base"], [], settings, weights).pooled({"base": x})
-                studies.append({row["metric"]: row for row in table.rows})
+                depth, spectrum_of = Depth(table, 0, ["base"], [], settings, weights), Spectra(x, weights, settings)
+                studies.append({name: depth.taken(find(name), (x,), spectrum_of).estimate(0.95) for name in SPECTRAL})
         for name in SPECTRAL:
-            mean = float(np.mean(truth[name]))
-            bounds = [(s[name]["low"], s[name]["high"]) for s in studies if s[name]["low"] is not None]
-            covers = share([float(low <= mean <= high) for low, high in bounds]) if bounds else "withheld"
-            width = np.mean([high - low for low, high in bounds]) / (2 * 1.96 * np.std(truth[name])) if bounds else 0.0
-            yield name, n, d, kind, f"{mean:.3g}", covers, float(width)
+            mean, spread = float(np.mean(truth[name])), float(np.std(truth[name]))
+            found = [s[name] for s in studies]
+            covers = share([float(f.low <= mean <= f.high) for f in found])
+            width = f"{np.mean([f.high - f.low for f in found]) / (2 * 1.96 * spread):.2f}" if spread else ""
+            yield name, n, d, kind, f"{mean:.3g}", covers, width
+
+
+def smollm2_states(rows: int = 1600, tokens: int = 32) -> dict[int, torch.Tensor]:
+    """Mean over tokens of hidden states 5 and 25 of SmolLM2, (rows, 576) each."""
+    from midblock.data import load_data
+    from midblock.models import load_model
+
+    if STATES_FILE.exists():
+        return dict(torch.load(STATES_FILE))
+    loaded = load_model("smollm2")
+    ids = [loaded.tokenizer(e.text)["input_ids"][:tokens] for e in load_data("wikitext").examples]
+    ids = [i for i in ids if len(i) == tokens]
+    chosen = torch.tensor([ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:rows]])
+    kept: dict[int, list[torch.Tensor]] = {5: [], 25: []}
+    for h in kept:
+        loaded.model.model.layers[h - 1].register_forward_hook(
+            lambda _m, _i, out, h=h: kept[h].append((out[0] if isinstance(out, tuple) else out).float().mean(1)))
+    with torch.inference_mode():
+        for batch in chosen.split(64):
+            loaded.model.model(input_ids=batch)
+    found = {h: torch.cat(states).double() for h, states in kept.items()}
+    torch.save(found, STATES_FILE)
+    return found
+
+
+def _of_pool(pool: torch.Tensor, n: int) -> Callable[[], torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return lambda: pool[torch.randperm(len(pool), generator=generator)[:n]]
 
 
 def _decaying(mean: float) -> Callable[[int, int, torch.Generator], Callable[[], torch.Tensor]]:

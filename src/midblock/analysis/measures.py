@@ -22,7 +22,7 @@ from midblock.models.chain import side_of
 from midblock.quantities import Level, Quantity, quantities
 from midblock.results import Estimate, Table
 
-__all__ = ["Depth", "MeasureSettings", "functions"]
+__all__ = ["Depth", "MeasureSettings", "Spectra", "functions"]
 
 _FOLDS = 10
 """Groups of samples left out in turn, for quantities that bring no replicates of their own."""
@@ -102,14 +102,14 @@ class Depth:
 
     def pooled(self, x: Mapping[str, Tensor]) -> None:
         """Rows of the data-set level: stage -> (N, d) float64."""
-        spectra = {stage: _Spectra(of, self.weights, self.settings) for stage, of in x.items()}
+        spectra = {stage: Spectra(of, self.weights, self.settings) for stage, of in x.items()}
         for q in quantities(level="dataset", paired=False):
             if q.function:
-                self._single(q.name, {s: self._taken(q, (x[s],), spectra[s] if q.spectrum else None)
+                self._single(q.name, {s: self.taken(q, (x[s],), spectra[s] if q.spectrum else None)
                                       for s in self.stages})
         for q in quantities(level="dataset", paired=True):
             for later, earlier in self.pairs if q.function else ():
-                found = self._taken(q, (x[earlier], x[later]))
+                found = self.taken(q, (x[earlier], x[later]))
                 # repeated rows push replicates of similarities and of norms one way: their mean is put back
                 centred = found.centred() if isinstance(found, _Taken) and found.how == "replicates" else found
                 self._add(q.name, "pair", centred, stage=side_of((later, earlier)))
@@ -117,7 +117,7 @@ class Depth:
     def views(self, x: Mapping[str, Tensor]) -> None:
         """Rows of augmented views: stage -> (N, V, d) float64."""
         for q in quantities(level="views"):
-            self._single(q.name, {s: self._taken(q, (x[s],)) for s in self.stages})
+            self._single(q.name, {s: self.taken(q, (x[s],)) for s in self.stages})
 
     # -- one quantity
 
@@ -140,7 +140,7 @@ class Depth:
         else:
             self.table.add(*place, estimate, **extra)
 
-    def _taken(self, q: Quantity, x: tuple[Tensor, ...], spectra: _Spectra | None = None) -> _Taken | str:
+    def taken(self, q: Quantity, x: tuple[Tensor, ...], spectra: Spectra | None = None) -> _Taken | str:
         """The quantity of (N, ...) features of one or two models, or why it has no value."""
         n = x[0].shape[0]
         if n < q.least:
@@ -180,7 +180,7 @@ def _without_groups(x: tuple[Tensor, ...], n: int) -> Iterator[tuple[Tensor, ...
         yield tuple(of[kept] for of in x)
 
 
-class _Spectra:
+class Spectra:
     """Spectrum of features (N, d) and of their bootstrap replicates; made once for all quantities."""
 
     def __init__(self, x: Tensor, weights: Tensor, settings: MeasureSettings) -> None:
