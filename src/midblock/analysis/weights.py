@@ -233,7 +233,8 @@ class WeightsResult(TableResult):
             shown = [m for m in (*TURNED, *TWO_CHANGES) if (part["metric"] == m).any()]
             suffix = "" if len(self.stages) == 2 else f"-{str(stage).replace(' ', '-')}"
             made[f"weights-rotations{suffix}"] = depth_lines(  # one colour a group, whatever the measure compares
-                part.assign(side="pair"), shown, hue="matrix", num_layers=self.num_blocks - 1, title=f"How the weights turned: {stage}")
+                part.assign(side="pair"), shown, hue="matrix", num_layers=self.num_blocks - 1,
+                title=f"How the weights turned: {stage}")
         return made
 
 
