@@ -62,7 +62,7 @@ def arguments(part: Part, settings: StudySettings, data: str | None) -> dict[str
     s = settings
     shared = {"max_length": s.max_length, "batch_size": s.batch_size, "seed": s.seed}
     tokens = s.token_samples if not s.token_data or data in s.token_data else 0
-    return {
+    found: dict[Part, dict[str, Any]] = {
         "weights": {"rotations": s.rotations},
         "profile": {"samples": s.samples, "token_samples": tokens, "paper_code": s.paper_code, **shared},
         "lens": {"samples": s.lens_samples, "trace": 1, "paper_code": s.paper_code, **shared},
@@ -70,7 +70,8 @@ def arguments(part: Part, settings: StudySettings, data: str | None) -> dict[str
         "gradients": {"samples": s.gradient_samples, **shared},
         "locate": {"samples": s.gradient_samples, "gradient_samples": s.gradient_samples, **shared},
         "correlate": {}, "sweep": {},
-    }[part]
+    }
+    return found[part]
 
 
 def finished(folder: Path) -> bool:
