@@ -267,7 +267,6 @@ def matrix_order(names: Sequence[str]) -> list[str]:
 
 # -- the records -----------------------------------------------------------------------------------
 
-
 _METRICS = "midblock.metrics:"
 
 
@@ -289,8 +288,7 @@ _add("prompt_entropy", "Prompt entropy", "token", "information", unit="share of 
      formula=r"\frac{-\sum_k p_k \ln p_k}{\ln \min(T, d)},\quad p = \operatorname{eig} "
              r"\frac{ZZ^\top}{\operatorname{tr} ZZ^\top}", source="Paper, eq. 2; Giraldo et al. 2015",
      variants=_ENTROPY_VARIANTS,
-     reading="How evenly the tokens of a text spread over directions: 1 is all directions alike, 0 a single "
-             "one. Lower after tuning means that token states are compressed.")
+     reading="How evenly the tokens of a text spread over directions (1: all alike). Lower: states are compressed.")
 _add("dataset_entropy", "Dataset entropy", "dataset", "information", unit="share of the maximum",
      function="entropy_of", spectrum=True, unit_rows=True, interval="groups",
      options={"alpha": "alpha", "normalize": "normalize"},
@@ -306,8 +304,7 @@ _add("effective_rank", "Effective rank", "dataset", "information", unit="dimensi
              "equal N.")
 _add("effective_rank_normalized", "Effective rank, normalised", "dataset", "information", unit="share of min(N, d)",
      function="effective_rank_of", fixed={"normalize": True}, spectrum=True, interval="groups",
-     options={"energy": "energy"},
-     formula=r"\exp\left(-\sum_k q_k \ln q_k\right) / \min(N, d)", source="Paper, eq. 4",
+     options={"energy": "energy"}, formula=r"\exp\left(-\sum_k q_k \ln q_k\right) / \min(N, d)", source="Paper, eq. 4",
      reading="The effective rank as a share of the largest possible.")
 _add("rank_deficiency", "Rank deficiency", "dataset", "information", unit="share of min(N, d)",
      function="rank_deficiency_of", spectrum=True, options={"tol": "rank_tol"},
@@ -335,8 +332,7 @@ _add("curvature", "Curvature", "token", "geometry", unit="mean angle / π", func
 _add("l2_norm", "L2 norm", "dataset", "geometry", unit="units of the states", function="row_norms",
      formula=r"\frac1N \sum_i \lVert x_i \rVert_2", source="Paper's code", reading="Length of the pooled states.")
 _add("gini", "Gini coefficient", "dataset", "geometry", function="gini_rows",
-     formula=r"\frac{\sum_j (2j - d - 1)\, |x|_{(j)}}{d \sum_j |x|_{(j)}}",
-     source="Gini 1912; Hurley and Rickard 2009",
+     formula=r"\frac{\sum_j (2j - d - 1)\, |x|_{(j)}}{d \sum_j |x|_{(j)}}", source="Gini 1912; Hurley and Rickard 2009",
      reading="How unequal the sizes of a state's entries are: 0 all alike, near 1 a few hold everything.")
 _add("intrinsic_dimension", "Intrinsic dimension", "dataset", "geometry", unit="dimensions",
      function="intrinsic_dimension", resampled="intrinsic_dimension_bootstrap", least=3,
@@ -362,8 +358,7 @@ _add("cosine", "Cosine similarity", "dataset", "alignment", unit="1 = same direc
 _add("token_cosine", "Cosine similarity of tokens", "token", "alignment", unit="1 = same direction", paired=True,
      unchanged=1.0, function="token_cosine", formula=r"\frac1T \sum_t \cos(z_t, z'_t)",
      source="Paper, eq. 7, token by token", reading="Whether each token's state still points the same way.")
-_add("procrustes", "Procrustes angle", "dataset", "alignment", unit="radians", paired=True,
-     function="procrustes_angle",
+_add("procrustes", "Procrustes angle", "dataset", "alignment", unit="radians", paired=True, function="procrustes_angle",
      formula=r"\arccos \frac{\lVert X^\top Y \rVert_*}{\lVert X \rVert_F \lVert Y \rVert_F}",
      source="Williams et al. 2021",
      reading="Angle between the two clouds after the best rotation: 0 for the same shape. A distance, where CKA is a "
@@ -375,8 +370,7 @@ _add("mutual_neighbours", "Common nearest neighbours", "dataset", "alignment", u
      reading="Whether a sample still has the same neighbours. Unrelated states share about k / (N - 1).")
 _add("rsa", "RSA", "dataset", "alignment", unit="Spearman correlation", paired=True, unchanged=1.0, function="rsa",
      least=4, formula=r"\rho_{\mathrm{S}}\big(1 - \operatorname{corr}(x_i, x_j),\ "
-                      r"1 - \operatorname{corr}(y_i, y_j)\big)",
-     source="Kriegeskorte et al. 2008",
+                      r"1 - \operatorname{corr}(y_i, y_j)\big)", source="Kriegeskorte et al. 2008",
      reading="Whether samples that were unlike each other still are, in order.")
 
 # size of the change
@@ -384,8 +378,7 @@ _add("mean_shift", "Mean shift", "dataset", "change", unit="units of the states"
      resampled="mean_shift_bootstrap", formula=r"\lVert \bar y - \bar x \rVert_2", source="Paper, eq. 7",
      reading="How far the centre of all samples moved.")
 _add("mean_shift_relative", "Mean shift, relative", "dataset", "change", unit="share of the base's mean norm",
-     paired=True, function="mean_shift", resampled="mean_shift_bootstrap",
-     fixed={"relative": True},
+     paired=True, function="mean_shift", resampled="mean_shift_bootstrap", fixed={"relative": True},
      formula=r"\lVert \bar y - \bar x \rVert / \lVert \bar x \rVert", source="Paper, eq. 7, over the base's norm",
      reading="How far the centre of all samples moved, comparable over depths.")
 _add("change_intensity", "Change intensity", "dataset", "change", unit="units of the states", paired=True,
@@ -438,8 +431,7 @@ _add("principal_angles", "Principal angles of two changes", "weight", "weights",
      reading="Angles between the strongest directions of two changes: 0 for one space, π/2 for unrelated ones.")
 _add("vector_rotation", "Singular vectors kept", "weight", "weights", unit="largest cosine", paired=True,
      unchanged=1.0, function="vector_rotation", formula=r"\max_j |\langle u_j, u'_i \rangle|",
-     source="Shuttleworth et al. 2024",
-     reading="Whether a strong direction of the tuned weight was one of the base's.")
+     source="Shuttleworth et al. 2024", reading="Whether a strong direction of the tuned weight was one of the base's.")
 _add("intruder_dimensions", "Intruder dimensions", "weight", "weights", unit="of the first 10", paired=True,
      function="intruder_dimensions",
      formula=r"\#\{i \le k : \max_j |\langle u_j, u'_i \rangle| < \varepsilon\}", source="Shuttleworth et al. 2024",
@@ -456,8 +448,7 @@ _add("perplexity", "Perplexity", "logits", "predictions", formula=r"\exp(\mathrm
      reading="Lower is better; number of equally likely tokens with the same loss.", source="Jelinek et al. 1977")
 _add("perplexity_ratio", "Perplexity ratio", "logits", "predictions", paired=True, unchanged=1.0,
      formula=r"\exp(\mathrm{loss}_b - \mathrm{loss}_a)", reading="Below 1: the later model predicts better.")
-_add("accuracy", "Accuracy", "logits", "predictions", unit="share",
-     formula=r"[\arg\max p = \mathrm{gold}]",
+_add("accuracy", "Accuracy", "logits", "predictions", unit="share", formula=r"[\arg\max p = \mathrm{gold}]",
      reading="Share of tokens (or of items, where answers are scored) that are right.", source="Paper, figure 3")
 _add("entropy", "Entropy", "logits", "predictions", unit="nats", formula=r"-\sum_v p_v \ln p_v",
      reading="How undecided the prediction is.", source="Shannon 1948")
