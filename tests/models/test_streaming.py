@@ -51,6 +51,30 @@ def test_dropped_parts_come_back(tmp_path: Path) -> None:
     assert model.streamed.bytes_read - before == model.streamed.stored_bytes(0) == model.streamed.part_bytes(0)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("t5", "bart")])
+def test_embeddings_of_some_tokens_are_read_alone(family: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / family, family)
+    whole, model = (load_model(folder, device="cpu", dtype="bfloat16", streamed=s) for s in (False, True))
+    assert model.streamed is not None
+    ids = torch.tensor([[7, 3, 7, 100], [3, 3, 5, 9]])
+    before = model.streamed.bytes_read
+    with torch.inference_mode(), model.streamed.embedding_rows(ids) as places:
+        found = model.anatomy.embeddings(places)
+    assert torch.equal(found, whole.anatomy.embeddings(ids))
+    weight = next(whole.anatomy.embeddings.parameters())
+    assert model.streamed.bytes_read - before == 5 * weight.shape[1] * 4  # stored in float32
+    assert all(p.is_meta for p in model.anatomy.embeddings.parameters())
+    with model.streamed.part("embeddings"), model.streamed.embedding_rows(ids) as places:
+        assert torch.equal(places, ids)  # it is there
+
+
+def test_rows_beyond_the_table_are_left_to_the_model(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path / "m"), device="cpu", streamed=True)
+    assert model.streamed is not None
+    with pytest.raises(IndexError), model.streamed.embedding_rows(torch.tensor([[1, 128]])) as places:
+        model.anatomy.embeddings(places)
+
+
 def test_auto_decides_by_sizes_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             caplog: pytest.LogCaptureFixture) -> None:
     specs = [str(saved(tmp_path / n, seed=i)) for i, n in enumerate("ab")]

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -311,6 +312,27 @@ class Checkpoint:
         if left:
             raise CheckpointError(f"{path} ends before {name} does; fetch the checkpoint again.")
         return data.view(self.dtype(name)).reshape(self.shape(name))
+
+    def load_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix as stored, in this order, read alone.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        path, offset = self.location(name)
+        import torch
+
+        wide = self.nbytes_of(name) // self.shape(name)[0]
+        data = torch.empty((len(rows), wide), dtype=torch.uint8)
+        with reading.open_file(path, error=CheckpointError) as stream:
+            try:
+                for row, place in zip(rows, data.numpy(), strict=True):
+                    stream.seek(offset + row * wide)
+                    if stream.readinto(place.data) < wide:
+                        raise CheckpointError(f"{path} ends before {name} does; fetch the checkpoint again.")
+            except OSError as error:
+                raise CheckpointError(f"{path}: {name} cannot be read ({first_line(error)}).") from error
+        return data.view(self.dtype(name)).reshape(len(rows), *self.shape(name)[1:])
 
     def _where_missing(self, name: str) -> Path:
         self._entry(name)

@@ -9,36 +9,25 @@ mapped, so that a part is gone when it is dropped.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from midblock.errors import CheckpointError, MidblockError, SettingsError
+from midblock.errors import CheckpointError
 from midblock.models.anatomy import Anatomy, find_anatomy
 from midblock.models.checkpoints import Checkpoint
 from midblock.models.finite import require_finite
+from midblock.models.part_loader import Found, Loader, QuantisedStates, Stored
 from midblock.models.placement import in_dtype
-from midblock.models.quiet import first_line
 
 __all__ = ["Part", "PartReader", "StreamedWeights", "build_streamed"]
 
 Part = int | Literal["embeddings", "head", "rest"]
 """A block's number, or a part outside the blocks; ``rest`` (final norm, positions, an encoder) always stays."""
-
-
-@dataclass
-class _Found:
-    """What a checkpoint's names say before anything is read."""
-
-    missing_keys: set[str] = field(default_factory=set)
-    unexpected_keys: set[str] = field(default_factory=set)
-    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
 
 class StreamedWeights:
@@ -64,15 +53,16 @@ class StreamedWeights:
     def __init__(self, model: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint, *, spec: str, dtype: torch.dtype,
                  device: torch.device, check_finite: bool, quantiser: Any = None) -> None:
         self._model, self._checkpoint, self._spec, self._check_finite = model, checkpoint, spec, check_finite
-        self._loader = _Loader(model, dtype, device, quantiser)
-        self._states = _QuantisedStates(model)
+        self._loader = Loader(model, dtype, device, quantiser)
+        self._states = QuantisedStates(model)
         self._files = {path: _stamp(path) for path in checkpoint.files}
         self._held: set[Part] = set()
+        self._converted: set[str] = set()
         self._users: dict[Part, int] = {}
         self.bytes_read = 0
         self.memory_limit: int | None = None
         self.scratch: Path | None = None
-        self.found = _Found()
+        self.found = Found()
         self._places: dict[Part, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         parts = self._find_parts(anatomy)
         self._keys: dict[Part, list[str]] = {part: [] for part in self._places}
@@ -115,6 +105,8 @@ class StreamedWeights:
                 self.found.mismatched_keys.add((inside[0], self._checkpoint.shape(key), tuple(own[inside[0]].shape)))
             if (part := parts.get(inside[0])) is not None:
                 self._keys[part].append(key)
+            if converted and not self._loader.passes(inside[0], names):
+                self._converted.add(key)
         reached_weights = {id(own_parameter) for name, own_parameter
                            in self._model.named_parameters(remove_duplicate=False) if name in reached}
         self.found.missing_keys.update(
@@ -148,13 +140,10 @@ class StreamedWeights:
         """
         if part in self._held or part not in self._places:
             return
-        for path in {self._checkpoint.location(key)[0] for key in self._keys[part]}:
-            if _stamp(path) != self._files[path]:
-                raise CheckpointError(f"{path} has disappeared, or is not what it was when the run began; weights of "
-                                      "two checkpoints must not be mixed. Restore it, then start the run again.")
+        self._require_same(self._keys[part])
         # quantisation would hide what is not finite
         where = self._spec if self._check_finite and self._loader.quantised else None
-        self._loader.fill({key: _Stored(self._checkpoint, key, where) for key in self._keys[part]}, self._spec)
+        self._loader.fill({key: Stored(self._checkpoint, key, where) for key in self._keys[part]}, self._spec)
         self.bytes_read += self.stored_bytes(part)
         self._tie(part)
         places = self._places[part]
@@ -168,6 +157,12 @@ class StreamedWeights:
                                   f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}.")
         if self._check_finite:
             require_finite([(name, getattr(module, leaf)) for name, module, leaf, _ in places], self._spec)
+
+    def _require_same(self, keys: Iterable[str]) -> None:
+        for path in {self._checkpoint.location(key)[0] for key in keys}:
+            if _stamp(path) != self._files[path]:
+                raise CheckpointError(f"{path} has disappeared, or is not what it was when the run began; weights of "
+                                      "two checkpoints must not be mixed. Restore it, then start the run again.")
 
     def drop(self, part: Part) -> None:
         """Free a part's memory."""
@@ -212,6 +207,46 @@ class StreamedWeights:
             self._users[part] -= 1
             if not self._users[part]:
                 self.drop(part)
+
+    @contextlib.contextmanager
+    def embedding_rows(self, ids: Tensor) -> Iterator[Tensor]:
+        """Embeddings of some tokens are there within the context: their rows alone, where these can be read so.
+
+        Args:
+            ids: Tokens, whole numbers.
+
+        Yields:
+            What to embed in their place: numbers of the rows that are there, or the tokens themselves.
+        """
+        part: Part = "embeddings"
+        keys, places = self._keys[part], self._places[part]
+        tokens, rows = ids.unique(return_inverse=True)
+        if self.is_there(part) or not self._is_plain_table(part) or not (
+                0 <= int(tokens[0]) <= int(tokens[-1]) < self._checkpoint.shape(keys[0])[0]):
+            with self.part(part):
+                yield ids
+            return
+        self._require_same(keys)
+        weight = self._checkpoint.load_rows(keys[0], tokens.tolist())
+        self.bytes_read += weight.nbytes
+        if self._check_finite:
+            require_finite([(keys[0], weight)], self._spec)
+        table = nn.Parameter(weight.to(device=ids.device, dtype=self._loader.dtype), requires_grad=False)
+        try:
+            for _, module, leaf, _ in places:
+                module._parameters[leaf] = table
+            yield rows
+        finally:
+            self.drop(part)
+
+    def _is_plain_table(self, part: Part) -> bool:
+        """Whether a part is one matrix, which is stored as the model has it."""
+        keys, empty = self._keys[part], {id(p): p for *_, p in self._places[part]}
+        if len(keys) != 1 or len(empty) != 1 or self._loader.keeps_float32:
+            return False
+        shape, dtype = self._checkpoint.shape(keys[0]), self._checkpoint.dtype(keys[0])
+        return (shape == tuple(next(iter(empty.values())).shape) and dtype.is_floating_point and dtype.itemsize > 1
+                and keys[0] not in self._converted)
 
     def holds(self, part: Part) -> bool:
         """Whether a part stays in memory."""
@@ -303,136 +338,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
-
-
-class _Stored:
-    """A tensor that is read when transformers' loader slices it.
-
-    Args:
-        checkpoint: Where it is.
-        name: Its name there.
-        where: Refuse NaN and infinity in what is stored, of a model of this name.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, name: str, where: str | None) -> None:
-        self._checkpoint, self._name, self._where = checkpoint, name, where
-        self.error: MidblockError | None = None
-
-    def get_dtype(self) -> str:
-        """The stored dtype in the words of safetensors."""
-        return self._checkpoint.stored_dtype(self._name)
-
-    def __getitem__(self, _: Any) -> Tensor:
-        try:
-            found = self._checkpoint.load(self._name)
-            if self._where is not None:
-                require_finite([(self._name, found)], self._where)
-            return found
-        except MidblockError as error:  # the loader would make it one of its own
-            self.error = error
-            raise
-
-
-class _QuantisedStates:
-    """What bitsandbytes keeps of a weight on its layer, beside the parameter; it would hold on to a dropped one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._kept = {module: copy.copy(module.state) for module in model.modules()
-                      if type(module).__name__ == "Linear8bitLt"}
-
-    def forget(self, module: nn.Module) -> None:
-        """Let a layer be as it was before its weight was read."""
-        if getattr(module, "quant_state", None) is not None:
-            module.quant_state = None  # type: ignore[assignment]
-        if module in self._kept:
-            module.state = copy.copy(self._kept[module])
-
-
-class _Loader:
-    """transformers' loader of weights, for some of a model's weights at a time.
-
-    Raises:
-        SettingsError: this version of transformers has another one.
-    """
-
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, quantiser: Any) -> None:
-        self._quantiser = quantiser
-        self.turns_back = quantiser is not None and bool(getattr(quantiser.quantization_config, "dequantize", False))
-        self.quantised = quantiser is not None and not self.turns_back
-        self.dtype = dtype
-        try:
-            from transformers import core_model_loading
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.modeling_utils import LoadStateDictConfig
-
-            self._load = core_model_loading.convert_and_load_state_dict_in_model
-            self._rename = core_model_loading.rename_source_key
-            mapping: Any = get_model_conversion_mapping(model, None, quantiser)
-            self._renamings = [m for m in mapping if isinstance(m, core_model_loading.WeightRenaming)]
-            self._converters = [m for m in mapping if isinstance(m, core_model_loading.WeightConverter)]
-            self._config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=mapping,
-                                               dtype_plan=model._get_dtype_plan(dtype), hf_quantizer=quantiser)
-        except (ImportError, AttributeError, TypeError) as error:
-            raise _other_version(error) from error
-        self._model = model
-
-    def targets(self, key: str, own: dict[str, Any]) -> tuple[list[str], bool]:
-        """Names in the model that a stored tensor goes to, and whether it is converted on the way."""
-        prefix = self._model.base_model_prefix
-        name, pattern = self._rename(key, self._renamings, self._converters, prefix, own)
-        if name not in own and key in own:
-            name, pattern = self._rename(key, [], [], prefix, own)
-        if pattern is None:
-            return [name], False
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        return [name.replace(converter.target_patterns[0], other) for other in converter.target_patterns], True
-
-    def quantises(self, name: str) -> bool:
-        """Whether a parameter of the model is held quantised."""
-        return self.quantised and bool(self._quantiser.param_needs_quantization(self._model, name))
-
-    def bytes_of(self, name: str, parameter: Tensor) -> int:
-        """Bytes that a parameter takes once it is there."""
-        size = self._quantiser.quantized_element_size if self.quantises(name) else parameter.itemsize
-        return int(parameter.numel() * size)
-
-    def converts(self, keys: Iterable[str]) -> bool:
-        """Whether stored tensors are made into others on their way, so that both are there for a while."""
-        own = self._model.state_dict()
-        return self._quantiser is not None or any(self.targets(key, own)[1] for key in keys)
-
-    def forget_ignored(self, found: _Found) -> None:
-        """Drop what the family says may be missing or too many."""
-        self._model._adjust_missing_and_unexpected_keys(found)
-
-    def fill(self, stored: dict[str, _Stored], spec: str) -> None:
-        """Put tensors into the model.
-
-        Raises:
-            CheckpointError: they cannot be read, or do not fit.
-        """
-        try:
-            info, _ = self._load(self._model, stored, self._config)
-        except TypeError as error:
-            raise _other_version(error) from error
-        finally:
-            for tensor in stored.values():
-                if tensor.error is not None:
-                    raise tensor.error
-        if info.mismatched_keys:
-            name, was, asked = next(iter(info.mismatched_keys))
-            raise CheckpointError(f"model {spec!r}: {name} is {tuple(was)}, the config asks for {tuple(asked)}.")
-        if info.conversion_errors:
-            name, told = next(iter(info.conversion_errors.items()))
-            raise CheckpointError(f"model {spec!r}: {name} cannot be made of what is stored "
-                                  f"({str(told).strip().splitlines()[-1][:200]}).")
-
-
-def _other_version(error: Exception) -> SettingsError:
-    import transformers
-
-    return SettingsError(f"reading a model block by block does not work with transformers {transformers.__version__} "
-                         f"({first_line(error)}); install a newer one, or load the model whole with stream never.")
 
 
 def build_streamed(make: Callable[[], Any], folder: Path, *, spec: str, dtype: torch.dtype, device: torch.device,

@@ -172,8 +172,8 @@ def streamed_blocks(loaded: LoadedModel, resident: Collection[int]) -> Iterator[
     embed = anatomy.embeddings.forward
 
     def embeddings(*args: Any, **kwargs: Any) -> Any:
-        with weights.part("embeddings"):
-            return embed(*args, **kwargs)
+        with weights.embedding_rows(args[0]) as ids:
+            return embed(ids, *args[1:], **kwargs)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())  # each block would show a bar of its own
