@@ -284,6 +284,15 @@ def test_heatmap_marks_and_footnote():
     assert "n = 30" in words(fig)
 
 
+def test_a_long_name_of_the_colours_stays_within_the_figure():
+    fig = heatmap(np.random.default_rng(0).random((7, 30)), list("qkvogud"), range(30), title="t",
+                  label="|<gradient, update>| at the tuned weights, nats a token of the data")
+    fig.draw_without_rendering()
+    name = fig.axes[-1].yaxis.label.get_window_extent()
+    assert fig.bbox.y0 <= name.y0 < name.y1 <= fig.bbox.y1
+    assert name.x1 <= fig.bbox.x1 + 1
+
+
 @pytest.mark.parametrize("fig", [
     lambda: depth_lines(table([f"metric_{i}" for i in range(14)])),
     lambda: heatmap(np.random.default_rng(0).random((90, 90)), range(90), range(90)),

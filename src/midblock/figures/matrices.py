@@ -77,7 +77,7 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
     ax.set_ylabel(row_label)
     bar = fig.colorbar(image, ax=ax, shrink=min(0.9, 4.0 / height), pad=0.02, aspect=22)
     bar.outline.set_visible(False)
-    bar.set_label(label)
+    bar.set_label(wrap(label, max(14, int(9 * height))))  # no longer than the figure is high
     if footnote:
         fig.supxlabel(wrap(footnote, int(width * 13)), fontsize=7.5, color=GREY, x=0.01, ha="left")
     if texts is not None or (array.shape[0] <= 14 and array.shape[1] <= 14):
