@@ -98,7 +98,8 @@ def sweep(
 def _show_plan(plan: SweepPlan) -> None:
     from midblock.results import Answer
 
-    shown = plan.frame.assign(GB=plan.frame["peak_bytes"] / 1e9).drop(columns=["peak_bytes"])
+    # what an arm does not reach is told in words below
+    shown = plan.frame.assign(GB=plan.frame["peak_bytes"] / 1e9).drop(columns=["peak_bytes", "not_reached"])
     console.print_table(shown, title="Arms (seconds: estimate for one run)")
     console.print_table(plan.detectable, title="Smallest difference of two arms that these items and seeds detect")
     found, *details = plan.summary().splitlines()
