@@ -64,16 +64,17 @@ def peak_of(words: list[str], place: Path) -> int:
     """
     log = place / "log"
     _, status, used = os.wait4(start(words, place, log), 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+    if os.waitstatus_to_exitcode(status) != 0 or "failed: " in log.read_text():  # an arm of a sweep
         raise RuntimeError(f"{' '.join(words)}: {log.read_text()[-1000:]}")
     return int(used.ru_maxrss) * 1024
 
 
 def _write_inputs(place: Path, count: int) -> None:
-    for name, begin in (("d", 0), ("held", 10**6)):
-        (place / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
-            for i in range(begin, begin + count)))
+    (place / "d.jsonl").write_text("".join(
+        json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion": f"it is {i + i * i}."}) + "\n"
+        for i in range(count)))
+    (place / "held.jsonl").write_text("".join(
+        json.dumps({"prompt": f"after {i}? ", "completion": f"{i + 1}."}) + "\n" for i in range(count)))
     for name, right in (("a", 0.9), ("b", 0.4)):
         (place / f"samples_{name}.jsonl").write_text("".join(
             json.dumps({"doc_id": n, "doc_hash": f"h{n}", "doc": {"q": str(n)}, "filter": "none", "metrics": ["acc"],

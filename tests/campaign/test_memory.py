@@ -29,7 +29,7 @@ def found() -> dict[str, dict[str, Any]]:
 def test_ten_times_the_samples_take_no_more_memory(found: dict[str, dict[str, Any]], name: str) -> None:
     assert found[name]["ratio"] <= 1.1
     # the rows themselves and what is kept of each: far less than a row's logits or hidden states
-    assert found[name]["bytes_per_sample"] <= 40_000
+    assert found[name]["bytes_per_sample"] <= (80_000 if name == "study" else 40_000)  # a study: of six analyses
 
 
 def test_every_command_is_measured_or_takes_no_samples() -> None:

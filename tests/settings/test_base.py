@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
@@ -127,3 +128,24 @@ def test_faults_without_a_model() -> None:
     with pytest.raises(ValidationError) as caught:
         Sample.model_validate({"nonsense": 1})
     assert faults_of(caught.value, unknown="key") == ["nonsense: unknown key"]
+
+
+def _whole_numbers() -> list[tuple[type[Settings], str]]:
+    """Every setting of every command that is a whole number, or some."""
+    import midblock.settings  # noqa: F401  (all models)
+
+    def below(model: type[Settings]) -> list[type[Settings]]:
+        return [model, *(m for child in model.__subclasses__() for m in below(child))]
+
+    return sorted({(model, name) for model in below(Settings) if model.__module__.startswith("midblock.")
+                   for name, field in model.model_fields.items()
+                   if re.search(r"\bint\b", str(field.annotation))}, key=str)
+
+
+@pytest.mark.parametrize(("model", "name"), _whole_numbers(), ids=str)
+@pytest.mark.parametrize("value", [2**53 + 1, 10**40, 10**5000], ids=["2**53+1", "10**40", "10**5000"])
+def test_no_setting_takes_a_number_beyond_floats(model: type[Settings], name: str, value: int) -> None:
+    """Steps of forty digits were a traceback from deep below."""
+    for given in (value, [value]):
+        with pytest.raises(SettingsError, match=name):
+            model(**{name: given})

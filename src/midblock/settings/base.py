@@ -88,6 +88,9 @@ def as_keys() -> Iterator[None]:
         yield
 
 
+_LARGEST = 2**53
+
+
 class Settings(BaseModel):
     """Base of every settings model: frozen, unknown names refused, no NaN or infinity, all faults at once.
 
@@ -129,6 +132,15 @@ class Settings(BaseModel):
             raise ValueError(f"must be a number, got {value}")
         if isinstance(value, str) and get_origin(annotation) in (list, tuple):
             return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _exact_as_floats(cls, value: Any) -> Any:
+        """No whole number beyond those that a float holds exactly: the libraries below compute with it."""
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and abs(number) > _LARGEST:
+                raise ValueError(f"must be at most {_LARGEST:,} in size")
         return value
 
     @classmethod
@@ -200,7 +212,10 @@ def faults_of(error: ValidationError, model: type[BaseModel] | None = None, *, u
 
 def _fault(fault: Any, name: str, path: list[str], model: type[BaseModel] | None, unknown: str) -> str:
     kind, limits, value = fault["type"], fault.get("ctx", {}), fault["input"]
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        shown = "a number of thousands of digits"
     got = f", got {shown if len(shown) <= 60 else shown[:57] + '...'}"
     if kind == "extra_forbidden":
         if len(path) > 1 or model is None:
