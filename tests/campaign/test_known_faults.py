@@ -361,6 +361,8 @@ ADAPTER = "adapter/adapter_config.json"
     ("an unknown tracker", f"{ONE} --mask 00100 --rank 2 --data d.jsonl --report-to nosuch", nothing, "nosuch"),
     *[(f"seed {n}", f"{ONE} --mask 00100 --rank 2 --data d.jsonl --seed {n}", nothing, "seed")
       for n in (2**32, 2**64, 10**30, -(2**63) - 1)],
+    *[(f"{option} of forty digits", f"{ONE} --mask 00100 --rank 2 --data d.jsonl {option} {'1' * 40}", nothing,
+       f"{option} must be at most") for option in ("--steps", "--rank", "--batch-size", "--samples")],
     ("a table without a column", OVERLAP, lambda p: text("runs/importance-0/table.csv", "\n".join(
         line.split(",", 1)[1] for line in (p / "runs/importance-0/table.csv").read_text().splitlines()))(p), "changed"),
     ("a table cut", OVERLAP, cut("runs/importance-0/table.csv"), "changed"),
