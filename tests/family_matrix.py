@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "family_records.jsonl"
 PAGE = HERE.parent / "docs" / "families.md"
 COMMANDS = ("inspect", "profile", "weights", "lens", "swap", "merge", "gradients", "locate", "tune", "cache", "reload",
-            "evaluate")
+            "ranks", "evaluate")
 SAMPLES, SECONDS = 4, 600
 MASK = "01"
-_TITLES = {"cache": "tune with the cache", "reload": "adapter in plain PEFT"}
+_TITLES = {"cache": "tune with the cache", "reload": "adapter in plain PEFT", "ranks": "tune with EVA's ranks"}
 
 
 class WrongNumber(AssertionError):
@@ -52,7 +53,7 @@ class World:
 
         from conftest import build_tiny_tokenizer
         from families import tiny
-        from midblock.models import find_anatomy, load_model, save_checkpoint
+        from midblock.models import save_checkpoint
 
         self.family, self.folder = family, folder
         self.base = tiny(family)
@@ -67,8 +68,20 @@ class World:
         self.data.write_text("".join(json.dumps({"prompt": f"what is {i} and {i * i}? ", "completion":
                                                  f"it is {i + i * i}, of course" + " and so on" * (i % 3)}) + "\n"
                                      for i in range(SAMPLES)))
-        self.pair = [load_model(str(folder / name)) for name in ("m", "m-sft")]
-        self.anatomy = find_anatomy(self.base)
+
+    @cached_property
+    def pair(self) -> Any:
+        """Both, loaded by midblock."""
+        from midblock.models import load_model
+
+        return [load_model(str(self.folder / name)) for name in ("m", "m-sft")]
+
+    @cached_property
+    def anatomy(self) -> Any:
+        """Of the base."""
+        from midblock.models import find_anatomy
+
+        return find_anatomy(self.base)
 
     def rows(self, *, completions: bool = False) -> Any:
         """Unpadded token rows: whole texts, or prompt, completion and end with the spans that training learns."""
@@ -275,13 +288,53 @@ def cache(w: World) -> str:
     return f"off: {off[0]}" if off else "ok"
 
 
+def ranks(w: World) -> None:
+    """EVA's ranks of the linear layers: the directions of most variance within the budget, read back by plain PEFT."""
+    import torch
+
+    from midblock import tune as run
+    from midblock.tuning import make_plan
+
+    options: dict[str, Any] = {"mask": MASK, "rank": 2, "target_modules": ("linear",)}
+    folder = w.folder / "eva"
+    plan = run(w.pair[0], str(w.data), ranks="eva", init="eva", steps=2, batch_size=SAMPLES, warmup=0.0,
+               learning_rate=1e-3, out=folder, **options).plan
+    even = make_plan(w.pair[0], **options)
+    if abs(plan.params - even.params) > max(m.cost_per_rank for m in even.modules) / 2:
+        raise WrongNumber(f"{plan.params} parameters for a budget of {even.params}")
+    seen: dict[str, list[Any]] = {m.name: [] for m in even.modules}
+    for row in w.rows(completions=True):
+        places = [t for start, stop in row.supervised for t in range(start, stop)]
+        hooks = [w.base.get_submodule(m.name).register_forward_pre_hook(
+            lambda _m, given, name=m.name, places=places: seen[name].append(
+                given[0].double().reshape(-1, given[0].shape[-1])[places])) for m in even.modules]
+        with torch.no_grad():
+            w.logits(w.base, row.ids, row.supervised[0][0])
+        for hook in hooks:
+            hook.remove()
+    taken, left = [1.0], [0.0]
+    for m in even.modules:
+        rows = torch.cat(seen[m.name])
+        squares = torch.linalg.svdvals(rows - rows.mean(0)) ** 2
+        shares = (squares / squares.sum()).tolist()[:min(4, m.inputs, m.outputs)]
+        taken += shares[:plan.own_ranks.get(m.name, 0)]
+        left += shares[plan.own_ranks.get(m.name, 0):]
+    if max(left) > min(taken) + 1e-5:
+        raise WrongNumber(f"a direction of {max(left):.4g} of the variance was left for one of {min(taken):.4g}")
+    _reads(w, folder / "adapter")
+
+
 def reload(w: World) -> None:
+    _reads(w, w.folder / "tuned" / "adapter")
+
+
+def _reads(w: World, folder: Path) -> None:
+    """Plain PEFT and midblock compute the same with an adapter, and not what the base computes."""
     import torch
     from peft import PeftModel
 
     from midblock.models import load_model
 
-    folder = w.folder / "tuned" / "adapter"
     if not folder.exists():
         raise WrongNumber("tune wrote no adapter")
     with warnings.catch_warnings(record=True) as caught:
