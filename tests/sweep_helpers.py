@@ -58,6 +58,13 @@ def tiny_values(folder: Path) -> dict[str, Any]:
     }
 
 
+def outcome(record: RunRecord) -> dict[str, Any]:
+    """All of a record but times and memory."""
+    return {"key": record.key, "status": record.status, "plan": record.plan,
+            "losses": record.training.get("losses"),
+            "tasks": {t: (s.items, s.scores, s.value) for t, s in record.tasks.items()}}
+
+
 # ---------------------------------------------------------------- planted results
 
 ARMS = ["11111", "10000", "01000", "00100", "00010", "00001"]

@@ -77,14 +77,15 @@ def test_an_extra_brings_what_its_line_promises(module: str, extra: str) -> None
 def test_all_extras_of_commands_are_in_all() -> None:
     (line,) = PROJECT["optional-dependencies"]["all"]
     within = set(line.partition("[")[2].rstrip("]").split(","))
-    assert within == set(extras.EXTRA_OF.values()) - {"quantized"}  # bitsandbytes: where a GPU or 4-bit base is used
+    # where a GPU or a 4-bit base is used
+    assert within == set(extras.EXTRA_OF.values()) - {"quantized", "vllm"}
 
 
 def test_constraints_pin_everything_declared() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     declared = CORE | set().union(*(names(r) for extra, r in PROJECT["optional-dependencies"].items()
-                                    if extra != "quantized"))
+                                    if extra not in ("quantized", "vllm")))
     assert declared - pinned - {"midblock"} == set()
 
 

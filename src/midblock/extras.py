@@ -22,7 +22,9 @@ EXTRA_OF = {
     "plotly": "report",
     "pyarrow": "parquet",
     "ray": "ray",
+    "submitit": "slurm",
     "trl": "tune",
+    "vllm": "vllm",
     "zstandard": "inspect",
 }
 # what needs more than the extra of the package that is missed first

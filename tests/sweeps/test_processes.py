@@ -30,7 +30,7 @@ from midblock.sweeps import (
 )
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.schedule import Schedule
-from sweep_helpers import tiny_values
+from sweep_helpers import outcome, tiny_values
 from worker_helpers import dying, stillborn, stranger
 
 
@@ -41,32 +41,6 @@ def children() -> list[psutil.Process]:
             if "spawn_main" in " ".join(child.cmdline()):
                 found.append(child)
     return found
-
-
-def outcome(record: RunRecord) -> dict[str, Any]:
-    """All of a record but times and memory."""
-    return {"key": record.key, "status": record.status, "plan": record.plan,
-            "losses": record.training.get("losses"),
-            "tasks": {t: (s.items, s.scores, s.value) for t, s in record.tasks.items()}}
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("planned")
-    values = tiny_values(folder)
-    values["arms"] |= {"masks": ["00100", "00001"]}
-    values |= {"workers": 2}
-    config = parse_config(values)
-    local = sweep(config, out=folder / "local")
-    return {"values": values, "config": config, "local": {r.key: outcome(r) for r in local.records},
-            "folder": folder}
-
-
-@pytest.fixture
-def engine_parts(planned: dict[str, Any]) -> tuple[Any, Any, Any, list[Job]]:
-    config = planned["config"]
-    loaded = load_model(config.model, dtype="float32", device="cpu")
-    return config, loaded, load_sweep_data(config), jobs_of(expand_arms(config, loaded), config.seeds)
 
 
 def test_a_killed_worker_changes_nothing(planned: dict[str, Any], tmp_path: Path) -> None:
@@ -104,6 +78,7 @@ def test_a_run_that_kills_its_workers_fails_after_three(engine_parts: tuple[Any,
     assert not children()
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_begin_end_the_sweep(engine_parts: tuple[Any, Any, Any, list[Job]]) -> None:
     config, loaded, data, jobs = engine_parts
     with pytest.raises(TrainingError, match=r"3 workers died .* before they could begin \(exit code 3\)"):

@@ -131,15 +131,16 @@ def _show_result(result: SweepResult, out: Path, config: Path) -> None:
                        "out": str(out)})
 
 
-def finished_runs(state: SweepState) -> pd.DataFrame:
-    """Finished runs so far: arm, learning rate, seed, scores, seconds."""
+def finished_runs(state: SweepState, last: int = 20) -> pd.DataFrame:
+    """The last finished runs: arm, learning rate, seed, scores, seconds."""
     import pandas as pd
 
-    tasks = list(dict.fromkeys(t for r in state.records.values() for t in r.tasks))
+    records = list(state.records.values())[-last:]
+    tasks = list(dict.fromkeys(t for r in records for t in r.tasks))
     return pd.DataFrame([{
         "arm": r.arm, "lr": r.learning_rate, "seed": r.seed,
         **{t: (r.tasks[t].value if t in r.tasks else None) for t in tasks},
-        "seconds": round(r.seconds, 1), "status": r.status} for r in state.records.values()])
+        "seconds": round(r.seconds, 1), "status": r.status} for r in records])
 
 
 def _line(state: SweepState) -> str:
@@ -203,7 +204,7 @@ class _Screen:
 
         parts: list[Any] = []
         if self._state is not None and self._state.records:
-            frame = finished_runs(self._state).tail(20)
+            frame = finished_runs(self._state)
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for name in frame.columns:
                 table.add_column(str(name), no_wrap=True)

@@ -63,10 +63,11 @@ class LiveReport:
         return True
 
     def _write(self, state: SweepState) -> None:
-        from midblock.sweeps import SweepResult
+        from midblock.sweeps import SweepResult, read_records
         from midblock.sweeps.planning import clock
 
-        result = SweepResult.of(self._config, state.plan, list(state.records.values()))
+        stored = read_records(self._out)
+        result = SweepResult.of(self._config, state.plan, [stored[key] for key in state.records if key in stored])
         more: dict[str, Any] = {"pareto": result.statistics.pareto}
         if len(blocks := result.block_steps()):
             more["block_steps"] = blocks

@@ -26,8 +26,8 @@ from midblock.settings.tune import (
     TuneSettings,
 )
 
-__all__ = ["NAME", "ArmsConfig", "DataConfig", "ExplicitArm", "Margins", "RandomArms", "StatisticsConfig",
-           "SweepConfig", "TaskConfig", "TrainingConfig"]
+__all__ = ["ENGINE_FIELDS", "NAME", "ArmsConfig", "DataConfig", "ExplicitArm", "Margins", "RandomArms",
+           "StatisticsConfig", "SweepConfig", "TaskConfig", "TrainingConfig"]
 
 MAX_SEGMENTS = 1000
 """Digits of a mask; no model is that deep."""
@@ -203,7 +203,20 @@ class SweepConfig(PlaceSettings):
     cache_limit: int | str | None = declared(TuneSettings, "cache_limit")
     report_to: str | None = setting(None, metavar="NAME", help=(
         "A tracker of every run, as for transformers (tensorboard, trackio, wandb, ...)."))
-    engine: Literal["local", "processes"] = setting("local", help=(
-        "local: one run after another in this process; processes: several workers on this machine."))
+    engine: Literal["local", "processes", "ray", "slurm"] = setting("local", help=(
+        "local: one run after another in this process; processes: several workers on this machine; ray: workers on a "
+        "Ray cluster; slurm: workers as Slurm's jobs."))
     workers: int = setting(0, ge=0, le=1024, help=(
-        "Workers of engine processes; 0: one per GPU, or one for every two cores that memory holds."))
+        "Workers of the other engines; 0: one per GPU, or one for every two cores that memory holds (processes), as "
+        "many as fit (ray), one (slurm)."))
+    cores: int = setting(0, ge=0, le=4096, help=(
+        "Cores of a worker of ray and slurm; 0: as many as this process uses, which makes results equal to local."))
+    address: str | None = setting(None, metavar="HOST:PORT", help=(
+        "Engine ray: address of a running cluster (or auto); unset: one is started on this machine."))
+    slurm: dict[str, str | int | float | bool] = setting({}, help=(
+        "Engine slurm: what sbatch is told, in submitit's names (slurm_partition, slurm_account, timeout_min, mem_gb); "
+        "cluster: local runs the workers on this machine."))
+
+
+ENGINE_FIELDS = ("engine", "workers", "cores", "address", "slurm")
+"""What changes no result: a sweep may be resumed with others."""

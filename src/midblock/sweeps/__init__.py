@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from midblock.sweeps.config import dump_config, load_config, parse_config
     from midblock.sweeps.data import SweepData, load_sweep_data
     from midblock.sweeps.engine import Engine, LocalEngine
+    from midblock.sweeps.engines import make_engine
+    from midblock.sweeps.on_ray import RayEngine
+    from midblock.sweeps.on_slurm import SlurmEngine
     from midblock.sweeps.outcome import SweepResult
     from midblock.sweeps.planning import SweepPlan, plan_sweep
     from midblock.sweeps.processes import ProcessesEngine
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
     from midblock.sweeps.scores import ArmInfo
     from midblock.sweeps.statistics import SweepStatistics, analyse
 
-__all__ = ["Arm", "ArmInfo", "Engine", "Job", "LocalEngine", "ProcessesEngine", "RunRecord", "SweepConfig",
-           "SweepData", "SweepPlan", "SweepResult", "SweepState", "SweepStatistics", "TaskScores", "analyse", "dry_run",
-           "dump_config", "expand_arms", "jobs_of", "load_config", "load_sweep_data", "parse_config", "plan_sweep",
-           "read_records", "sweep"]
+__all__ = ["Arm", "ArmInfo", "Engine", "Job", "LocalEngine", "ProcessesEngine", "RayEngine", "RunRecord",
+           "SlurmEngine", "SweepConfig", "SweepData", "SweepPlan", "SweepResult", "SweepState", "SweepStatistics",
+           "TaskScores", "analyse", "dry_run", "dump_config", "expand_arms", "jobs_of", "load_config",
+           "load_sweep_data", "make_engine", "parse_config", "plan_sweep", "read_records", "sweep"]
 
 __getattr__, __dir__ = on_first_use(__name__, __file__, __all__)

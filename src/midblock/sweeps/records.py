@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from midblock.errors import OutputError
 from midblock.settings.base import faults_of
 from midblock.writing import read_written, write_sealed
 
-__all__ = ["RunRecord", "TaskScores", "read_records", "write_record"]
+__all__ = ["RunRecord", "TaskScores", "read_record", "read_records", "write_record"]
 
 FOLDER = "results"
 _ADVICE = "remove it, then repeat the command with --resume"
@@ -88,6 +88,13 @@ class RunRecord:
         return self.arm if self.seed is None else f"{self.arm}__lr{self.learning_rate:g}__seed{self.seed}"
 
 
+    def outline(self) -> RunRecord:
+        """The record without what grows with items and steps: what a running sweep keeps of it in memory."""
+        tasks = {label: replace(t, items=[], scores=[], tokens=None) for label, t in self.tasks.items()}
+        training = {k: v for k, v in self.training.items() if k not in ("losses", "blocks")}
+        return replace(self, tasks=tasks, training=training, plan=None)
+
+
 _RECORD = TypeAdapter(RunRecord)
 
 
@@ -108,15 +115,22 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     Raises:
         OutputError: a file is not such a result, or was changed after it was written.
     """
-    found = {}
-    for path in sorted((folder / FOLDER).glob("[!.]*.json")):
-        stored = read_written(path, advice=_ADVICE)
-        try:
-            record = _RECORD.validate_python(stored)
-        except ValidationError as error:
-            raise OutputError(f"{path} is not the result of a run of a sweep ({'; '.join(faults_of(error))}); "
-                              f"{_ADVICE}.") from None
-        if record.key != path.stem:
-            raise OutputError(f"{path} holds the result of {record.key}; {_ADVICE}.")
-        found[record.key] = record
-    return found
+    records = [read_record(path) for path in sorted((folder / FOLDER).glob("[!.]*.json"))]
+    return {record.key: record for record in records}
+
+
+def read_record(path: Path) -> RunRecord:
+    """One result.
+
+    Raises:
+        OutputError: as `read_records`.
+    """
+    stored = read_written(path, advice=_ADVICE)
+    try:
+        record = _RECORD.validate_python(stored)
+    except ValidationError as error:
+        raise OutputError(f"{path} is not the result of a run of a sweep ({'; '.join(faults_of(error))}); "
+                          f"{_ADVICE}.") from None
+    if record.key != path.stem:
+        raise OutputError(f"{path} holds the result of {record.key}; {_ADVICE}.")
+    return record

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from midblock.models import LoadedModel, load_model
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
 from midblock.settings.base import as_keys
-from midblock.settings.sweep import SweepConfig
+from midblock.settings.sweep import ENGINE_FIELDS, SweepConfig
 from midblock.sweeps.arms import Job
 from midblock.sweeps.config import dump_config, load_config
 from midblock.sweeps.data import SweepData, load_sweep_data
-from midblock.sweeps.engine import Engine, LocalEngine
+from midblock.sweeps.engine import Engine
+from midblock.sweeps.engines import make_engine, require_engine
 from midblock.sweeps.outcome import SweepResult
 from midblock.sweeps.planning import SweepPlan, outline_of, plan_sweep
-from midblock.sweeps.processes import ProcessesEngine
 from midblock.sweeps.records import RunRecord, read_records, write_record
 from midblock.tuning import Plan
 from midblock.tuning.estimate import outline
@@ -29,8 +30,8 @@ __all__ = ["SweepState", "dry_run", "sweep"]
 class SweepState:
     """How far a sweep is, for a live table."""
 
-    records: dict[str, RunRecord]
-    """Finished runs by key, in order."""
+    records: Mapping[str, RunRecord]
+    """Outlines of the finished runs (`RunRecord.outline`) by key, in order; the whole ones are in the run folder."""
     plan: SweepPlan
     seconds_left: float
     """Estimate from the runs so far."""
@@ -83,6 +84,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         TrainingError: the base's weights did not survive a run.
     """
     config = config if isinstance(config, SweepConfig) else load_config(config)
+    require_engine(config)
     if not resume:
         RunFolder.check_free(out)
     data = load_sweep_data(config)
@@ -92,37 +94,34 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
                             allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data, loaded)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
-                   may_differ=("name", "arms", "seeds", "statistics", "report_to", "engine", "workers")) as run:
+                   may_differ=("name", "arms", "seeds", "statistics", "report_to", *ENGINE_FIELDS)) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
         stored = read_records(run.path) if run.resumed else {}
-        records = {job.key: stored[job.key] for job in plan.jobs if job.key in stored and _stands(stored[job.key], job)}
+        records = {job.key: stored[job.key].outline() for job in plan.jobs
+                   if job.key in stored and _stands(stored[job.key], job)}
+        del stored
         todo = [job for job in plan.jobs if job.key not in records]
         tell = listener if listener is not None else _ignore
-        tell(SweepState(dict(records), plan, _left(plan, records, set())))
-        fresh: set[str] = set()
+        left = _TimeLeft(plan, records)
+        shown = MappingProxyType(records)
+        tell(SweepState(shown, plan, left()))
 
         def finished(record: RunRecord) -> None:
             write_record(run.path, record)
-            records[record.key] = record
-            fresh.add(record.key)
-            tell(SweepState(dict(records), plan, _left(plan, records, fresh)))
+            records[record.key] = record.outline()
+            left.finished(record)
+            tell(SweepState(shown, plan, left()))
 
         if todo:
-            made = _engine(config, loaded, data, trust) if engine is None else engine(config, loaded, data)
-            if isinstance(made, LocalEngine | ProcessesEngine):
-                made.trackers = run.path / "trackers"
+            made = engine(config, loaded, data) if engine is not None else make_engine(
+                config, loaded, data, folder=run.path, plan=plan, trust=trust)
             made.run(todo, finished, progress=progress)
-        result = SweepResult.of(config, plan, [records[j.key] for j in plan.jobs])
+        whole = read_records(run.path)
+        result = SweepResult.of(config, plan, [whole[j.key] for j in plan.jobs])
         result.write(run)
         return result
-
-
-def _engine(config: SweepConfig, loaded: LoadedModel, data: SweepData, trust: dict[str, bool]) -> Engine:
-    if config.engine == "local":
-        return LocalEngine(config, loaded, data)
-    return ProcessesEngine(config, loaded, data, trust=trust)
 
 
 def _stands(record: RunRecord, job: Job) -> bool:
@@ -136,12 +135,20 @@ def _ignore(state: SweepState) -> None:
     pass
 
 
-def _left(plan: SweepPlan, records: dict[str, RunRecord], fresh: set[str]) -> float:
+class _TimeLeft:
     """Time left: the estimates of what is to come, scaled by how the runs of this call compared with theirs."""
-    ahead = sum(s for key, s in plan.seconds.items() if key not in records)
-    done = [k for k in fresh if records[k].status == "done"]
-    expected = sum(plan.seconds[k] for k in done)
-    if expected <= 0:
-        return ahead
-    return ahead * sum(records[k].seconds for k in done) / expected
 
+    def __init__(self, plan: SweepPlan, known: Collection[str]) -> None:
+        self._seconds = plan.seconds
+        self._ahead = sum(s for key, s in plan.seconds.items() if key not in known)
+        self._expected = self._taken = 0.0
+
+    def finished(self, record: RunRecord) -> None:
+        """A run of this call is over."""
+        self._ahead -= self._seconds[record.key]
+        if record.status == "done":
+            self._expected += self._seconds[record.key]
+            self._taken += record.seconds
+
+    def __call__(self) -> float:
+        return max(0.0, self._ahead) * (self._taken / self._expected if self._expected > 0 else 1.0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-from midblock.sweeps.arms import Job
+from midblock.sweeps.arms import BASE, Job
 
 __all__ = ["RETRIES", "Schedule"]
 
@@ -21,6 +21,7 @@ class Schedule:
 
     Args:
         jobs: The runs.
+        needs: Bytes of each run by key.
 
     Example:
         >>> schedule = Schedule([Job(None, None, None)])
@@ -28,32 +29,49 @@ class Schedule:
         ('base', None)
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._groups: dict[int | None, deque[Job]] = {}
+    def __init__(self, jobs: Sequence[Job], needs: Mapping[str, int] | None = None) -> None:
+        self._groups: dict[int | str, deque[Job]] = {}
+        self._need: dict[int | str, int] = {}
         for job in jobs:
-            self._groups.setdefault(None if job.arm is None else job.arm.plan.first_block, deque()).append(job)
-        self._owner: dict[Hashable, int | None] = {}
+            group = BASE if job.arm is None else job.arm.plan.first_block
+            self._groups.setdefault(group, deque()).append(job)
+            self._need[group] = max(self._need.get(group, 0), (needs or {}).get(job.key, 0))
+        self._owner: dict[Hashable, int | str] = {}
+        self._kept: dict[Hashable, Job] = {}
         self._again: deque[Job] = deque()
         self._deaths: Counter[str] = Counter()
 
+    def claim(self, worker: Hashable) -> int:
+        """Give a worker that is about to start a group; the bytes that its largest run needs."""
+        if (free := self._largest_free()) is None:
+            return max(self._need.values(), default=0)
+        self._owner[worker] = free
+        return self._need[free]
+
     def next(self, worker: Hashable) -> Job | None:
         """The worker's next run; None: there is none (but one that runs now may come back, see `lost`)."""
+        if (kept := self._kept.pop(worker, None)) is not None:
+            return kept
         if self._again:
             return self._again.popleft()
-        own = self._owner.get(worker)
-        if worker in self._owner and self._groups.get(own):
-            return self._groups[own].popleft()
+        if worker in self._owner and (own := self._groups[self._owner[worker]]):
+            return own.popleft()
         self._owner.pop(worker, None)
-        left = {first: jobs for first, jobs in self._groups.items() if jobs}
-        if not left:
-            return None
+        if (free := self._largest_free()) is not None:
+            self._owner[worker] = free
+            return self._groups[free].popleft()
+        left = [jobs for jobs in self._groups.values() if jobs]
+        return max(left, key=len).pop() if left else None  # its own worker goes on from the other end
+
+    def _largest_free(self) -> int | str | None:
+        """The largest group that has runs left and that nobody has."""
         held = set(self._owner.values())
-        free = {first: jobs for first, jobs in left.items() if first not in held}
-        first = max(free or left, key=lambda f: len(left[f]))
-        if free:
-            self._owner[worker] = first
-            return left[first].popleft()
-        return left[first].pop()  # its own worker goes on from the other end
+        free = [group for group, jobs in self._groups.items() if jobs and group not in held]
+        return max(free, key=lambda group: len(self._groups[group])) if free else None
+
+    def keep(self, job: Job, worker: Hashable) -> None:
+        """A run that was taken and not begun; the worker's next, when it asks again."""
+        self._kept[worker] = job
 
     def lost(self, job: Job, worker: Hashable) -> int | None:
         """A worker died of, or during, a run: it is tried again by whoever asks next.
