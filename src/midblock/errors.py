@@ -20,6 +20,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutputError",
     "PairMismatchError",
+    "PeerError",
     "ServingError",
     "SettingsError",
     "TrainingError",
@@ -56,6 +57,12 @@ class ArchitectureError(MidblockError):
 
 class PairMismatchError(MidblockError):
     """Base and tuned checkpoint are not of one architecture, size or tokenizer."""
+
+
+class PeerError(MidblockError):
+    """Another process of the same job (``torchrun``, ``accelerate launch``) has ended or cannot be reached."""
+
+    exit_code = 1
 
 
 class BlockRangeError(SettingsError):

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, Field
 
+from midblock import ranks
 from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.reading import file_digest, read_csv, user_path, validated
 from midblock.removing import LOCK, TEMPORARY, remove_empty, remove_marked, remove_named
@@ -221,7 +222,8 @@ class RunFolder:
     On a clean exit the status becomes ``finished``; on an error ``failed`` with the
     message; on Ctrl-C ``interrupted``. A folder that this call made and that holds nothing but
     ``run.json`` when a user's mistake is found is removed again. Until then no other process can use
-    the folder, and what a killed run left in it half-written is removed at the start.
+    the folder, and what a killed run left in it half-written is removed at the start. Of the processes of one job
+    (`midblock.ranks`) the first has the folder; in the others nothing that writes does anything.
     """
 
     def __init__(self, path: Path | str, *, command: str, settings: Mapping[str, Any],
@@ -231,28 +233,36 @@ class RunFolder:
         self.resumed = False
         self._created = not self.path.exists()
         self._started = time.perf_counter()
+        self._held: Any = None
+        self.run: dict[str, Any] = {}
         resolved = json_ready(dict(settings))
+        self.run, self.resumed = ranks.first(lambda: self._take(
+            command, resolved, resolved if given is None else json_ready(dict(given)), resume, may_differ))
+
+    def _take(self, command: str, resolved: dict[str, Any], given: dict[str, Any], resume: bool,
+              may_differ: Collection[str]) -> tuple[dict[str, Any], bool]:
         if not resume:
-            self.check_free(self.path)
+            self._require_free(self.path)
         self._contents(self.path)
         self._held = _lock(self.path)
         try:
-            self._start(command, resolved, resolved if given is None else json_ready(dict(given)), resume, may_differ)
+            self._start(command, resolved, given, resume, may_differ)
         except BaseException:
             self._leave(remove=self._created)
             raise
+        return self.run, self.resumed
 
     def _start(self, command: str, resolved: dict[str, Any], given: dict[str, Any], resume: bool,
                may_differ: Collection[str]) -> None:
         if not resume:
-            self.check_free(self.path)  # another process may have used it before the lock was ours
+            self._require_free(self.path)  # another process may have used it before the lock was ours
         previous: dict[str, Any] = {}
         if self._contents(self.path):
             previous = read_run(self.path)
             self._check_same(previous, command, resolved, may_differ)
             self.resumed = True
             self._remove_half_written()
-        self.run: dict[str, Any] = {
+        self.run = {
             "format_version": FORMAT_VERSION, "status": "running", "command": command,
             "given": given,
             "settings": resolved, "argv": sys.argv[1:],
@@ -285,7 +295,10 @@ class RunFolder:
         Raises:
             OutputError: it is a file or not empty.
         """
-        path = user_path(path, error=OutputError)
+        ranks.first(lambda: cls._require_free(user_path(path, error=OutputError)))
+
+    @classmethod
+    def _require_free(cls, path: Path) -> None:
         if existing := cls._contents(path):
             raise OutputError(
                 f"--out {path} is not empty (it holds {existing[0]}{' and more' if len(existing) > 1 else ''}); "
@@ -327,6 +340,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write ``run.json`` as it stands."""
+        if ranks.follows():
+            return
         self.run["seconds"] = round(time.perf_counter() - self._started, 3)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
         write_sealed(self.path / "run.json", self.run)
@@ -344,8 +359,10 @@ class RunFolder:
             data: Description of the data with a ``fingerprint``.
 
         Raises:
-            SettingsError: resumed with other weights or data than those of the first call.
+            SettingsError: resumed with other weights or data than those of the first call; or a process of this job
+                has others than the first one, or other packages.
         """
+        self._same_everywhere({name: v.get("fingerprint") for name, v in {**models, "data": data}.items()})
         before: dict[str, Any] = {**self.run["models"], "data": self.run["data"]}
         for name, now in {**models, "data": data}.items():
             then = (before.get(name) or {}).get("fingerprint")
@@ -354,14 +371,26 @@ class RunFolder:
                                     "name a new folder.")
         self.update(models=models, data=data)
 
+    @staticmethod
+    def _same_everywhere(fingerprints: dict[str, Any]) -> None:
+        """Processes of one job must have read the same."""
+        own = {**package_versions(), **fingerprints}
+        first = ranks.first(lambda: own)
+        if other := [name for name in {**first, **own} if first.get(name) != own.get(name)]:
+            raise SettingsError(f"process {ranks.rank()} of this job has another {', '.join(other)} than the first one "
+                                "(their versions or digests differ); give all of them the same files and packages.")
+
     def file(self, name: str) -> Path:
         """Path of a file in this folder; its parent folder is made."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not ranks.follows():
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically, keep its digest, and return its path."""
+        if ranks.follows():
+            return self.path / name
         with atomic_path(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
             self.run["digests"][name] = file_digest(temporary, error=OutputError)
@@ -369,11 +398,15 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file (no NaN) atomically and return its path."""
+        if ranks.follows():
+            return self.path / name
         write_json(self.path / name, value)
         return self.path / name
 
     def write_table(self, table: Table | pd.DataFrame, name: str = "table.csv") -> Path:
         """Write a tidy table as CSV atomically; undefined cells stay empty, reasons go to run.json."""
+        if ranks.follows():
+            return self.path / name
         if isinstance(table, Table):
             self.run["undefined"] = json_ready(table.reasons)
             table = table.frame()
@@ -387,6 +420,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        if ranks.follows():
+            return
         if error is None:
             self.run["status"] = "finished"
         elif isinstance(error, KeyboardInterrupt):

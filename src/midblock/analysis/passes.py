@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from midblock import ranks
 from midblock.capture import Lockstep, run_layer_major
 from midblock.capture.accumulators import Accumulator
 from midblock.data import Batch, Dataset, TokenRow, TokenRows, load_data, make_batches, pad_token_id, tokenize
@@ -227,6 +228,7 @@ class PassState:
         checks.settle()
         if self._pending:
             number = 1 + max((int(p.stem[5:]) for p in self.folder.glob("part-*.safetensors")), default=-1)
+            number += (ranks.rank() - number) % ranks.size()  # no two processes write under one name
             arrays = {f"{name}||{key}": value for name, accumulator in accumulators.items()
                       for key, value in accumulator.part(self._pending).items() if value.numel()}
             save_state(self.folder / f"part-{number:05d}.safetensors", arrays,
@@ -236,6 +238,8 @@ class PassState:
 
     def discard(self) -> None:
         """Remove the saved parts: the run is finished."""
+        if ranks.follows():
+            return
         if (self.folder / STATE_MARKER).is_file():
             remove_marked(self.folder / STATE_MARKER, list(self.folder.glob("part-*.safetensors")), folder=True)
 
@@ -250,6 +254,9 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
     from two blocks in memory. Such a pass knows nothing of a sample before its end, so that it begins anew where it
     was interrupted.
 
+    The processes of one job (`midblock.ranks`) share the batches; afterwards the accumulators of the first one hold
+    all values.
+
     Args:
         stages: name -> model; all of one depth and width.
         batches: Batches on the CPU; moved to each model's device.
@@ -259,7 +266,7 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
         what: What the progress is called.
         heads: Whether the accumulators read heads out.
     """
-    done = state.restore(accumulators) if state else set()
+    done = ranks.first(lambda: state.restore(accumulators)) if state else set()
     tell = _Tokens(progress, what, batches, len(stages))
     todo = []
     for batch in batches:
@@ -267,11 +274,23 @@ def feed_batches(stages: Mapping[str, LoadedModel], batches: Sequence[Batch],
             tell(batch)
         else:
             todo.append(batch)
+    todo = ranks.share(todo)
     with torch.inference_mode(), finite_checks_together() as checks:
         if any(m.streamed is not None for m in stages.values()):
             _layers_first(stages, todo, accumulators, tell, heads=heads)
         else:
             _batches_first(stages, todo, accumulators, tell, checks, state=state, heads=heads)
+    _bring_together(accumulators, [sample for batch in todo for sample in batch.indices])
+
+
+def _bring_together(accumulators: Mapping[str, Accumulator], samples: Sequence[int]) -> None:
+    """Let the first process's accumulators hold what each process has measured of its samples."""
+    if ranks.size() == 1:
+        return
+    own = {} if ranks.rank() == 0 else {name: a.part(samples) for name, a in accumulators.items()}
+    for theirs, parts in ranks.to_first((list(samples), own))[1:]:
+        for name, part in parts.items():
+            accumulators[name].put(theirs, part)
 
 
 class _Tokens:
@@ -355,7 +374,7 @@ class PassPart(Generic[R]):
         state = PassState(state_folder) if state_folder else None
         feed_batches(self.inputs.stages, self.batches, self.accumulators, state=state, progress=progress,
                      what=self.what, heads=self.heads)
-        result = self.finish()
+        result = ranks.first(self.finish)
         if state:
             state.discard()
         return result

@@ -74,12 +74,24 @@ class SampleScores:
         self._arrivals.settle()
         return self._sums
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._arrivals.settle()  # what is still on its way would arrive in another copy
+        return self.__dict__
+
     def put(self, batch: Batch, scores: RowScores) -> None:
         """Keep the scores of a batch."""
         rows = [self._place[i] for i in batch.indices]
         self.tokens[rows] = scores.tokens.numpy()
         for name, values in (("loss", scores.loss), ("accuracy", scores.correct)):
             self._arrivals.put(torch.from_numpy(self._sums[name]), rows, values)
+
+
+    def add(self, other: SampleScores) -> None:
+        """Take over what another has of these samples."""
+        there = ~np.isnan(other.sums["loss"])
+        self.tokens[there] = other.tokens[there]
+        for name, values in other.sums.items():
+            self.sums[name][there] = values[there]
 
 
 def add_scores(table: Table, kind: Kind, layer: int | str, side: str, scores: SampleScores, mean: TokenMean,

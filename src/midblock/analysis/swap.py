@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from midblock import ranks
 from midblock.analysis.passes import Inputs, PassPart, Stages, prepare
 from midblock.analysis.scores import SampleScores, TokenMean, add_changes, add_scores
 from midblock.analysis.swap_streamed import swap_block_by_block
@@ -223,11 +224,10 @@ class _Prepared:
         """Run what is not stored, score everything."""
         inputs, stages = self.inputs, self.inputs.stages
         if self.parts is None:
-            table = _table(swap_block_by_block(inputs, self.swaps, progress), self.masks, self.masks[0], self.settings)
-            return SwapResult(inputs.named(table), inputs.names, self.settings, inputs.counts(), inputs.origin)
+            return self._result(swap_block_by_block(inputs, self.swaps, progress))
         last_hidden = inputs.first.anatomy.num_blocks
         scores: dict[tuple[str, str, str, str], SampleScores] = {}
-        batches = inputs.batches()
+        batches = ranks.share(inputs.batches())
         ahead = [0 if stored is not None and not run.blocks else last_hidden - run.start for run in self.runs]
         total, done = max(1, sum(ahead) * len(batches)), 0
         with torch.inference_mode(), many_unembeddings(m.anatomy for m in stages.values()):
@@ -245,10 +245,21 @@ class _Prepared:
                         scores.setdefault(key, SampleScores([r.index for r in inputs.rows])).put(batch, found)
                     done += ahead[number]
                     progress("swap", done, total, note=f"{run.donor} in {run.recipient}")
-        table = inputs.named(_table(scores, self.masks, self.masks[0], self.settings))
-        return SwapResult(table, inputs.names, self.settings,
-                          inputs.counts(**({"not_resumed": self.not_resumed} if self.not_resumed else {})),
-                          inputs.origin)
+        return self._result(scores)
+
+    def _result(self, scores: dict[tuple[str, str, str, str], SampleScores]) -> SwapResult:
+        """The table, from the scores that all processes have found."""
+        inputs = self.inputs
+        for theirs in ranks.to_first(scores)[1:]:
+            for key, found in theirs.items():
+                scores.setdefault(key, SampleScores([r.index for r in inputs.rows])).add(found)
+
+        def made() -> SwapResult:
+            table = inputs.named(_table(scores, self.masks, self.masks[0], self.settings))
+            return SwapResult(table, inputs.names, self.settings,
+                              inputs.counts(**({"not_resumed": self.not_resumed} if self.not_resumed else {})),
+                              inputs.origin)
+        return ranks.first(made)
 
 
 def _prepared(inputs: Inputs, chosen: SwapSettings) -> _Prepared:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from midblock import ranks
 from midblock.analysis.passes import Inputs
 from midblock.analysis.scores import SampleScores
 from midblock.capture import HiddenStates, block_by_block, room_for_hidden_states, score_hidden
@@ -45,7 +46,9 @@ def swap_block_by_block(inputs: Inputs, swaps: Mapping[Swap, Sequence[int]], pro
     Returns:
         (recipient, donor, mask, head) -> scores.
     """
-    batches = inputs.batches()
+    batches = ranks.share(inputs.batches())
+    if not batches:
+        return {}
     room = room_for_hidden_states(inputs.stages, batches, states=len(swaps) + 2, heads=True,
                                   blocks_at_once=len(inputs.stages))
     with torch.inference_mode(), room as kept, block_by_block(inputs.stages) as runner:

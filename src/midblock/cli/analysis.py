@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from midblock import ranks
 from midblock.cli import console
 from midblock.cli.answers import show_answer
 
@@ -112,6 +113,8 @@ def run_analysis(
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},
                           data={} if dataset is None else dataset.describe())
         result = measure(chain, keys, dataset, run, progress)
+        if ranks.follows():
+            raise typer.Exit
         save_result(run, result, fields={"counts": getattr(result, "counts", {})}, progress=progress)
     counts = getattr(result, "counts", {})
     if counts.get("truncated"):

@@ -5,22 +5,24 @@ Importing this module is light: each command file imports its part of the librar
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 
-from midblock import __version__, extras
+from midblock import __version__, extras, ranks
 from midblock.cli import console
 from midblock.cli.answers import remember
 from midblock.cli.endings import Ended, check_words, foreseen, signals_end_as_interrupts
-from midblock.errors import MidblockError
+from midblock.errors import MidblockError, SettingsError
 
 __all__ = ["COMMANDS", "app", "run"]
 
@@ -49,8 +51,12 @@ COMMANDS = (
     "demo",
 )
 
+SEVERAL = ("profile", "lens", "swap", "evaluate", "tune")
+"""Commands that several processes of one job share (`midblock.ranks`)."""
+
 USER_MISTAKE = 2
 INTERRUPTED = 130
+_PATIENCE_SECONDS = 5.0
 
 app = typer.Typer(
     name="midblock", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -102,9 +108,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     remember(words)
     signalled: list[Ended] = []
     console.show_log()
+    job = ranks.asked()
+    console.set_mute(job is not None and job[0] > 0)
     try:
         check_words(words)
-        with signals_end_as_interrupts(signalled):
+        with signals_end_as_interrupts(signalled), contextlib.nullcontext() if job is None else _one_of(words, *job):
             code = app(args=words, prog_name="midblock", standalone_mode=False)
     except MidblockError as error:
         return _fail(str(error), error.exit_code, debug)
@@ -133,9 +141,28 @@ def run(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+@contextlib.contextmanager
+def _one_of(words: Sequence[str], rank: int, size: int) -> Iterator[None]:
+    """One process of a job (``torchrun``, ``accelerate launch``): joins the others for a command that is shared."""
+    shared = [w for w in words if not w.startswith("-")][:1]
+    if shared and shared[0] in COMMANDS and shared[0] not in SEVERAL:
+        raise SettingsError(f"midblock {shared[0]} runs in one process, and this job has {size}; start it without "
+                            f"torchrun or accelerate launch. {', '.join(SEVERAL)} share their work over processes; a "
+                            "sweep has engines of its own (engine: processes, ray, slurm).")
+    if not {"-h", "--help"} & {*words} and shared:
+        with ranks.joined():
+            yield
+    else:
+        yield
+
+
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    if (job := ranks.asked()) is not None and job[0] > 0:
+        # a mistake that all processes make is told by the first one, whose end the launcher then makes ours
+        time.sleep(_PATIENCE_SECONDS)
+        message = f"process {job[0]} of {job[1]}: {message}"
     console.error(message)
     return code
 

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from midblock.progress import Progress
 
 __all__ = ["emit_json", "error", "format_figure", "is_json", "is_quiet", "note", "print_table", "progress_bar",
-           "reset", "say", "say_command", "set_json", "set_quiet", "show_log", "step", "warn"]
+           "reset", "say", "say_command", "set_json", "set_mute", "set_quiet", "show_log", "step", "warn"]
 
 _json: ContextVar[bool] = ContextVar("json", default=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_mute: ContextVar[bool] = ContextVar("mute", default=False)
 
 _PIPE_WIDTH = 10_000  # a log or a pipe has no width
 _BAR = 12  # columns of a bar
@@ -60,26 +61,32 @@ def is_json() -> bool:
 
 
 def is_quiet() -> bool:
-    """Whether the command was called with ``--quiet``."""
-    return _quiet.get()
+    """Whether the command was called with ``--quiet``, or another process speaks for this one."""
+    return _quiet.get() or _mute.get()
+
+
+def set_mute(on: bool) -> None:
+    """Whether another process of the job speaks for this one: nothing is printed but what ends it."""
+    _mute.set(on)
 
 
 def reset() -> None:
     """Forget the options of an earlier command in this process."""
     set_json(False)
     set_quiet(False)
+    set_mute(False)
 
 
 def say(text: str = "") -> None:
     """Print text for a person on stdout; nothing under ``--json``."""
-    if not is_json():
+    if not is_json() and not _mute.get():
         text = printable(text, lines=True)
         print(_within(text, sys.stdout))
 
 
 def say_command(label: str, line: str) -> None:
     """Print a command to paste on stdout; where it is too long it goes on after backslashes, as shells read it."""
-    if not is_json():
+    if not is_json() and not _mute.get():
         from midblock.cli.layout import continued
 
         print(continued(label, printable(line), _terminal_width(sys.stdout)))
@@ -117,7 +124,8 @@ def show_log() -> None:
 
 def warn(text: str) -> None:
     """Print one warning on stderr, also under ``--json`` and ``--quiet``."""
-    _to_stderr(f"Warning: {text}")
+    if not _mute.get():
+        _to_stderr(f"Warning: {text}")
 
 
 def step(text: str) -> None:
@@ -133,6 +141,8 @@ def error(text: str) -> None:
 
 def note(text: str, command: str = "") -> None:
     """Print how to go on after an interruption on stderr, and the command for it on a line of its own."""
+    if _mute.get():
+        return
     print(file=sys.stderr)
     _to_stderr(text)
     if command:
@@ -160,7 +170,7 @@ def _within(text: str, stream: Any, further: str = "") -> str:
 
 def emit_json(value: Any) -> None:
     """Print ``value`` as JSON on stdout if ``--json`` was given; NaN and infinity become null."""
-    if not is_json():
+    if not is_json() or _mute.get():
         return
     from midblock.results import json_ready
 
@@ -197,7 +207,7 @@ def print_table(frame: pd.DataFrame, title: str | None = None) -> None:
     Undefined cells stay empty; nothing is cropped (`midblock.cli.layout`). Without a terminal the table is as wide
     as its content.
     """
-    if is_json():
+    if is_json() or _mute.get():
         return
     import pandas as pd
 
@@ -246,7 +256,7 @@ def progress_bar(*, quiet: bool | None = None) -> Iterator[Progress]:
     """
     from midblock.progress import silent
 
-    if _quiet.get() if quiet is None else quiet:
+    if is_quiet() if quiet is None else quiet:
         yield silent
     elif sys.stderr.isatty():
         with _rich_progress() as bar:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from midblock import ranks
 from midblock.cli import console
 from midblock.cli.analysis import loading
 from midblock.cli.answers import in_earnest, show_answer
@@ -109,6 +110,8 @@ def _run(model: str, data: str, plan: Plan, settings: TuneSettings, load: Stream
         run.record_inputs(models={"base": loaded.describe()}, data=dataset.describe())
         result = run_tuning(loaded, dataset, settings, plan=plan, cache=store, out=run.path, resume=resume,
                             progress=progress)
+        if ranks.follows():
+            raise typer.Exit
         save_result(run, result, fields={"results": result.describe()}, progress=progress)
     if result.rows.truncated:
         console.warn(f"{result.rows.truncated} of {len(result.rows)} samples were longer than --max-length "

@@ -28,8 +28,11 @@ from midblock.models.quiet import first_line, foreign, quiet
 from midblock.models.resolve import resolve_checkpoint
 from midblock.models.validation import read_adapter_config
 
-__all__ = ["AdapterFile", "StoredExpert", "base_of_adapter", "base_weight", "layer_factors", "merged_weight",
-           "other_base", "stored_experts", "with_adapter"]
+__all__ = ["VLLM_RANKS", "AdapterFile", "StoredExpert", "base_of_adapter", "base_weight", "layer_factors",
+           "merged_weight", "other_base", "stored_experts", "with_adapter"]
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's ``--max-lora-rank`` takes."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from midblock import ranks
 from midblock.errors import PairMismatchError, SettingsError
 from midblock.models.adapters import base_of_adapter
 from midblock.models.anatomy import find_anatomy
@@ -108,7 +109,8 @@ def load_chain(specs: Sequence[str], *, names: Sequence[str] | None = None, toke
                 stream != "never" and _can_stream(list(specs), options)) else parameters,
             spread=options.get("device_map") is not None, device=resolve_device(options.get("device", "auto")),
             models=len(specs))
-    why = _why_streamed(list(specs), stream, memory_limit, options)
+    # free memory is not the same for every process of a job
+    why = ranks.first(lambda: _why_streamed(list(specs), stream, memory_limit, options))
     loaded = [load_model(spec, name=name, streamed=why is not None, **options)
               for spec, name in zip(specs, keys, strict=True)]
     for stage in loaded if why is not None else ():

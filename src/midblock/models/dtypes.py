@@ -24,6 +24,7 @@ import psutil
 import torch
 from filelock import FileLock
 
+from midblock import ranks
 from midblock.errors import OutputError, SettingsError
 from midblock.models.products import product_rate
 from midblock.writing import cache_dir, sha256_of, write_json
@@ -140,7 +141,8 @@ def choose_dtype(asked: str | torch.dtype, *, stored: torch.dtype, device: torch
     elif not can:
         choice = DtypeChoice(torch.float32, f"the device {device} cannot multiply in {dtype_name(narrow)}")
     else:
-        choice = _faster(narrow, product_rates(config, device, narrow), device)
+        # measured by each process for itself, rates could fall on either side
+        choice = _faster(narrow, ranks.first(lambda: product_rates(config, device, narrow)), device)
     if say:
         _LOG.info("dtype %s: %s", choice.name, choice.reason)
     return choice

@@ -15,7 +15,7 @@ from midblock.errors import SettingsError
 from midblock.settings.tune import Order
 from midblock.writing import sha256_of
 
-__all__ = ["BatchOrder", "RankSampler", "batch_plan", "collator", "labels_of"]
+__all__ = ["BatchOrder", "RankBatches", "RankSampler", "batch_plan", "collator", "labels_of"]
 
 
 def batch_plan(lengths: Sequence[int], batch_size: int, seed: int, order: Order = "length") -> list[list[int]]:
@@ -51,11 +51,53 @@ class BatchOrder(Sampler[int]):
     def __len__(self) -> int:
         return sum(map(len, self._batches))
 
-    def __iter__(self) -> Iterator[int]:
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch."""
+        return len(self._batches)
+
+    def batches(self) -> Iterator[list[int]]:
+        """The epoch's batches."""
         order = list(range(self._full))
         random.Random(f"midblock order {self._seed} {self.epoch}").shuffle(order)
         for number in (*order, *range(self._full, len(self._batches))):
-            yield from self._batches[number]
+            yield self._batches[number]
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.batches():
+            yield from batch
+
+
+class RankBatches(Sampler[list[int]]):
+    """One process's part of each batch of a `BatchOrder`: every n-th row, so that a row stays on its process.
+
+    A part that would be empty is an empty list: all processes take the same steps. (`collator` makes one row without
+    labels of it.)
+
+    Args:
+        order: Of all rows.
+        rank: Number of the process.
+        processes: How many.
+
+    Example:
+        >>> order = BatchOrder([3, 3, 3], 2, seed=0)
+        >>> [sorted(a + b) for a, b in zip(RankBatches(order, 0, 2), RankBatches(order, 1, 2))] == [
+        ...     sorted(b) for b in order.batches()]
+        True
+    """
+
+    def __init__(self, order: BatchOrder, rank: int, processes: int) -> None:
+        self._order, self._rank, self._processes = order, rank, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._order.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._order.batches():
+            yield batch[self._rank::self._processes]
 
 
 class RankSampler(Sampler[int]):
@@ -110,8 +152,12 @@ class RankSampler(Sampler[int]):
 
 
 def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """A function from rows to a batch: ids, mask and labels (B, T), padded on the right."""
+    """A function from rows to a batch: ids, mask and labels (B, T), padded on the right.
+
+    Of no rows it makes one of two tokens without labels.
+    """
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = rows or [{"input_ids": [pad_id] * 2, "labels": [-100] * 2}]
         width = max(len(r["input_ids"]) for r in rows)
         ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from midblock.errors import AdapterError
 from midblock.models import LoadedModel, merged_weight, save_checkpoint
+from midblock.models.adapters import VLLM_RANKS
 from midblock.models.quiet import quiet
 from midblock.reading import printable, read_json
 from midblock.results import Estimate
@@ -29,8 +30,6 @@ __all__ = ["PLAN_FILE", "VLLM_RANKS", "export_adapter", "merged_weights", "model
 
 PLAN_FILE = "midblock_plan.json"
 """Says what was trained, beside what `tune` exported."""
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's ``--max-lora-rank`` takes."""
 
 
 def vllm_note(plan: Plan, written_rank: int | None = None, *, padded: bool = False) -> str | None:

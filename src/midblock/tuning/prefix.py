@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from midblock.capture import block_by_block, verify_resume, why_not_resume
+from midblock.capture import block_by_block, why_not_resume
 from midblock.capture.interventions import hidden_of_output, passing_over, with_hidden
 from midblock.errors import ArchitectureError, CacheRefusedError, SettingsError
 from midblock.models import LoadedModel, find_anatomy
@@ -34,8 +34,15 @@ from midblock.models.forwards import forwards_replaced, replace_forward
 from midblock.models.placement import place_of
 from midblock.settings.base import name_of
 from midblock.tuning.cache import PrefixCache
-from midblock.tuning.prefix_identity import first_trainable_block, noise_in, prefix_identity, prefix_stamp
+from midblock.tuning.prefix_identity import (
+    first_trainable_block,
+    needs_leaf,
+    prefix_identity,
+    prefix_stamp,
+    require_cacheable,
+)
 from midblock.tuning.prefix_rows import RowInputs, row_inputs, rows_in
+from midblock.tuning.sharding import at_rest, passed_over
 
 __all__ = ["FrozenPrefix"]
 
@@ -92,6 +99,7 @@ class FrozenPrefix:
         self._checked: int | None = None
         self._probed = False
         self._namespace: tuple[tuple[Any, ...], str] | None = None
+        self._anyone: Callable[[bool], bool] | None = None
         self._labels_on_padding = self._has_labels = False
         self._outer: dict[str, Tensor] = {}
         self._turn: Callable[[Callable[..., Any], dict[str, Any]], None] | None = None
@@ -157,11 +165,23 @@ class FrozenPrefix:
         if start and self.cache is not None and self._checked != start:
             try:
                 with self._aside():
-                    self._check_cacheable(start)
+                    require_cacheable(self.anatomy, start)
             except CacheRefusedError as error:
                 self._refused(error)
             self._checked = start
         return start
+
+    def together(self, anyone: Callable[[bool], bool]) -> None:
+        """Run the prefix in all processes of a job or in none: their blocks are about to be sharded.
+
+        What the prefix is, is taken down now, while its weights are whole; they must not change.
+
+        Args:
+            anyone: Whether a condition holds in any process.
+        """
+        self._anyone = anyone
+        if (start := self.prepare()) and self.cache is not None:
+            self._current_namespace(start)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -269,51 +289,27 @@ class FrozenPrefix:
         return forwards_replaced(blocks, [frozen(b, b.forward, i == start - 1) for i, b in enumerate(blocks)])
 
     def _with_leaf(self, output: Any, start: int) -> Any:
-        if not self._needs_leaf(start):
+        if not needs_leaf(self.anatomy, start):
             return output
         return with_hidden(output, hidden_of_output(output).detach().requires_grad_(True))
 
-    def _needs_leaf(self, start: int) -> bool:
-        """Reentrant checkpointing only differentiates blocks whose input requires a gradient."""
-        if start >= self.anatomy.num_blocks:
-            return False
-        block = self.anatomy.blocks[start]
-        if not (getattr(block, "gradient_checkpointing", False) and block.training):
-            return bool(getattr(self.anatomy.body, "gradient_checkpointing", False)) and block.training
-        function = getattr(block, "_gradient_checkpointing_func", None)
-        return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-
     # ------------------------------------------------------------------ with a cache
 
-    def _given(self, start: int, hidden: Tensor, *more: tuple[nn.Module, Callable[..., Any]]) -> Any:
+    @contextlib.contextmanager
+    def _given(self, start: int, hidden: Tensor, *more: tuple[nn.Module, Callable[..., Any]]) -> Iterator[None]:
         """Within the context block ``start`` reads ``hidden`` and the blocks before it do nothing; further forwards
         may be replaced with them. What embeddings give is not read, so they need not be in memory."""
-        given = hidden.requires_grad_(True) if self._needs_leaf(start) else hidden
+        given = hidden.requires_grad_(True) if needs_leaf(self.anatomy, start) else hidden
         pairs = [*zip(self.anatomy.blocks[:start], passing_over(self.anatomy, start, given), strict=True), *more]
         if next(self.anatomy.embeddings.parameters()).is_meta:
             pairs.append((self.anatomy.embeddings, lambda *_, **__: hidden.detach()))
-        return forwards_replaced([module for module, _ in pairs], [forward for _, forward in pairs])
-
-    def _check_cacheable(self, start: int) -> None:
-        lm = self.anatomy.causal_lm
-        if lm.config.is_encoder_decoder:
-            raise CacheRefusedError(
-                f"the prefix of {type(lm).__name__} cannot be cached: its decoder blocks also read an encoder's "
-                "output.")
-        if noise := noise_in(self.anatomy, start):
-            raise CacheRefusedError(
-                f"the prefix is random in training mode, so its output cannot be cached: {', '.join(noise[:3])}"
-                f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading.")
-        rope = str(getattr(lm.config.get_text_config(decoder=True), "rope_parameters", None) or {})
-        if "'dynamic'" in rope:
-            raise CacheRefusedError("the prefix cannot be cached: dynamic rotary embeddings depend on the longest "
-                                    "sequence seen so far.")
-        try:
-            verify_resume(lm, self.anatomy, [start])
-        except ArchitectureError as error:
-            raise CacheRefusedError(f"the prefix cannot be cached: {error}") from error
+        with forwards_replaced([module for module, _ in pairs], [forward for _, forward in pairs]), passed_over(
+                self.anatomy.blocks[:start]):
+            yield
 
     def _current_namespace(self, start: int) -> str:
+        if self._anyone is not None and self._namespace is not None:
+            return self._namespace[1]
         stamp = (start, *prefix_stamp(self.anatomy, start, self._weights))
         if self._namespace is None or self._namespace[0] != stamp:
             self._namespace = (stamp, prefix_identity(self.anatomy, start, self._weights))
@@ -332,12 +328,14 @@ class FrozenPrefix:
         missing = [i for i, state in enumerate(states) if state is None]
         self.rows_cached += len(states) - len(missing)
         self.rows_computed += len(missing)
+        if self._anyone is not None and self._anyone(bool(missing)) and not missing:
+            missing = [0]  # another process runs the prefix, and gathers its blocks from this one
         if missing:
             if not self._probed and self.anatomy.body.training:
                 self._probe(original, inputs.part(call, missing[:1]), start)
             part = call if len(missing) == len(states) else inputs.part(call, missing)
             with self._aside():
-                origin, before = self._nearest(inputs, missing, start)
+                origin, before = (0, None) if self._anyone is not None else self._nearest(inputs, missing, start)
             computed = self._compute(original, part, start, origin, before)
             self.rows_extended += len(missing) if origin else 0
             self.rows_damaged += self.cache.damaged - damaged
@@ -401,6 +399,7 @@ class FrozenPrefix:
         except _PrefixDone:
             pass
         finally:
+            at_rest(blocks[-1])
             for block in switched:
                 block.gradient_checkpointing = True  # type: ignore[assignment]
         if not reached:

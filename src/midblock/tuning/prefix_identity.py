@@ -10,13 +10,14 @@ import torch
 import transformers
 from torch import nn
 
-from midblock.errors import CacheRefusedError
+from midblock.capture import verify_resume
+from midblock.errors import ArchitectureError, CacheRefusedError
 from midblock.models import Anatomy
 from midblock.models.placement import place_of
 from midblock.tuning.cache_folder import row_bytes
 from midblock.writing import sha256_of
 
-__all__ = ["first_trainable_block", "noise_in", "prefix_identity", "prefix_stamp"]
+__all__ = ["first_trainable_block", "needs_leaf", "noise_in", "prefix_identity", "prefix_stamp", "require_cacheable"]
 
 # entries of a config that no hidden state depends on
 _NOT_IDENTITY = ("use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "output_router_logits",
@@ -135,3 +136,39 @@ def noise_in(anatomy: Anatomy, start: int) -> list[str]:
             if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0:
                 found.append(f"{name or type(module).__name__}.{key}={value:g}")
     return found
+
+
+def require_cacheable(anatomy: Anatomy, start: int) -> None:
+    """Refuse a prefix whose output cannot be cached exactly.
+
+    Raises:
+        CacheRefusedError: why not.
+    """
+    lm = anatomy.causal_lm
+    if lm.config.is_encoder_decoder:
+        raise CacheRefusedError(
+            f"the prefix of {type(lm).__name__} cannot be cached: its decoder blocks also read an encoder's "
+            "output.")
+    if noise := noise_in(anatomy, start):
+        raise CacheRefusedError(
+            f"the prefix is random in training mode, so its output cannot be cached: {', '.join(noise[:3])}"
+            f"{f' and {len(noise) - 3} more' if len(noise) > 3 else ''}. Set these to 0 before loading.")
+    rope = str(getattr(lm.config.get_text_config(decoder=True), "rope_parameters", None) or {})
+    if "'dynamic'" in rope:
+        raise CacheRefusedError("the prefix cannot be cached: dynamic rotary embeddings depend on the longest "
+                                "sequence seen so far.")
+    try:
+        verify_resume(lm, anatomy, [start])
+    except ArchitectureError as error:
+        raise CacheRefusedError(f"the prefix cannot be cached: {error}") from error
+
+
+def needs_leaf(anatomy: Anatomy, start: int) -> bool:
+    """Reentrant checkpointing only differentiates blocks whose input requires a gradient."""
+    if start >= anatomy.num_blocks:
+        return False
+    block = anatomy.blocks[start]
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return bool(getattr(anatomy.body, "gradient_checkpointing", False)) and block.training
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

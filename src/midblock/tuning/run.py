@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from midblock import stats
+from midblock import ranks, stats
 from midblock.capture import score_batches
 from midblock.data import Dataset, TokenRows, load_data, make_batches, pad_token_id, tokenize
 from midblock.data.registry import task_words
@@ -202,6 +202,15 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         AdapterError: the plan belongs to another model, a matrix gets no gradient, or the engagement check failed.
         MissingExtraError: trl is not installed.
     """
+    with ranks.joined():
+        return _tune(model, data, settings, plan=plan, cache=cache, eval_data=eval_data, out=out, resume=resume,
+                     progress=progress, trl_options=trl_options, **overrides)
+
+
+def _tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Settings | None = None, *,
+          plan: Plan | None, cache: str | PrefixCache | None, eval_data: str | Dataset | None,
+          out: Path | str | None, resume: bool, progress: Progress, trl_options: Mapping[str, Any] | None,
+          **overrides: Any) -> TuneResult:
     require("trl", "midblock tune")
     wanted = TuneSettings(**{**({} if settings is None else settings.given()), **overrides})
     if wanted.push:
@@ -255,7 +264,7 @@ def tune(model: str | LoadedModel, data: str | Dataset | TokenRows, settings: Se
         if held_rows is not None and base_losses is not None:
             result.held_out = _held_out(base_losses, _row_losses(attachment, loaded, held_rows, progress))
         _fill(result)
-        if folder is not None:
+        if folder is not None and not ranks.follows():
             _export(result, attachment, loaded, wanted, folder, data_name, ids, mask_ids, resume=resume)
     if folder is not None and wanted.export_base and result.adapter is not None:
         free(folder, "base", resume=resume)
@@ -424,11 +433,12 @@ def _row_losses(attachment: Attachment, loaded: LoadedModel, rows: TokenRows, pr
     """Mean loss per row over what a training loss would count, in the order of the rows."""
     attachment.model.eval()
     found: dict[int, float] = {}
-    batches = make_batches(rows, batch_size=8, pad_id=pad_token_id(loaded.tokenizer))
+    batches = ranks.share(make_batches(rows, batch_size=8, pad_id=pad_token_id(loaded.tokenizer)))
     with torch.inference_mode():
         for number, (batch, scores) in enumerate(score_batches(loaded, batches)):
             found.update(zip(batch.indices, (scores.loss.cpu() / scores.tokens).tolist(), strict=True))
             progress("held-out loss", number + 1, len(batches))
+    found = {index: loss for own in ranks.everybody(found) for index, loss in own.items()}
     values = [found[r.index] for r in rows]
     if any(math.isnan(v) for v in values):
         raise DataError("a held-out row has no token that a loss counts.")

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from midblock import ranks
 from midblock.data import TokenRow
 from midblock.errors import SettingsError, TrainingError
 from midblock.models.attention import worth_packing
@@ -31,7 +32,7 @@ from midblock.progress import Progress
 from midblock.settings.tune import TrainSettings
 from midblock.tuning import checkpoints
 from midblock.tuning.adapter import Attachment
-from midblock.tuning.batching import BatchOrder, collator, labels_of
+from midblock.tuning.batching import BatchOrder, RankBatches, collator, labels_of
 from midblock.tuning.block_watch import BlockWatch
 from midblock.tuning.kernels import supervised_loss
 from midblock.tuning.steps import StepLog
@@ -40,6 +41,12 @@ from midblock.writing import write_json
 __all__ = ["MidblockTrainer", "Watch", "build_trainer", "require_finite"]
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class _Parts(DataLoader[Any]):
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer says which epoch begins."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 class MidblockTrainer(SFTTrainer):
@@ -60,6 +67,8 @@ class MidblockTrainer(SFTTrainer):
         model: Any = attachment.model
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+        # several processes: their models are not wrapped, as `_average_gradients` does what a wrapper would
+        self.is_distributed_loading_by_transformers = ranks.size() > 1
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         return self._order
@@ -76,14 +85,50 @@ class MidblockTrainer(SFTTrainer):
 
         return [forward_of(rows[lo:lo + size]) for lo in range(0, len(rows), size)][:steps]
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches; of several processes each gets its part of every one, so that a step is that of one process."""
+        if ranks.size() == 1:
+            return super().get_train_dataloader()
+        return _Parts(self.train_dataset,  # type: ignore[arg-type]
+                      batch_sampler=RankBatches(self._order, ranks.rank(), ranks.size()),
+                      collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory)
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Nothing to do: what is trained starts from a seed, alike in every process."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward and backward pass; after the last of a step the processes' gradients become one."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if ranks.size() > 1 and self.accelerator.sync_gradients:
+            self._average_gradients()
+        return loss
+
+    def _average_gradients(self) -> None:
+        """Mean over processes of what is trained, in buckets; experts that no token reached anywhere have none."""
+        from torch import distributed
+
+        trained = list(self._attachment.trainable.values())
+        there = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=trained[0].device)
+        distributed.all_reduce(there, distributed.ReduceOp.MAX)
+        bucket: list[Tensor] = []
+        for parameter, wanted in zip(trained, there.tolist(), strict=True):
+            if not wanted:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(g.numel() for g in bucket) >= _BUCKET:
+                _mean(bucket, distributed)
+                bucket = []
+        _mean(bucket, distributed)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Checkpoints carry no card; `midblock.tuning.export` writes one for the result."""
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Any:
         """Mean loss over labelled tokens; see `supervised_loss`."""
-        if return_outputs or self.accelerator.num_processes > 1:
-            # wrappers of several processes must see the call; outputs need the model's own forward
+        if return_outputs:  # outputs need the model's own forward
             return super().compute_loss(model, inputs, return_outputs=return_outputs,
                                         num_items_in_batch=num_items_in_batch)
         mask, labels = inputs["attention_mask"], inputs["labels"]
@@ -91,12 +136,17 @@ class MidblockTrainer(SFTTrainer):
         loss = supervised_loss(self._attachment.anatomy, inputs, plain=self._plain_head, count=num_items_in_batch,
                                packed=packed)
         value = loss.detach()
-        if value.device.type == "cpu":  # elsewhere asking would leave the device idle before the backward pass
+        # elsewhere asking would leave the device idle before the backward pass; and processes must fail together
+        if value.device.type == "cpu" and ranks.size() == 1:
             self._require_finite_loss(value.item(), self.state.global_step + 1)
         if model.training:
-            counted = torch.stack([value.double(), mask.sum().double(), (labels != -100).sum().double()])
+            labelled = (labels != -100).sum()
+            tokens = mask.sum()
+            if ranks.size() > 1:  # a part without rows is one row without labels
+                tokens = tokens * (labelled > 0)
+            counted = torch.stack([value.double(), tokens.double(), labelled.double()])
             self._pending.append((counted, 0 if packed else mask.numel()))
-        return loss
+        return loss * ranks.size()  # gradients, and what trackers are told, are means over processes
 
     def _require_finite_loss(self, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -111,9 +161,11 @@ class MidblockTrainer(SFTTrainer):
         """
         pending, self._pending = self._pending, []
         counted = torch.stack([p[0] for p in pending]).tolist() if pending else []
+        padded = sum(p[1] or int(c[1]) for p, c in zip(pending, counted, strict=True))
+        found = ranks.everybody((counted, padded))
+        counted, padded = [c for own, _ in found for c in own], sum(of for _, of in found)
         for loss, _, _ in counted:
             self._require_finite_loss(loss, self.state.global_step)
-        padded = sum(p[1] or int(c[1]) for p, c in zip(pending, counted, strict=True))
         loss, tokens, supervised = (sum(c[i] for c in counted) for i in range(3))
         self._total_train_tokens += int(tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -124,13 +176,17 @@ class MidblockTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self._attachment, self.state.global_step)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        checkpoints.begin(folder)
+        ranks.first(lambda: checkpoints.begin(folder))
         with quiet():
             super()._save_checkpoint(model, trial)
-        checkpoints.complete(folder, self.state.global_step, [asdict(s) for s in self._watch.steps],
-                             [] if self.blocks is None else [asdict(s) for s in self.blocks.steps])
+        ranks.everybody(None)  # each process writes its random state
+        ranks.first(lambda: checkpoints.complete(
+            folder, self.state.global_step, [asdict(s) for s in self._watch.steps],
+            [] if self.blocks is None else [asdict(s) for s in self.blocks.steps]))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if ranks.follows():
+            return
         folder = Path(str(output_dir or self.args.output_dir))
         self._attachment.save(folder)
         if self.processing_class is not None:
@@ -144,6 +200,8 @@ class MidblockTrainer(SFTTrainer):
             self._attachment.load(resume_from_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if ranks.follows():
+            return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         checkpoints.save_tree({"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()},
@@ -163,8 +221,25 @@ class MidblockTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            own = Path(checkpoint) / f"random_{self.args.process_index}"
+            # a job of more processes than the interrupted one
             checkpoints.load_random_state(checkpoints.load_tree(
-                Path(checkpoint) / f"random_{self.args.process_index}"))
+                own if own.with_suffix(".json").is_file() else own.with_name("random_0")))
+
+
+_BUCKET = 25_000_000
+"""Numbers that are sent together."""
+
+
+def _mean(gradients: Sequence[Tensor], distributed: Any) -> None:
+    """Replace gradients by their means over processes."""
+    if not gradients:
+        return
+    flat = torch.cat([g.reshape(-1).float() for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= ranks.size()
+    for gradient, own in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(own.view_as(gradient))
 
 
 def require_finite(attachment: Attachment, step: int) -> None:
@@ -214,7 +289,8 @@ class Watch(TrainerCallback):
         rate = sum(s.tokens for s in recent) / max(1e-9, sum(s.seconds for s in recent))
         self._progress("tune", state.global_step, state.max_steps, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
         last = state.global_step >= state.max_steps
-        if self._save_seconds is not None and (last or now - self._saved >= self._save_seconds):
+        if self._save_seconds is not None and ranks.first(
+                lambda: last or now - self._saved >= (self._save_seconds or 0.0)):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -239,6 +315,7 @@ def build_trainer(attachment: Attachment, rows: list[TokenRow], tokenizer: Any, 
     steps = settings.num_steps(len(rows))
     device = next(iter(attachment.trainable.values())).device
     options: dict[str, Any] = {
+        # of several processes each takes a part of the batch
         "output_dir": str(place), "max_steps": steps, "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulate,
         "learning_rate": settings.peak_rate(attachment.plan.method),

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from midblock import ranks
 from midblock.data import TokenRow, TokenRows, pad_token_id
-from midblock.errors import DataError, TrainingError
+from midblock.errors import DataError, SettingsError, TrainingError
 from midblock.models import Anatomy
 from midblock.models.attention import can_pack, dense_attention
 from midblock.models.forwards import forwards_kept
 from midblock.progress import Progress, silent
 from midblock.provenance import peak_memory_bytes
+from midblock.settings.base import name_of
 from midblock.settings.tune import TrainSettings
+from midblock.tuning import sharding
 from midblock.tuning.adapter import Attachment
 from midblock.tuning.cache import PrefixCache
 from midblock.tuning.checkpoints import (
@@ -98,6 +101,10 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
           watch_blocks: bool = False, streamed: StreamedBlocks | None = None, **trl_options: Any) -> TrainResult:
     """Train what is attached.
 
+    The processes of one job (``torchrun``, ``accelerate launch``) train together: each takes a part of every batch, so
+    that losses are those of one process, and keeps the prefix of its own rows. Where accelerate's configuration asks
+    for FSDP2 each also holds a part only of the frozen blocks meanwhile.
+
     Args:
         attachment: From `attach`; its parameters are changed in place.
         rows: Tokenised examples; ``supervised`` spans say what the loss counts.
@@ -123,6 +130,7 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         TrainingError: loss or weights became non-finite; the last good checkpoint is kept and named.
         CacheRefusedError: a cache was asked for by name where it cannot be exact.
         DataError: no rows.
+        SettingsError: several processes that cannot share a batch or the base.
         OutputError: the disk is full, or the folder holds checkpoints and ``resume`` was not asked for.
     """
     from midblock.tuning.block_watch import BlockWatch
@@ -134,9 +142,20 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
         raise DataError("there is no row to train on; use a data set that is not empty.")
     wanted, may_give_up = _prefix_cache(cache)
     notes: list[str] = []
-    if folder is not None and not resume:
-        require_no_others(Path(folder))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ranks.joined())
+        shards = ranks.size() > 1 and sharding.asked()
+        if settings.batch_size < ranks.size():
+            raise SettingsError(f"a batch of {settings.batch_size} rows cannot be shared by {ranks.size()} processes; "
+                                f"use {name_of('batch_size')} {ranks.size()} or more: it counts the rows of all.")
+        if ranks.size() > 1 and streamed is not None:
+            raise SettingsError("a base whose blocks are streamed is tuned by one process; give each process the base "
+                                f"({name_of('stream')} never), or start one process.")
+        if ranks.size() > 1:
+            notes.append(f"trained by {ranks.size()} processes, each with {'a part' if shards else 'the whole'} of the "
+                         "frozen blocks")
+        if folder is not None and not resume:
+            ranks.first(lambda: require_no_others(Path(folder)))
         stack.enter_context(_random_state_kept())
         stack.enter_context(_untouched(attachment.anatomy))
         if streamed is not None:
@@ -148,19 +167,23 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
                 wanted = stack.enter_context(streamed.cache(token_rows, working))
         place = Path(folder) if folder is not None else Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="midblock-")))
+        writes = folder is not None and not ranks.follows()
         # the probe of the head runs the model's own forward, so before TRL patches that
         plain = has_plain_head(attachment.anatomy)
         watch = Watch(progress, save_seconds if folder is not None and save_steps is None else None,
-                      place / "steps.jsonl" if folder is not None else None)
-        blocks = BlockWatch(attachment, token_rows, pad_token_id(tokenizer), None if folder is None else
-                            place / "blocks.jsonl") if watch_blocks and streamed is None else None
-        trainer = build_trainer(
-            attachment, token_rows, tokenizer, settings, place, plain=plain, watch=watch,
-            callbacks=[*callbacks, *([] if blocks is None else [blocks])],
-            save_steps=save_steps if folder is not None else None, report_to=report_to, trl_options=trl_options)
+                      place / "steps.jsonl" if writes else None)
+        # the update of a DoRA is read from its base weight, of which a process holds a part
+        watches = watch_blocks and streamed is None and not (shards and attachment.plan.method == "dora")
+        blocks = BlockWatch(attachment, token_rows, pad_token_id(tokenizer), place / "blocks.jsonl" if writes else None
+                            ) if watches else None
+        with sharding.not_by_accelerate():
+            trainer = build_trainer(
+                attachment, token_rows, tokenizer, settings, place, plain=plain, watch=watch,
+                callbacks=[*callbacks, *([] if blocks is None else [blocks])],
+                save_steps=save_steps if folder is not None else None, report_to=report_to, trl_options=trl_options)
         start: Path | None = None
         if resume:
-            start, damaged = last_checkpoint(place)
+            start, damaged = ranks.first(lambda: last_checkpoint(place))
             notes += damaged
         begun = int(start.name.removeprefix("checkpoint-")) if start is not None else 0
         with output_errors(place):
@@ -183,6 +206,9 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
                               on_refusal="uncached" if may_give_up else "raise")
         attachment.model.train()  # dropout shows in this mode
         prefix.prepare()
+        if shards:
+            prefix.together(lambda here: any(ranks.everybody(here)))
+            stack.enter_context(sharding.sharded(attachment.anatomy, list(attachment.trainable.values())))
         stack.enter_context(prefix)
         if streamed is not None:
             streamed.settle()
