@@ -28,7 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from midblock import metrics
+from midblock import metrics, ranks
 from midblock.capture.forward import run_blocks
 from midblock.capture.scoring import chunks_of_logits
 from midblock.data import Batch, TokenRow, make_batches, pad_token_id
@@ -194,16 +194,16 @@ class MemoryLM(HFLM):
         members = list(shared.values())
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         done = 0
-        for batch in make_batches(rows, batch_size=override_bs or self.batch_size,
-                                  pad_id=pad_token_id(self.tokenizer)):
+        for batch in ranks.share(make_batches(rows, batch_size=override_bs or self.batch_size,
+                                              pad_id=pad_token_id(self.tokenizer))):
             asked = [(r, n) for r, index in enumerate(batch.indices) for n in members[index]]
             scored = self._score(batch, [(r, requests[n][2]) for r, n in asked])
             for (_, n), answer in zip(asked, scored, strict=True):
                 answers[n] = answer
             done += len(asked)
             self._progress(self._what, done, len(requests))
-        assert all(a is not None for a in answers)
-        return answers  # type: ignore[return-value]
+        return [next(a for a in of_all if a is not None)
+                for of_all in zip(*ranks.everybody(answers), strict=True)]
 
     def _score(self, batch: Batch, wanted: Sequence[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
         """Scores of (row, continuation) pairs: each continuation ends right after its row."""
@@ -248,7 +248,8 @@ class MemoryLM(HFLM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        answers = [""] * len(requests)
+        answers: list[str | None] = [None] * len(requests)
+        before = self.generated_tokens, self.unfinished
         done = 0
         for numbers in groups.values():
             options = dict(requests[numbers[0]].args[1])
@@ -261,13 +262,17 @@ class MemoryLM(HFLM):
                                     f"{self.max_length} in all, prompt included; ask for fewer with "
                                     "--max-new-tokens.")
             rows = self._prompt_rows([str(requests[n].args[0]) for n in numbers], room)
-            for batch in make_batches(rows, batch_size=self.batch_size, pad_id=pad_token_id(self.tokenizer),
-                                      padding_side="left" if self.backend == "causal" else "right"):
+            for batch in ranks.share(make_batches(
+                    rows, batch_size=self.batch_size, pad_id=pad_token_id(self.tokenizer),
+                    padding_side="left" if self.backend == "causal" else "right")):
                 for index, text in zip(batch.indices, self._continue(batch, stops, longest), strict=True):
                     answers[numbers[index]] = text
                 done += len(batch)
                 self._progress(self._what, done, len(requests))
-        return answers
+        found = ranks.everybody((answers, self.generated_tokens - before[0], self.unfinished - before[1]))
+        self.generated_tokens = before[0] + sum(generated for _, generated, _ in found)
+        self.unfinished = before[1] + sum(unfinished for _, _, unfinished in found)
+        return [next(a for a in of_all if a is not None) for of_all in zip(*(own for own, _, _ in found), strict=True)]
 
     def _prompt_rows(self, prompts: Sequence[str], room: int) -> list[TokenRow]:
         rows = []

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from midblock import ranks
 from midblock.capture import score_batches, score_hidden
 from midblock.data import Batch, Dataset, make_batches, pad_token_id, tokenize
 from midblock.evaluation.outcome import EvalResult, estimate_of
@@ -55,7 +56,7 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
     tokenized = tokenize(dataset, loaded.tokenizer, max_length=max_length, supervised=answers, chat=chat)
     size = len(dataset.examples)
     loss, count = np.full(size, np.nan), np.zeros(size)
-    batches = make_batches(tokenized, batch_size=batch_size, pad_id=pad_token_id(loaded.tokenizer))
+    batches = ranks.share(make_batches(tokenized, batch_size=batch_size, pad_id=pad_token_id(loaded.tokenizer)))
     training = loaded.model.training
     loaded.model.eval()
     try:
@@ -68,9 +69,12 @@ def score_tokens(loaded: LoadedModel, task: str, dataset: Dataset, *, batch_size
                 loss[places] = (scores.loss.cpu() / scores.tokens).numpy()
                 count[places] = scores.tokens.numpy()
                 done += len(batch)
-                progress(task, done, len(tokenized))
+                progress(task, done, sum(map(len, batches)))
     finally:
         loaded.model.train(training)
+    for theirs, counted in ranks.everybody((loss, count)):  # each sample is some process's
+        there = counted > 0
+        loss[there], count[there] = theirs[there], counted[there]
 
     kept = [row.index for row in tokenized.rows if count[row.index] > 0]
     names = item_ids(dataset.examples)

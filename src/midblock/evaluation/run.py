@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from midblock import ranks
 from midblock.data import DATASETS, Dataset, load_data
 from midblock.errors import DataError, SettingsError
+from midblock.evaluation.on_vllm import VllmModel
 from midblock.evaluation.outcome import EvalResult, estimate_of
 from midblock.evaluation.sandbox import ISOLATION, ProgramTest, require_sandbox, run_tests
 from midblock.evaluation.tasks import (
@@ -44,15 +46,15 @@ _IFEVAL_PACKAGES = ("langdetect", "nltk", "immutabledict")
 _CODE_SECONDS, _CODE_MEMORY_MB = 10.0, 1024
 
 
-def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None = None, progress: Progress = silent,
-             settings: ScoringSettings | None = None, **overrides: Any) -> EvalResult:
+def evaluate(loaded_model: LoadedModel | VllmModel, task: str, *, data: str | Dataset | None = None,
+             progress: Progress = silent, settings: ScoringSettings | None = None, **overrides: Any) -> EvalResult:
     """Score a model on a task.
 
     Equal arguments give the same items to every model, so that two results can be compared
     item by item (`midblock.evaluation.compare`); `evaluate_tasks` does that for several tasks.
 
     Args:
-        loaded_model: From `midblock.load_model`, with or without an adapter.
+        loaded_model: From `midblock.load_model`, with or without an adapter; or from `open_in_vllm`.
         task: A name of `midblock.evaluation.TASKS`.
         data: A data spec or data set in place of the task's own.
         progress: Told how many rows are done.
@@ -75,6 +77,10 @@ def evaluate(loaded_model: LoadedModel, task: str, *, data: str | Dataset | None
                             "chat template; leave it out.")
     dataset = task_data(task, data, samples=chosen.samples, seed=chosen.seed)
     longest = chosen.max_new_tokens or spec.max_new_tokens or 0
+    if isinstance(loaded_model, VllmModel):
+        if spec.kind in _TOKEN_KINDS:
+            raise SettingsError(f"task {task} is scored from hidden states; leave out {name_of('backend')} vllm.")
+        return _through_lm_eval(loaded_model, spec, task, dataset, chosen.batch_size or 0, longest, chosen, progress)
     rows = chosen.batch_size or _BATCH.get(spec.kind) or _generation_rows(loaded_model, longest)
     if spec.kind not in _TOKEN_KINDS:
         loaded_model.require_whole()
@@ -240,8 +246,9 @@ def _humaneval(dataset: Dataset, longest: int, unsandboxed: bool, progress: Prog
             documents: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         programs = [(f"{doc['prompt']}{answer}\n", ProgramTest(doc["test"], doc["entry_point"], doc["prompt"]))
                     for answers, doc in zip(responses, documents, strict=True) for answer in answers]
-        outcomes = iter(run_tests(programs, seconds=_CODE_SECONDS, memory_mb=_CODE_MEMORY_MB, unsandboxed=unsandboxed,
-                                  done=lambda done, total: progress("run tests", done, total)))
+        outcomes = iter(ranks.first(lambda: list(run_tests(
+            programs, seconds=_CODE_SECONDS, memory_mb=_CODE_MEMORY_MB, unsandboxed=unsandboxed,
+            done=lambda done, total: progress("run tests", done, total)))))
         return [[{"passed": o.passed, "reason": o.reason, "isolation": list(o.isolation)}
                  for _, o in zip(answers, outcomes, strict=False)] for answers in responses]
 
@@ -266,7 +273,7 @@ def _few_shot_data(dataset: Dataset, shots: int) -> Dataset | None:
     return found
 
 
-def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Dataset, batch_size: int,
+def _through_lm_eval(loaded: LoadedModel | VllmModel, spec: TaskSpec, task: str, dataset: Dataset, batch_size: int,
                      longest: int, chosen: ScoringSettings, progress: Progress) -> EvalResult:
     from midblock.evaluation.harness import MemoryLM, run_lm_eval
 
@@ -280,28 +287,31 @@ def _through_lm_eval(loaded: LoadedModel, spec: TaskSpec, task: str, dataset: Da
         build, metric, counted = _ifeval(dataset, longest)
     else:
         build, metric, counted = _humaneval(dataset, longest, chosen.allow_unsandboxed_code, progress)
-    lm = MemoryLM(loaded, batch_size=batch_size, progress=progress, what=task)
+    served = isinstance(loaded, VllmModel)
+    lm: Any = loaded.lm() if isinstance(loaded, VllmModel) else MemoryLM(
+        loaded, batch_size=batch_size, progress=progress, what=task)
     try:
         found = run_lm_eval(lm, task, build, chat=chosen.chat, shots=chosen.shots, seed=chosen.seed,
                             allow_code=spec.kind == "humaneval")
     finally:
-        lm.close()
+        if not served:
+            lm.close()
     samples = [{**s, "item": s["doc"]["item"]} for s in found.pop("samples")[task]]
     records = sorted((s for s in samples if s["filter"] == counted), key=lambda s: int(s["doc_id"]))
     scores = np.array([float(s[metric]) for s in records])
     notes = [dataset.note] if dataset.note else []
-    if lm.unfinished:
+    if not served and lm.unfinished:
         notes.append(f"{lm.unfinished} of {len(records)} answers reached {longest} new tokens without an "
                      "end; allow more with --max-new-tokens")
-    if lm.cut_prompts:
+    if not served and lm.cut_prompts:
         notes.append(f"{lm.cut_prompts} prompts were longer than the model takes and lost their beginning")
     if spec.kind == "humaneval":
         notes += _isolation_notes(records)
-    settings: dict[str, Any] = {"batch_size": batch_size, "chat": chosen.chat, "shots": chosen.shots,
-                                "lm_eval_metric": f"{metric},{counted}"}
+    settings: dict[str, Any] = {"backend": "vllm"} if served else {"batch_size": batch_size}
+    settings |= {"chat": chosen.chat, "shots": chosen.shots, "lm_eval_metric": f"{metric},{counted}"}
     if spec.max_new_tokens is not None:
-        settings |= {"max_new_tokens": longest, "generated_tokens": lm.generated_tokens,
-                     "unfinished": lm.unfinished}
+        settings |= {"max_new_tokens": longest}
+        settings |= {} if served else {"generated_tokens": lm.generated_tokens, "unfinished": lm.unfinished}
     return EvalResult(
         task=task, metric=spec.metric, higher_is_better=spec.higher_is_better,
         items=tuple(s["item"] for s in records), scores=scores,

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from midblock import ranks
 from midblock.data import Dataset
 from midblock.errors import SettingsError
+from midblock.evaluation.on_vllm import VllmModel, open_in_vllm
 from midblock.evaluation.outcome import (
     Comparison,
     EvalResult,
@@ -22,6 +24,7 @@ from midblock.evaluation.outcome import (
 )
 from midblock.evaluation.run import check_options, evaluate, options_of, scores_tokens
 from midblock.evaluation.tasks import TASKS, find_task, task_data
+from midblock.extras import require
 from midblock.models.checkpoints import is_adapter_folder
 from midblock.models.resolve import resolve_checkpoint
 from midblock.progress import Progress, silent
@@ -136,6 +139,15 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
         raise SettingsError(f"no task was named; choose among {', '.join(TASKS)} ({name_of('task')}).")
     if resume and out is None:
         raise SettingsError(f"{name_of('resume')} continues the run in {name_of('out')}; name that folder.")
+    if chosen.backend == "vllm":
+        require("vllm", f"{name_of('backend')} vllm")
+        if not isinstance(model, str):
+            raise SettingsError(f"{name_of('backend')} vllm takes a MODEL spec, not a model in memory.")
+        if ranks.size() > 1:
+            raise SettingsError(f"{name_of('backend')} vllm spreads a model over GPUs itself "
+                                f"({name_of('tensor_parallel')}); start it as one process.")
+    elif chosen.tensor_parallel > 1:
+        raise SettingsError(f"{name_of('tensor_parallel')} is for {name_of('backend')} vllm.")
     scoring = {task: _scoring_of(task, chosen, alone=len(tasks) == 1) for task in tasks}
     for task, own in scoring.items():
         check_options(task, own)
@@ -150,7 +162,13 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
         if chosen.compare_base and alone:
             raise _no_base(model)
         _LOG.info("Loading %s ...", " and ".join([model, *([str(chosen.adapter)] if chosen.adapter else [])]))
-    loaded: LoadedModel | None = _load(model, chosen.adapter, tasks, loading) if isinstance(model, str) else model
+
+    def opened(spec: str, adapter: str | None = None) -> LoadedModel | VllmModel:
+        if chosen.backend == "vllm":
+            return open_in_vllm(spec, adapter=adapter, load=loading, tensor_parallel=chosen.tensor_parallel)
+        return _load(spec, adapter, tasks, loading)
+
+    loaded: LoadedModel | VllmModel | None = opened(model, chosen.adapter) if isinstance(model, str) else model
     assert loaded is not None
     if chosen.compare_base and loaded.adapter is None:
         raise _no_base(loaded.spec)
@@ -166,8 +184,10 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
             RunFolder(out, command="evaluate", settings=recorded, resume=resume, may_differ=STREAM_FIELDS))
         for name, spec in {side: None, **({"base": other} if other is not None else {})}.items():
             if spec is not None:
+                if isinstance(loaded, VllmModel):
+                    loaded.close()
                 loaded = None  # the first model's memory is free before the second comes
-                loaded = _load(spec, None, tasks, loading)
+                loaded = opened(spec)
             assert loaded is not None
             if run is not None:
                 run.record_inputs(
@@ -178,7 +198,7 @@ def evaluate_tasks(model: LoadedModel | str, tasks: Sequence[str], *, out: Path 
                              for task in tasks}
         differences = {t: compare(results[side][t], results["base"][t]) for t in tasks} if other is not None else {}
         table = _table(results, differences)
-        if run is not None:
+        if run is not None and not ranks.follows():
             _write(run, table, results, str(recorded["model"]), loading)
     return TasksResult(results, differences, table, None if run is None else run.run, named)
 
@@ -206,21 +226,23 @@ def _scoring_of(task: str, chosen: EvaluateSettings, *, alone: bool) -> ScoringS
         name: ScoringSettings.model_fields[name].default for name in apart})
 
 
-def _side_of(loaded: LoadedModel, other: str | None) -> str:
+def _side_of(loaded: LoadedModel | VllmModel, other: str | None) -> str:
     """Name of the scored model in tables: its own beside a base, or where it carries an adapter."""
     if loaded.adapter is None and other is None:
         return "base"
     return f"{loaded.name}-tuned" if loaded.name in ("base", "difference") and other is not None else loaded.name
 
 
-def _scored(run: RunFolder | None, side: str, task: str, loaded: LoadedModel, dataset: Dataset,
+def _scored(run: RunFolder | None, side: str, task: str, loaded: LoadedModel | VllmModel, dataset: Dataset,
             settings: ScoringSettings, progress: Progress) -> EvalResult:
     """The stored result where there is one, else a new one, stored at once."""
     place = f"scores/{file_name(side)}/{file_name(task)}.json"
-    if run is not None and run.resumed and (run.path / place).is_file():
-        return read_result(run.path / place)
+    stored = None if run is None or not run.resumed else ranks.first(
+        lambda: read_result(run.path / place) if (run.path / place).is_file() else None)
+    if stored is not None:
+        return stored
     result = evaluate(loaded, task, data=dataset, settings=settings, progress=progress)
-    if run is not None:
+    if run is not None and not ranks.follows():
         write_result(run.file(place), result)
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from midblock.settings.base import Settings, name_of, setting
@@ -41,6 +43,11 @@ class EvaluateSettings(ScoringSettings):
         "Also score MODEL without its adapter on the same items, and show the difference."))
     base: str | None = setting(None, metavar="MODEL", help=(
         "Compare with this model instead (for a tuned model that is no adapter)."))
+
+    backend: Literal["midblock", "vllm"] = setting("midblock", help=(
+        "midblock: the model in memory, exact; vllm: lm-eval's vLLM, for generation with large models on GPUs (an "
+        "adapter is served as it is, or give the merged model)."))
+    tensor_parallel: int = setting(1, ge=1, le=64, metavar="N", help="GPUs that share the weights (backend vllm).")
 
     @model_validator(mode="after")
     def _one_base(self) -> EvaluateSettings:
