@@ -68,31 +68,26 @@ def write_model(folder: Path, blocks: int) -> int:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     load_tokenizer(resolve_checkpoint("smollm2")).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        part = name.split(".")[2] if ".layers." in name else name
+        files.setdefault(f"model-{part}.safetensors", []).append(name)
     place: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    for number, (file, names) in enumerate(files.items()):
+        generator = torch.Generator().manual_seed(number)
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            if len(shapes[name]) == 1:
+                tensors[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
+                continue
+            tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            if ".layers." in name:
+                held = Params4bit(tensors[name], requires_grad=False, quant_type="nf4", compress_statistics=True
+                                  ).to("cpu")
+                tensors[name] = held.data
+                tensors |= {f"{name}.{key}": value for key, value in held.quant_state.as_dict(packed=True).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         place.update(dict.fromkeys(tensors, file))
-
-    names = list(shapes)
-    for number, name in enumerate(names):
-        shape = shapes[name]
-        file = f"model-{name.split('.')[2]}.safetensors" if ".layers." in name else f"model-{name}.safetensors"
-        tensors = parts.setdefault(file, {})
-        value = torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.empty(
-            shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        if len(shape) == 1 or ".layers." not in name:
-            tensors[name] = value
-        else:
-            held = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
-            tensors[name] = held.data
-            tensors |= {f"{name}.{key}": part for key, part in held.quant_state.as_dict(packed=True).items()}
-            parts[file] = tensors
-        following = names[number + 1] if number + 1 < len(names) else ""
-        if ".".join(following.split(".")[:3]) != ".".join(name.split(".")[:3]):
-            write(file, parts.pop(file))
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": place}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
