@@ -205,6 +205,20 @@ def test_sharded_against_whole_and_mixed_dtypes(pair, tmp_path):
         assert cell(frame, "weight_change", tensor=name) == pytest.approx(want, rel=2e-6)
 
 
+def test_the_rounding_of_another_precision_is_named_and_its_size_is_right(tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES))
+    whole = saved(model, tmp_path / "whole")
+    rounded = saved(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "rounded")
+    result = weights(whole, rounded)
+    assert any("sft in bfloat16 and base in float32 are compared: rounding" in line for line in result.details())
+    assert "about 0.001 of that is rounding" in result.answer().found
+    frame = result.frame
+    own = frame[(frame.metric == "weight_change_relative") & (frame.matrix == "all")]["value"]
+    assert 0.0009 < own.min() <= own.max() < 0.002
+    assert weights(whole, whole).counts["rounding"] == {}
+
+
 def test_tied_and_untied_heads_compare_with_each_other(tmp_path):
     model = FAMILIES["llama_tied"]()
     base = saved(model, tmp_path / "base")

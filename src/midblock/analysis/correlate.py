@@ -76,9 +76,11 @@ class CorrelationResult(TableResult):
         """Symmetric matrix of correlations, 1 on the diagonal, NaN where undefined."""
         names = list(dict.fromkeys([*self.pairs["a"], *self.pairs["b"]]))
         square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
-        for _, row in self.pairs[self.pairs["method"] == method].iterrows():
-            square.loc[row["a"], row["b"]] = square.loc[row["b"], row["a"]] = row["r"]
-        return square
+        part = self.pairs[self.pairs["method"] == method]
+        places = [square.index.get_indexer(part[side]) for side in ("a", "b")]
+        values = square.to_numpy(copy=True)
+        values[places[0], places[1]] = values[places[1], places[0]] = part["r"]
+        return pd.DataFrame(values, index=names, columns=names)
 
     def strongest(self, count: int = 10, method: Method = "spearman", *, related: bool = False) -> pd.DataFrame:
         """The pairs with the largest absolute correlation below 1 (1: one quantity on two scales).
@@ -224,8 +226,8 @@ def correlate(folders: Sequence[Path | str], *, progress: Progress = silent,
     if pairs.empty:
         raise DataError("no pair of quantities shares layers: segments of different number cannot be compared.")
     table = Table()
-    for _, row in pairs.iterrows():
-        extra = {"a": row["a"], "b": row["b"], "p": row["p"], "p_holm": row["p_holm"], "points": row["points"]}
+    for row in pairs.to_dict("records"):
+        extra = {name: row[name] for name in ("a", "b", "p", "p_holm", "points")}
         if math.isnan(row["r"]):
             table.add_undefined("model", "depth", row["method"], "pair", row["reason"], n=int(row["n"]), **extra)
         else:

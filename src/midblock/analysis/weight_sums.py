@@ -28,8 +28,8 @@ from midblock.analysis.weight_names import Operand, Plan, Slab, Stage, Weight
 from midblock.errors import CheckpointError
 from midblock.progress import Progress
 
-__all__ = ["Pair", "Summer", "Sums", "entries", "group_change", "norm_and_rank", "similar_runs", "spectra_cost",
-           "usable_cores"]
+__all__ = ["Pair", "Summer", "Sums", "entries", "group_change", "norm_and_rank", "similar_runs", "single_threads",
+           "spectra_cost", "usable_cores"]
 
 _PIECE = 1 << 17  # entries: two widened pieces and their difference fit a core's second-level cache
 _JOB = 1 << 22  # entries handed to a thread at a time
@@ -256,6 +256,21 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def single_threads(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool of which each thread computes by itself; with one worker PyTorch's own threads help it.
+
+    PyTorch's number of threads is afterwards what it was.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix=name,
+                                initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _squares(values: Tensor, scratch: Tensor, weight: Weight, first: int) -> float | Tensor:

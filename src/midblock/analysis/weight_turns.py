@@ -7,14 +7,13 @@ asked for (``rotations``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from midblock import metrics
 from midblock.analysis.weight_names import Stage, Weight
-from midblock.analysis.weight_sums import Pair, entries
+from midblock.analysis.weight_sums import Pair, entries, single_threads
 from midblock.errors import UndefinedMetricError
 from midblock.models.chain import side_of
 from midblock.progress import Progress
@@ -37,15 +36,12 @@ def turns(chain: Sequence[Stage], pairs: Sequence[Pair], weights: Sequence[Weigh
     of two later stages' changes since the first.
     """
     matrices = [w for w in weights if len(w.shape) == 2 and min(w.shape) > 1]
-    threads = torch.get_num_threads()
     largest = max((w.numel for w in matrices), default=1)
     workers = max(1, min(workers, (1 << 30) // (8 * (4 + 2 * len(chain)) * largest)))  # with vectors, workspaces
-    with ThreadPoolExecutor(workers, thread_name_prefix="rotations",
-                            initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
+    with single_threads(workers, "rotations") as pool:
         for done, found in enumerate(pool.map(lambda w: list(_of_weight(chain, pairs, w)), matrices), start=1):
             yield from found
             progress("rotations (matrices)", done, len(matrices))
-    torch.set_num_threads(threads)
 
 
 def _of_weight(chain: Sequence[Stage], pairs: Sequence[Pair], weight: Weight) -> Iterator[Turn]:

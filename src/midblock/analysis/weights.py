@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from midblock.analysis.weight_sums import (
     group_change,
     norm_and_rank,
     similar_runs,
+    single_threads,
     spectra_cost,
     usable_cores,
 )
@@ -54,6 +54,8 @@ _ALL_GROUPS = {**GROUPS, "cross": frozenset(f"cross_{k}" for k in GROUPS["qkvo"]
 TURNED = ("vector_rotation", "intruder_dimensions", "share_unchanged", "change_rank")
 """What rotations measure of one change; ``TWO_CHANGES``: of two side by side."""
 TWO_CHANGES = ("change_cosine", "principal_angles")
+_ROUNDED = 0.17
+"""Norm of what rounding changes, of normally distributed weights' own, in units of the dtype's epsilon."""
 _AUTO_SPECTRA = 2e12  # operations: under a minute or two on two cores
 
 
@@ -128,10 +130,12 @@ class WeightsResult(TableResult):
         row = self.regions().set_index(["stage", "metric", "matrix"]).loc[(stage, "weight_change_relative", "all")]
         which = "all" if len(blocks) == self.num_blocks else f"{len(blocks)} of {self.num_blocks}"
         means = {str(zone): row[zone] for zone in ZONES}
+        rounded = self.counts.get("rounding", {}).get(stage)
         return Answer(
             f"{stage}: {which} blocks changed ({format_blocks(blocks)}), relative to their weights by "
-            f"{zones_in_words(means)}; most in block {int(row['largest at block'])} ({row['there']:.3g}); every weight "
-            "was compared.",
+            f"{zones_in_words(means)}; most in block {int(row['largest at block'])} ({row['there']:.3g}); "
+            + ("every weight was compared." if rounded is None else
+               f"about {rounded:.1g} of that is rounding (the checkpoints are stored in different precision)."),
             f"By the weights {where_most(means, 'blocks' if which == 'all' else 'changed blocks')}. That says what "
             "tuning moved, not which blocks are best to tune.",
             self.origin.words("profile", "--data", "arithmetic", data=False))
@@ -304,11 +308,33 @@ def weights(stages: Sequence[LoadedModel | str | Path] | LoadedModel | str | Pat
         _turn_rows(table, turns(chain, pairs, [w for w, _ in measured], workers, progress))
     for stage in chain:
         stage.release()
+    rounding, notes = _rounding(chain, plan.weights, pairs)
     counts = {"weights": len(plan.weights), "entries": sum(w.numel for w in plan.weights),
               "bytes": sum(s.source.nbytes for s in chain), "tied": plan.tied, "left_out": plan.left_out,
-              "notes": plan.notes, "spectra": spectra}
+              "notes": [*plan.notes, *notes], "spectra": spectra, "rounding": rounding}
     named = Origin(tuple(s.spec if isinstance(s, LoadedModel) else str(s) for s in specs))
     return WeightsResult(table, keys, plan.num_blocks, counts, named)
+
+
+def _rounding(chain: Sequence[Stage], weights: Sequence[Weight], pairs: Sequence[Pair]
+              ) -> tuple[dict[str, float], list[str]]:
+    """Of comparisons of checkpoints that are stored in different precision: the relative change that rounding alone
+    makes, and that in words."""
+    found: dict[str, float] = {}
+    notes = []
+    matrix = next((w for w in weights if w.block is not None and len(w.shape) > 1), None)
+    for later, earlier in pairs:
+        if matrix is None:
+            continue
+        stored = {chain[i].name: chain[i].operand(matrix).dtype for i in (later, earlier)}
+        if len(set(stored.values())) > 1:
+            stage = side_of((chain[later].name, chain[earlier].name))
+            found[stage] = _ROUNDED * max(torch.finfo(dtype).eps for dtype in stored.values())
+            words = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in stored.items())
+            notes.append(f"{stage}: {words} are compared: rounding by itself changes weights by about "
+                         f"{found[stage]:.1g} of their norm, also in blocks that tuning left alone (`tune "
+                         "--export-base` writes the base in the tuned model's precision).")
+    return found, notes
 
 
 def _place(weight: Weight) -> tuple[Literal["block", "model"], int | str]:
@@ -404,10 +430,8 @@ def _spectra_rows(table: Table, chain: Sequence[Stage], pairs: Sequence[Pair],
     # a Gram matrix, its decomposition and the workspace: three of the smaller side's squares a thread
     largest = max((min(w.shape) for w, _ in matrices), default=1)
     workers = max(1, min(workers, (1 << 30) // (24 * largest * largest)))
-    threads = torch.get_num_threads()
     done = 0
-    with ThreadPoolExecutor(workers, thread_name_prefix="spectra",
-                            initializer=lambda: torch.set_num_threads(1 if workers > 1 else threads)) as pool:
+    with single_threads(workers, "spectra") as pool:
         for pair in pairs:
             stage = side_of((chain[pair[0]].name, chain[pair[1]].name))
             for group in similar_runs(matrices):
@@ -426,4 +450,3 @@ def _spectra_rows(table: Table, chain: Sequence[Stage], pairs: Sequence[Pair],
                     progress("spectra (matrices)", done, len(matrices) * len(pairs), note=weight.name)
                 for checkpoint in chain:  # mapped pages count as this process's memory until they are let go
                     checkpoint.release()
-    torch.set_num_threads(threads)

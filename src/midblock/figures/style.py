@@ -115,6 +115,11 @@ def figure_style(*layers: Path | str) -> Iterator[None]:
         _layers.reset(token)
 
 
+def style_layers() -> tuple[Path, ...]:
+    """The style files of the `figure_style` in which the caller is."""
+    return _layers.get()
+
+
 @functools.lru_cache(maxsize=16)
 def _read_once(path: Path, changed: float) -> dict[str, Any]:
     return read_style(path)
@@ -318,12 +323,14 @@ def outside_legend(fig: Figure, axes: Sequence[Axes], least: int = 2) -> None:
 
 
 Format = Literal["svg", "pdf", "png"]
+FORMATS: tuple[Format, ...] = ("svg", "pdf")
+"""What is written unless other formats are asked for."""
 _METADATA: dict[Format, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
     "png": {"Software": None}}
 
 
-def save_figure(fig: Figure, folder: Path | str, name: str, formats: Sequence[Format] = ("svg", "pdf")) -> list[Path]:
+def save_figure(fig: Figure, folder: Path | str, name: str, formats: Sequence[Format] = FORMATS) -> list[Path]:
     """Write ``name.svg`` and ``name.pdf`` (or other ``formats``; png has 150 dpi) into ``folder``, each atomically.
 
     Words stay words in both, so that they can be edited and searched. The files carry no date and fixed ids, so equal
@@ -343,15 +350,20 @@ def save_figure(fig: Figure, folder: Path | str, name: str, formats: Sequence[Fo
     return _write(fig, Path(folder), name, formats)
 
 
+def figure_paths(folder: Path | str, name: str, formats: Sequence[Format] = FORMATS) -> list[Path]:
+    """The files that `save_figure` writes."""
+    return [Path(folder) / f"{name}.{kind}" for kind in formats]
+
+
 @styled
 def _write(fig: Figure, folder: Path, name: str, formats: Sequence[Format]) -> list[Path]:
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) if not axis.get_label().get_text()):
+        axis.set_label_coords(0.0, 0.0)  # else the place of words that are not there is sought at every drawing
     if fig.get_layout_engine() is not None:  # places are found once, not anew for each format
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
-    written = []
-    for kind in formats:
-        path = folder / f"{name}.{kind}"
+    written = figure_paths(folder, name, formats)
+    for path, kind in zip(written, formats, strict=True):
         with atomic_path(path) as temporary:
             fig.savefig(temporary, format=kind, metadata=_METADATA[kind])
-        written.append(path)
     return written

@@ -7,17 +7,18 @@ that, a read-out 2 V d. The rate is that of the model's own products on this mac
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from midblock.analysis.weight_sums import usable_cores
 from midblock.errors import MidblockError
 from midblock.progress import Progress
 from midblock.report.parts import Sources, Task, arguments
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import StudySettings
 
-__all__ = ["Cost", "StudyProgress", "forecast_study"]
+__all__ = ["Cost", "StudyProgress", "forecast_study", "worth_a_process"]
 
 _FORWARD = 0.8
 """Share of the products' rate that forwards and read-outs reach."""
@@ -25,6 +26,8 @@ _READ = 5e8  # bytes a second, of two checkpoints from disk
 _BESIDES = 3.0  # seconds of a part for its figures and intervals
 _TABLES = 3 << 20  # bytes of a part's table and figures
 _TOKENISED = 48  # samples that stand for the others
+_WORTH = 40.0
+"""Estimated seconds of a study from which on a second process, which starts in a few, is worth its start."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,13 @@ def forecast_study(chains: Sequence[Sequence[str]], tasks: Sequence[Task], setti
         except MidblockError as error:
             found[task] = Cost(note=str(error))
     return found
+
+
+def worth_a_process(costs: Mapping[Task, Cost]) -> bool:
+    """Whether a study has a second process for what needs no models (`midblock.report.beside`): one that is long
+    enough, reads models, and has another core than that which it computes on."""
+    seconds = sum(c.seconds for t, c in costs.items() if c.seconds is not None and t.part != "sweep")
+    return seconds >= _WORTH and any(t.needs_models for t in costs) and usable_cores() > 1
 
 
 def _sweep_cost(task: Task, load: ChainLoadSettings) -> Cost:
@@ -116,12 +126,12 @@ class _Outline:
     rate: float
     besides: int
 
-    def _tokens(self, spec: str, settings: StudySettings, sources: Sources) -> tuple[float, int]:
-        """Mean tokens of a sample, and how many samples there are."""
+    def _tokens(self, spec: str, settings: StudySettings, sources: Sources) -> tuple[float, int, int]:
+        """Mean and largest number of tokens of a sample, and how many samples there are."""
         dataset = sources(spec)
         drawn = dataset.sample(_TOKENISED, settings.seed)
         lengths = [min(settings.max_length, len(self.tokenizer(e.text)["input_ids"])) for e in drawn.examples]
-        return sum(lengths) / max(1, len(lengths)), len(dataset.examples)
+        return sum(lengths) / max(1, len(lengths)), max(lengths, default=0), len(dataset.examples)
 
     def cost(self, task: Task, settings: StudySettings, sources: Sources) -> Cost:
         """Estimate of a part. Of parts that share a pass each has its own share, the bodies the profile's."""
@@ -131,35 +141,40 @@ class _Outline:
         if task.part == "correlate":
             return Cost(2 * _BESIDES, self.besides, _TABLES)
         assert task.data is not None
-        mean, there = self._tokens(task.data, settings, sources)
+        mean, longest, there = self._tokens(task.data, settings, sources)
         chosen = arguments(task.part, settings, task.data)
         samples = min(there, chosen["samples"])
         tokens = samples * mean
         body, head = 2 * self.met * tokens, 2 * self.vocab * self.width * tokens
         alone = "profile" not in settings.parts
         states = (self.blocks + 1) * samples * self.width * 4 * self.stages
-        batch = 24 * settings.batch_size * settings.max_length * self.width * self.size + 64e6
+        places = min(settings.batch_size, samples) * longest
+        batch = 24 * places * self.width * self.size + 64e6
+        heads = self.stages * self.vocab * self.width * self.size  # laid out for many products
         if task.part == "profile":
             return Cost(_BESIDES + self.stages * body / self.rate + 0.1 * self.blocks * self.stages,
-                        models + states + batch, _TABLES + states)
+                        models + states + batch + (0 if "lens" not in settings.parts else heads), _TABLES + states)
         if task.part == "lens":
             flops = self.stages * ((self.blocks + 1) * head + (body if alone else 0))
-            return Cost(_BESIDES + flops / self.rate, models + batch + 6 * (3 << 22) * self.size, _TABLES)
+            return Cost(_BESIDES + flops / self.rate, models + heads + batch + 6 * (3 << 22) * self.size, _TABLES)
         if task.part == "swap":
             pairs = 2 * (2 * self.stages - 3) if self.stages > 2 else 2
             swapped = pairs * body * sum((k + 1) / settings.segments for k in range(settings.segments))
             flops = swapped + 2 * pairs * (settings.segments + 1) * head + (self.stages * body if alone else 0)
             borders = tokens * self.width * self.size * self.stages * (settings.segments + 1)
-            return Cost(_BESIDES + flops / self.rate, models + borders + batch, _TABLES + borders)
-        from midblock.tuning.estimate import EFFICIENCY
+            return Cost(_BESIDES + flops / self.rate, models + heads + borders + batch, _TABLES + borders)
+        from midblock.tuning.estimate import EFFICIENCY, KEPT
 
         backward = 3 * (body + head) * _FORWARD / EFFICIENCY
-        grads = self.inside * self.size + 34 / 2 * batch / 24 * self.blocks
+        # activations of a batch; then its logits in both precisions with their gradients, or those of the weights
+        logits, gradients = places * self.vocab * (2 * self.size + 12), self.parameters * self.size
+        grads = KEPT * places * self.width * self.size * self.blocks + max(logits, gradients)
         if task.part == "gradients":
             return Cost(_BESIDES + self.stages * backward / self.rate, models + grads, _TABLES)
         flops = (body if alone else 0) + (backward if "gradients" not in settings.parts else 0)
         spectra = 12 * self.inside * min(self.width, 4096)  # Gram matrices and their decompositions
-        return Cost(_BESIDES + (flops + spectra) / self.rate, models + grads, _TABLES)
+        own = states if "gradients" in settings.parts else grads
+        return Cost(_BESIDES + (flops + spectra) / self.rate, models + own, _TABLES)
 
 
 class StudyProgress:

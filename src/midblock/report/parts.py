@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from midblock.errors import MidblockError, OutputError, SettingsError
-from midblock.progress import Progress
+from midblock.figures.style import figure_paths, save_figure
+from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder, check_whole
+from midblock.report.beside import Beside, Promise
 from midblock.report.save import save_result
 from midblock.settings.load import STREAM_FIELDS, ChainLoadSettings
 from midblock.settings.study import Part, StudySettings
 from midblock.writing import recomputed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Chain", "Sources", "Task", "arguments", "finished"]
 
@@ -75,11 +82,13 @@ def arguments(part: Part, settings: StudySettings, data: str | None) -> dict[str
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run folder holds a finished run; one that is damaged is named, and run again."""
+    """Whether a run folder holds a finished run with its figures; one that is damaged is named, and run again."""
     if not (folder / "run.json").exists():
         return False
     try:
-        return bool(check_whole(folder)["status"] == "finished")
+        run = check_whole(folder)
+        # figures are drawn beside the parts that follow: an interruption may have left some out
+        return run["status"] == "finished" and all((folder / n).exists() for n in run.get("files", ()))
     except MidblockError as error:
         recomputed(error, "This part is run again.")
         return False
@@ -88,9 +97,11 @@ def finished(folder: Path) -> bool:
 class Chain:
     """One chain of checkpoints: loaded when a part first needs it, once for all parts."""
 
-    def __init__(self, specs: Sequence[str], load: ChainLoadSettings, settings: StudySettings, sources: Sources
-                 ) -> None:
+    def __init__(self, specs: Sequence[str], load: ChainLoadSettings, settings: StudySettings, sources: Sources,
+                 beside: Beside | None = None) -> None:
         self._specs, self._load, self._settings, self._sources = list(specs), load, settings, sources
+        self._beside = beside
+        self.drawn: list[tuple[Task, Promise]] = []
         self._models: list[Any] | None = None
         self._passed: dict[Task, Any] = {}
         self._backward: dict[str | None, Any] = {}
@@ -204,8 +215,23 @@ class Chain:
                 run.update(models={k: {"spec": s} for k, s in zip(names, self._specs, strict=True)})
             result = self._measure(task, models, data, progress)
             more = {} if seconds is None else {"shared_pass_seconds": round(seconds, 2)}
-            save_result(run, result, fields={"counts": getattr(result, "counts", {}), **more}, progress=progress)
+            save_result(run, result, fields={"counts": getattr(result, "counts", {}), **more}, progress=progress,
+                        draw=save_figure if self._beside is None else partial(self._draw_beside, task))
         self.finished.append(task)
+
+    def start(self, task: Task) -> Promise | None:
+        """Begin a part that needs no models beside those that do; None where it must run here."""
+        if self._beside is None or task.part != "weights":
+            return None
+        return self._beside.call(_run_alone, self._specs, self._load, self._settings, task)
+
+    def _draw_beside(self, task: Task, fig: Figure, folder: Path, name: str) -> list[Path]:
+        assert self._beside is not None
+        try:
+            self.drawn.append((task, self._beside.save_figure(fig, folder, name)))
+        except (pickle.PicklingError, AttributeError, TypeError):  # a figure that cannot be sent
+            return save_figure(fig, folder, name)
+        return figure_paths(folder, name)
 
     def _measure(self, task: Task, models: list[Any], data: Any, progress: Progress) -> Any:
         if task.part == "weights":
@@ -215,7 +241,9 @@ class Chain:
         if task.part == "correlate":
             from midblock.analysis.correlate import correlate
 
-            return correlate([t.folder for t in self.finished if t.part in _PER_DEPTH], progress=progress)
+            # in the order of the parts, whichever ended first
+            parts = sorted((t for t in self.finished if t.part in _PER_DEPTH), key=lambda t: t.part != "weights")
+            return correlate([t.folder for t in parts], progress=progress)
         chosen = arguments(task.part, self._settings, task.data)
         if task.part == "gradients":
             from midblock.analysis.gradients import gradients
@@ -233,6 +261,14 @@ class Chain:
             passed = self._part(task, progress)
             return passed.run(progress=progress)
         return passed.finish()
+
+
+def _run_alone(specs: Sequence[str], load: ChainLoadSettings, settings: StudySettings, task: Task) -> float:
+    """A part by itself; seconds."""
+    started = time.perf_counter()
+    with Chain(specs, load, settings, Sources(settings.seed)) as chain:
+        chain.run(task, silent)
+    return round(time.perf_counter() - started, 2)
 
 
 def shared_groups(tasks: Sequence[Task]) -> Iterator[list[Task]]:

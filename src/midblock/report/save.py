@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from midblock.results import Table
 
-__all__ = ["Result", "save_result"]
+__all__ = ["Draw", "Result", "save_result"]
+
+Draw = Callable[["Figure", Path, str], list[Path]]
 
 
 class Result(Protocol):
@@ -38,7 +41,7 @@ class Result(Protocol):
 
 
 def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | None = None,
-                progress: Progress = silent) -> list[str]:
+                progress: Progress = silent, draw: Draw = save_figure) -> list[str]:
     """Write ``table.csv``, further tables, ``summary.txt`` and ``figures/*.svg|pdf``; returns the names written.
 
     Args:
@@ -46,6 +49,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
         result: The result.
         fields: Further fields of ``run.json``, such as ``{"data": {...}}``.
         progress: Told how many figures are drawn.
+        draw: Writes a figure into a folder under a name; gives its files.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -55,7 +59,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
     with _uncollected():
         figures = result.figures()
         for number, (name, figure) in enumerate(figures.items(), start=1):
-            names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
+            names += [f"figures/{p.name}" for p in draw(figure, run.path / "figures", name)]
             progress("figures", number, len(figures))
     run.update(files=names, **(fields or {}))
     return names

@@ -8,6 +8,7 @@ others.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import traceback
@@ -20,8 +21,9 @@ from midblock.errors import MidblockError, OutputError, SettingsError
 from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
 from midblock.reading import read_yaml, user_path
+from midblock.report.beside import Beside, Promise
 from midblock.report.findings import answer_of
-from midblock.report.forecast import Cost, StudyProgress, forecast_study
+from midblock.report.forecast import Cost, StudyProgress, forecast_study, worth_a_process
 from midblock.report.page import build_report
 from midblock.report.parts import SHARED, Chain, Sources, Task, finished, shared_groups
 from midblock.results import Answer, Reading
@@ -169,10 +171,12 @@ def study(chains: Sequence[Sequence[str]], *, data: Sequence[str] = (), out: Pat
                    may_differ=("only", "skip", "sweep", *STREAM_FIELDS)) as run:
         costs = forecast_study(specs, tasks, chosen, loading, sources)
         going = _Going(result, tasks, tell, StudyProgress(progress, costs))
-        for number, stages in enumerate(specs):
-            with Chain(stages, loading, chosen, sources) as chain:
-                for group in shared_groups([t for t in tasks if t.chain == number]):
-                    going.group(chain, group)
+        with Beside() if worth_a_process(costs) else contextlib.nullcontext() as beside:
+            for number, stages in enumerate(specs):
+                with Chain(stages, loading, chosen, sources, beside) as chain:
+                    for group in shared_groups([t for t in tasks if t.chain == number]):
+                        going.group(chain, group)
+                    going.settle(chain)
         for task in (t for t in tasks if t.part == "sweep"):
             going.task(task, lambda t=task: _sweep(t, loading, going.progress))  # type: ignore[misc]
         run.update(failed=result.failed, seconds_of_parts=result.seconds)
@@ -198,6 +202,7 @@ class _Going:
     def __init__(self, result: StudyResult, tasks: Sequence[Task], tell: Callable[[str], None],
                  progress: StudyProgress) -> None:
         self._result, self._tasks, self._tell, self.progress = result, list(tasks), tell, progress
+        self._beside: dict[Task, Promise] = {}
 
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self._result.folder).as_posix()
@@ -221,10 +226,30 @@ class _Going:
             if seconds is not None:
                 self._result.seconds[name] = seconds
         for task in waiting:
+            if (promise := chain.start(task)) is not None:
+                self._tell(f"{self._place(task)}, beside the others ({self.progress.status()})")
+                self._beside[task] = promise
+                continue
+            if task.part == "correlate":
+                self.settle(chain)
             if self._name(task.folder) not in self._result.failed:
                 self.task(task, lambda t=task: chain.run(  # type: ignore[misc]
                     t, self.progress, seconds if t in shared else None))
         chain.forget(shared)
+
+    def settle(self, chain: Chain) -> None:
+        """Wait for what runs beside."""
+        for task, promise in self._beside.items():
+            self.progress.begin(task)
+            seconds = self._guard(task, promise.result)
+            self.progress.passed(task)
+            if seconds is not None:
+                chain.finished.append(task)
+                self._result.seconds[self._name(task.folder)] = seconds
+        self._beside.clear()
+        for task, promise in chain.drawn:
+            self._guard(task, promise.result)
+        chain.drawn.clear()
 
     def task(self, task: Task, run: Callable[[], None]) -> None:
         """One task, unless it is finished."""

@@ -7,7 +7,7 @@ predicts measured gains.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from midblock import metrics, stats
 from midblock.analysis.gradients import GradientsResult, gradients
 from midblock.analysis.passes import PassPart, encode
+from midblock.analysis.weight_sums import single_threads
 from midblock.capture.accumulators import PooledStates
 from midblock.capture.arrivals import Arrivals
 from midblock.data import Batch, Dataset
@@ -97,20 +98,23 @@ def cka_matrix(x: Tensor) -> npt.NDArray[np.float64]:
     return result
 
 
-def weight_snr(block: torch.nn.Module) -> float:
+def weight_snr(block: torch.nn.Module, each: Callable[..., Iterable[Tensor]] = map) -> float:
     """`midblock.metrics.spectral_snr` over the linear layers of a block; reads weights only.
+
+    Args:
+        block: The block.
+        each: Calls a function for every matrix, as ``map``; a pool's does it for several at once.
 
     Raises:
         UndefinedMetricError: no matrix, or one whose noise level is 0.
     """
-    spectra = []
-    for part in projections(block).values():
-        if part.linear and len(part.shape) == 2:
-            weight = block.get_parameter(part.name).detach()
-            if not weight.is_floating_point():
-                raise UndefinedMetricError(f"{part.name} is quantised ({weight.dtype}); a spectrum needs floats.")
-            spectra.append((metrics.singular_values(weight.float(), method="gram"), part.shape))
-    return metrics.spectral_snr(spectra)
+    found = {part.name: part.shape for part in projections(block).values() if part.linear and len(part.shape) == 2}
+    weights = [block.get_parameter(name).detach() for name in found]
+    for name, weight in zip(found, weights, strict=True):
+        if not weight.is_floating_point():
+            raise UndefinedMetricError(f"{name} is quantised ({weight.dtype}); a spectrum needs floats.")
+    spectra = each(lambda weight: metrics.singular_values(weight.float(), method="gram"), weights)
+    return metrics.spectral_snr(list(zip(spectra, found.values(), strict=True)))
 
 
 def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: ScoreSettings | None = None,
@@ -146,12 +150,14 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
             loaded, dataset, settings=chosen, stage=stage).run(progress=progress)
         similarity, counts = _forward_scores(table, found, chosen, stage, extra)
     if chosen.wants("weights"):
-        for b, block in loaded.each_block():
-            try:
-                table.add("block", b, "weight_snr", stage, weight_snr(block), n=1, **{**extra, "data": ""})
-            except UndefinedMetricError as error:
-                table.add_undefined("block", b, "weight_snr", stage, str(error), **{**extra, "data": ""})
-            progress("weights", b + 1, loaded.anatomy.num_blocks)
+        own = {**extra, "data": ""}
+        with single_threads(torch.get_num_threads(), "snr") as pool:  # decompositions scale over matrices, not within
+            for b, block in loaded.each_block():
+                try:
+                    table.add("block", b, "weight_snr", stage, weight_snr(block, pool.map), n=1, **own)
+                except UndefinedMetricError as error:
+                    table.add_undefined("block", b, "weight_snr", stage, str(error), **own)
+                progress("weights", b + 1, loaded.anatomy.num_blocks)
     wanted = chosen.wants("backward")
     if dataset is not None and wanted:
         if backward is None:
