@@ -31,7 +31,6 @@ from midblock.quantities import find
 from midblock.results import Table
 from midblock.settings import ProfileSettings
 from midblock.settings.sweep import StatisticsConfig
-from midblock.sweeps.planning import equivalence_margin
 
 FloatArray = npt.NDArray[np.float64]
 Rows = Iterator[tuple[object, ...]]
@@ -111,19 +110,21 @@ def inverted_u(rounds: int) -> Rows:
 
 
 def arms(rounds: int) -> Rows:
-    """Shares of the arms of a study, so that six arms count as six answers of one round."""
+    """Six arms count as six answers of one round; one arm alone is cheap and has twenty times the rounds."""
     for what, size, seed_sd in itertools.product(("right or wrong", "any number"), (6, 1), (0.0, 0.15, 0.4, 0.8)):
         row = []
         for seeds in SEEDS:
             rng = np.random.default_rng([size, seeds, int(100 * seed_sd)])
-            held = []
-            for _ in range(rounds):
-                if what == "any number":
-                    tables, truth = np.moveaxis(sweep(rng, np.zeros(size), seeds, seed_sd / 4), 2, 0), 0.0
-                else:
-                    tables, truth = right_or_wrong(rng, [0.35] * size, seeds, seed_sd, 150), 0.35
+            held: list[float] = []
+            for _ in range(rounds if size > 1 else 10):
+                truth = 0.0 if what == "any number" else 0.35
+                if size == 1:
+                    held += alone(rng, what, truth, seeds, seed_sd, 2 * rounds).tolist()
+                    continue
+                tables = (np.moveaxis(sweep(rng, np.zeros(size), seeds, seed_sd / 4), 2, 0) if what == "any number" else
+                          right_or_wrong(rng, [truth] * size, seeds, seed_sd, 150))
                 found = stats.arm_intervals({str(i): t for i, t in enumerate(tables)})
-                held.append(np.mean([f.low <= truth <= f.high for f in found.values()]))
+                held.append(float(np.mean([f.low <= truth <= f.high for f in found.values()])))
             row.append(share(held))
         yield what, size, seed_sd if what != "any number" else seed_sd / 4, *row
     for seed_sd in (0.0375, 0.1):
@@ -137,6 +138,33 @@ def arms(rounds: int) -> Rows:
                 held.append(float(found.low <= 0 <= found.high))
             row.append(share(held))
         yield "any number", "one of six, 2.5 times the sd", seed_sd, *row
+
+
+def alone(rng: np.random.Generator, what: str, truth: float, seeds: int, seed_sd: float, studies: int) -> FloatArray:
+    """Whether the 95% interval of one arm holds the truth, in many studies at once.
+
+    The formula of `stats.crossed_mean`, held to it on five of them.
+    """
+    def chance(sd: float, *shape: int) -> FloatArray:
+        return rng.normal(0, sd, (studies, *shape))
+
+    if what == "any number":
+        y = chance(np.hypot(0.4, 0.25), 1, 100) + chance(seed_sd / 4, seeds, 1) + chance(0.3, seeds, 100)
+    else:
+        latent = chance(np.hypot(1.2, 0.9), 1, 150) + chance(seed_sd, seeds, 1) + chance(1, seeds, 150)
+        total = np.sqrt(1 + 1.2**2 + 0.9**2 + seed_sd**2)
+        y = np.asarray(latent > -total * scipy_stats.norm.ppf(truth), dtype=np.float64)
+    items = y.shape[2]
+    by_seed, by_item, mean = y.mean(axis=2), y.mean(axis=1), y.mean(axis=(1, 2))
+    ms_seed = items * ((by_seed - mean[:, None]) ** 2).sum(axis=1) / (seeds - 1)
+    ms_item = seeds * ((by_item - mean[:, None]) ** 2).sum(axis=1) / (items - 1)
+    left = y - by_seed[:, :, None] - by_item[:, None, :] + mean[:, None, None]
+    of_items = np.maximum(ms_item - (left**2).sum(axis=(1, 2)) / ((seeds - 1) * (items - 1)), 0)
+    of_seeds = ms_seed * (ms_seed / (ms_seed + of_items / (8 * (seeds - 1) ** 0.5))) ** 2
+    t_seed, t_item = (scipy_stats.t.ppf(0.975, df) for df in (seeds - 1, items - 1))
+    half = np.sqrt((of_seeds * t_seed**2 + of_items * t_item**2) / (seeds * items))
+    assert np.allclose(half[:5], [stats.crossed_mean(table).half_width() for table in y[:5]])
+    return np.asarray(np.abs(mean - truth) <= half, dtype=np.float64)
 
 
 def gains(rounds: int) -> Rows:
@@ -215,20 +243,32 @@ def equivalence(rounds: int) -> Rows:
 
 
 def planned(rounds: int) -> Rows:
-    """Power at the margin that the dry run prints for 80%, where the seeds hardly vary, as the dry run assumes."""
-    for items, tests in itertools.product((200, 1000), (1, 5)):
-        row = []
-        for seeds in (1, *SEEDS):
-            margin = equivalence_margin(items, seeds, StatisticsConfig(expected_accuracy=0.5), binary=True, tests=tests)
+    """What the dry run announces for a power of 80%, and the power that the tests have there."""
+    wanted = StatisticsConfig()
+    rho, rho_seed, seed_sd = wanted.expected_correlation, wanted.expected_seed_correlation, wanted.expected_seed_sd
+    for items, arms in itertools.product((200, 1000), (2, 6)):
+        tests = arms - 1
+        guess = {"binary": False, "correlation": rho, "seed_correlation": rho_seed, "seed_sd": seed_sd, "arms": arms,
+                 "comparisons": tests}
+        cells = []
+        for seeds in SEEDS:
+            margin = stats.equivalence_margin(items, seeds, **guess)
+            delta = stats.minimum_detectable_difference(items, seeds, **guess)
             rng = np.random.default_rng([items, tests, seeds])
-            shown = []
+            seen, within = [], []
             for _ in range(rounds):
-                tables = right_or_wrong(rng, [0.5] * (tests + 1), seeds, 0.05, items)
-                found = stats.compare_arms({str(i): t for i, t in enumerate(tables)}, baseline="0", binary=True,
-                                           confidence=1 - 2 * ALPHA / tests)
-                shown.append(float(((found["low"] >= -margin) & (found["high"] <= margin)).mean()))
-            row.append(f"{margin:.3f}: {share(shown)}")
-        yield items, tests, *row
+                y = (rng.normal(0, rho**0.5, (1, 1, items)) + rng.normal(0, (rho_seed - rho) ** 0.5, (arms, 1, items))
+                     + rng.normal(0, (1 - rho_seed) ** 0.5, (arms, seeds, items))
+                     + rng.normal(0, seed_sd, (arms, seeds, 1)))
+                named = {str(i): t for i, t in enumerate(y)}
+                found = stats.compare_arms(named, baseline="0", binary=False, confidence=1 - 2 * ALPHA / tests)
+                within.append(float(((found["low"] >= -margin) & (found["high"] <= margin)).mean()))
+                named["0"] = named["0"] - delta
+                found = stats.compare_arms(named, baseline="0", binary=False, confidence=1 - ALPHA / tests)
+                seen.append(float((found["low"] > 0).mean()))
+            cells.append((f"{delta:.2f}: {share(seen)}", f"{margin:.2f}: {share(within)}"))
+        yield "difference", items, tests, *(seen for seen, _ in cells)
+        yield "as good within", items, tests, *(within for _, within in cells)
 
 
 SPECTRAL = ("dataset_entropy", "effective_rank", "rank_deficiency", "spectral_norm")
@@ -323,8 +363,8 @@ TABLES: Mapping[str, tuple[str, Sequence[str], Callable[[int], Rows]]] = {
                    ("at least", "true share", "items", "seed sd", *SEED_COLUMNS), gain_shown),
     "equivalence": ("no worse, as good: false claims at a difference of the margin, and power where arms are equal",
                     ("claim", "comparisons", "items", "margin", "seed sd", "1 seed", *SEED_COLUMNS), equivalence),
-    "planned": ("margin that --dry-run gives for 80% power, and the power there",
-                ("items", "comparisons", "1 seed", *SEED_COLUMNS), planned),
+    "planned": ("what --dry-run announces for 80% power, in standard deviations of the scores, and the power there",
+                ("what", "items", "comparisons", *SEED_COLUMNS), planned),
     "spectra": ("share of intervals that hold the expected value at N samples (95%), and their mean width over that of "
                 "an ideal interval", ("measure", "N", "d", "states", "expected", "covers", "width"), spectra),
 }

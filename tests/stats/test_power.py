@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from statsmodels.stats.power import TTestIndPower
 
 from midblock.errors import SettingsError
+from midblock.stats import compare_arms, equivalence_margin
 from midblock.stats import minimum_detectable_difference as mdd
 
 
@@ -25,38 +27,71 @@ def test_real_scores_equal_statsmodels_for_many_items():
     assert mdd(2000, paired=False, binary=False, sd=3.0) == pytest.approx(3 * d, rel=0.002)
 
 
-@pytest.mark.parametrize(("paired", "seeds"), [(False, 1), (True, 1), (True, 3)])
-def test_simulated_power_at_the_detectable_difference(paired, seeds):
-    """Items share a normal difficulty; outcomes are thresholded latent normals, so that the
-    correlation of right/wrong is measured on the simulation and handed to the formula."""
+def tables(rng, arms, seeds, items, correlation, seed_correlation, seed_sd):
+    """Normal scores of arms, seeds and items with these correlations, and means that vary from seed to seed."""
+    parts = (correlation, (1, 1, items)), (seed_correlation - correlation, (arms, 1, items)), (
+        1 - seed_correlation, (arms, seeds, items)), (seed_sd**2, (arms, seeds, 1))
+    return sum(math.sqrt(v) * rng.normal(size=shape) for v, shape in parts)
+
+
+@pytest.mark.parametrize(("arms", "seeds", "items", "seed_correlation", "seed_sd"), [
+    (2, 3, 200, 0.5, 0.0), (2, 3, 200, 0.7, 0.03), (6, 2, 100, 0.6, 0.05), (6, 5, 60, 0.8, 0.1)])
+def test_the_power_that_the_test_itself_has(arms, seeds, items, seed_correlation, seed_sd):
+    """At the difference, and within the margin, that are announced for a power of 0.8, `compare_arms` has it."""
+    m, rounds = arms - 1, 200
+    guess = {"binary": False, "correlation": 0.5, "seed_correlation": seed_correlation, "seed_sd": seed_sd,
+             "arms": arms, "comparisons": m}
+    delta, margin = mdd(items, seeds, **guess), equivalence_margin(items, seeds, **guess)
+    rng = np.random.default_rng(items)
+    seen, within = [], []
+    for _ in range(rounds):
+        y = tables(rng, arms, seeds, items, 0.5, seed_correlation, seed_sd)
+        named = {str(i): t for i, t in enumerate(y)}
+        told = compare_arms(named, baseline="0", binary=False, confidence=1 - 0.1 / m)
+        within.append(((told["low"] >= -margin) & (told["high"] <= margin)).mean())
+        named["0"] = named["0"] - delta
+        told = compare_arms(named, baseline="0", binary=False, confidence=1 - 0.05 / m)
+        seen.append((told["low"] > 0).mean())
+    # independent rounds: three standard errors
+    allowed = 3 * math.sqrt(0.8 * 0.2 / rounds)
+    assert np.mean(seen) == pytest.approx(0.8, abs=allowed)
+    assert np.mean(within) == pytest.approx(0.8, abs=allowed)
+
+
+def test_right_and_wrong_have_the_power_too():
+    """Thresholded normals, whose correlations are measured on a pilot and handed to the formula."""
     rng = np.random.default_rng(0)
-    items, rounds, base = 300, 2000, 0.3
+    items, seeds, base = 300, 3, 0.3
 
-    def draw(shift_rate, n):
-        from scipy.stats import norm
-        difficulty = rng.normal(size=(2, n, 1, items))
-        if paired:
-            difficulty[1] = difficulty[0]
-        latent = math.sqrt(0.6) * difficulty + math.sqrt(0.4) * rng.normal(size=(2, n, seeds, items))
-        cut = np.array([norm.ppf(base + shift_rate), norm.ppf(base)])[:, None, None, None]
-        return (latent < cut).astype(float)
+    def draw(rate):
+        y = tables(rng, 2, seeds, items, 0.5, 0.7, 0.0)
+        return (y < norm.ppf([[[rate]], [[base]]])).astype(float)
 
-    pilot = draw(0.0, 300)
-    rho = np.corrcoef(pilot[0].ravel(), pilot[1].ravel())[0, 1] if paired else 0.0
-    delta = mdd(items, seeds, base, paired=paired, correlation=rho)
-    scores = draw(delta, rounds)
-    if paired:
-        d = (scores[0] - scores[1]).mean(axis=1)
-        z = d.mean(axis=1) / (d.std(axis=1, ddof=1) / math.sqrt(items))
-    else:
-        a, b = scores.mean(axis=2)
-        z = (a - b).mean(axis=1) / np.sqrt(sum(s.mean(axis=1).var(axis=1) for s in scores) / items)
-    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.035)
+    pilot = np.stack([draw(base) for _ in range(300)])
+    rho = np.corrcoef(pilot[:, 0, 0].ravel(), pilot[:, 1, 0].ravel())[0, 1]
+    rho_seed = np.corrcoef(pilot[:, 0, 0].ravel(), pilot[:, 0, 1].ravel())[0, 1]
+    delta = mdd(items, seeds, base, correlation=rho, seed_correlation=rho_seed)
+    seen = []
+    for _ in range(400):
+        a, b = draw(base + delta)
+        seen.append(compare_arms({"a": a, "b": b}, binary=True)["low"].iloc[0] > 0)
+    assert np.mean(seen) == pytest.approx(0.8, abs=3 * math.sqrt(0.8 * 0.2 / 400))
+
+
+def test_many_items_and_seeds_come_to_the_closed_form():
+    """With thousands of degrees of freedom the quantiles are the normal's: two one-sided tests by hand."""
+    error = math.sqrt(2 * 0.4 * 0.6 * (1 - 0.5) / 4000)
+    margin = equivalence_margin(4000, base_rate=0.4, alpha=0.05, power=0.9, comparisons=5)
+    assert margin == pytest.approx(error * (norm.ppf(1 - 0.05 / 5) + norm.ppf(0.95)), rel=0.005)
+    assert mdd(4000, binary=False, sd=math.sqrt(0.24), power=0.9) == pytest.approx(
+        error * (norm.ppf(0.975) + norm.ppf(0.9)), rel=0.005)
 
 
 def test_it_falls_with_items_and_seeds_and_rises_with_comparisons():
     assert mdd(100) > mdd(400) > mdd(1600)
-    assert mdd(200, 1) > mdd(200, 2) > mdd(200, 4)
+    assert mdd(200, 2) > mdd(200, 3) > mdd(200, 6)
+    assert mdd(200, 2) > mdd(200, 1)  # which speaks of new items only, and of no other seeds
+    assert mdd(200, 2, arms=8) < mdd(200, 2)
     assert mdd(200, comparisons=10) > mdd(200)
     assert mdd(200, 2, seed_sd=0.03) > mdd(200, 2)
     assert mdd(200, correlation=0.8) < mdd(200, correlation=0.2)
@@ -82,3 +117,5 @@ def test_too_few_items_detect_nothing():
 def test_numbers_out_of_range(wrong):
     with pytest.raises(SettingsError):
         mdd(**{"n_items": 100, **wrong})
+    with pytest.raises(SettingsError):
+        equivalence_margin(**{"n_items": 100, **wrong})

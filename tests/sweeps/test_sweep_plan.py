@@ -6,13 +6,12 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from scipy.stats import norm
 
 from midblock.evaluation import find_task
-from midblock.settings.sweep import StatisticsConfig
+from midblock.stats import equivalence_margin
 from midblock.sweeps import expand_arms, jobs_of, load_sweep_data, parse_config
 from midblock.sweeps import planning as planning_module
-from midblock.sweeps.planning import _scoring, _seconds, clock, equivalence_margin, plan_sweep
+from midblock.sweeps.planning import _scoring, _seconds, clock, plan_sweep
 from midblock.tuning.estimate import EFFICIENCY
 from midblock.tuning.estimate import outline as outline_of_spec
 from sweep_helpers import tiny_values
@@ -119,8 +118,10 @@ def test_the_table_and_the_summary(planned):
     rows = plan.detectable.set_index("task")
     assert rows.loc["answers", ["items", "seeds", "unit"]].tolist() == [10, 2, "sd of the items' scores"]
     assert rows.loc["written", "unit"] == "share"
+    guess = {"correlation": 0.5, "seed_correlation": 0.6, "arms": 4, "comparisons": 8}
+    assert rows.loc["answers", "as good within"] == equivalence_margin(10, 2, binary=False, seed_sd=0.03, **guess)
     assert rows.loc["written", "as good within"] == pytest.approx(
-        equivalence_margin(10, 2, config.statistics, binary=True, tests=8))
+        equivalence_margin(10, 2, base_rate=0.3, seed_sd=0.03 * math.sqrt(0.3 * 0.7), **guess))
     columns = ["paired, one test", "paired, Holm over 8", "unpaired, one test", "unpaired, Holm over 8"]
     values = rows.loc["answers", columns].tolist()
     assert values[0] < values[1]
@@ -132,19 +133,3 @@ def test_the_table_and_the_summary(planned):
     (0, "0 s"), (89.4, "89 s"), (90, "1 min 30 s"), (5399, "89 min 59 s"), (5400, "1 h 30 min"), (7380, "2 h 3 min")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
-
-
-@pytest.mark.parametrize(("items", "seeds", "binary", "tests"),
-                         [(200, 1, True, 1), (100, 3, True, 5), (64, 2, False, 7)])
-def test_the_margin_that_can_be_shown_by_hand(items, seeds, binary, tests):
-    """Equal arms: both one-sided tests at alpha/m succeed with the power asked for."""
-    wanted = StatisticsConfig(alpha=0.05, power=0.9, expected_accuracy=0.4)
-    sd = math.sqrt(0.4 * 0.6) if binary else 1.0
-    # items in common correlate 0.5 between arms and between seeds
-    own = (1 + (seeds - 1) * 0.5) / seeds
-    error = sd * math.sqrt(2 * (own - 0.5) / items)
-    margin = equivalence_margin(items, seeds, wanted, binary=binary, tests=tests)
-    assert margin == pytest.approx(error * (norm.ppf(1 - 0.05 / tests) + norm.ppf(0.95)))
-    # the power of the pair of tests at that margin
-    inside = norm.cdf(margin / error - norm.ppf(1 - 0.05 / tests))
-    assert 2 * inside - 1 == pytest.approx(0.9)

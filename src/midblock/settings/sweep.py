@@ -181,6 +181,11 @@ class StatisticsConfig(Settings):
     margins: Margins = setting(Margins(), help="Largest loss that still counts as \"no worse\", by metric.")
     expected_accuracy: float = setting(0.3, gt=0, lt=1, help=(
         "Guess of the arms' accuracy, for the smallest detectable difference before the run."))
+    expected_correlation: float = setting(0.5, gt=-1, lt=1, help=(
+        "Guess of the correlation of two arms' scores over items, for the same; put in what a pilot shows."))
+    expected_seed_correlation: float = setting(0.6, gt=-1, le=1, help="The same of two seeds of one arm.")
+    expected_seed_sd: float = setting(0.03, ge=0, lt=10, help=(
+        "Guess of how an arm's mean varies from seed to seed, in standard deviations of its items' scores."))
 
 
 class SweepConfig(PlaceSettings):

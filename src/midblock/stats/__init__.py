@@ -37,7 +37,7 @@ from midblock.stats.intervals import (
     wilson_interval,
 )
 from midblock.stats.inverted_u import InvertedU, inverted_u_test
-from midblock.stats.power import minimum_detectable_difference
+from midblock.stats.power import equivalence_margin, minimum_detectable_difference
 from midblock.stats.set_overlap import (
     SetOverlap,
     chance_corrected,
@@ -65,6 +65,7 @@ __all__ = [
     "correlate",
     "correlation",
     "crossed_mean",
+    "equivalence_margin",
     "expected_jaccard",
     "hierarchical_arms_bootstrap",
     "holm",

@@ -433,10 +433,17 @@ def crossed_mean(scores: npt.ArrayLike, *, seed_ratio: float | None = None,
     df_seed = float(seeds - 1)
     if seed_ratio is not None:
         ms_seed, df_seed = max(ms_seed, seed_ratio * ms_residual), max(df_seed, seed_ratio_df)
-    of_items = max(ms_item - ms_residual, 0.0)
-    total = ms_seed + of_items / (8 * math.sqrt(df_seed))
-    of_seeds = ms_seed * (ms_seed / total) ** 2 if total > 0.0 else 0.0
+    of_items, of_seeds = (float(v) for v in crossed_parts(ms_seed, ms_item, ms_residual, df_seed))
     return CrossedMean(value, ((of_items / table.size, items - 1.0), (of_seeds / table.size, df_seed)), seeds, items)
+
+
+def crossed_parts(ms_seed: npt.ArrayLike, ms_item: npt.ArrayLike, ms_residual: npt.ArrayLike, df_seed: float
+                  ) -> tuple[FloatArray, FloatArray]:
+    """V and MS_seed w^2 of `crossed_mean` from the mean squares, any number of tables at once."""
+    seed = np.asarray(ms_seed, dtype=np.float64)
+    of_items = np.maximum(np.asarray(ms_item, dtype=np.float64) - np.asarray(ms_residual, dtype=np.float64), 0.0)
+    total = seed + of_items / (8 * math.sqrt(df_seed))
+    return of_items, seed * np.divide(seed, total, out=np.zeros_like(total), where=total > 0) ** 2
 
 
 def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95, *,

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from scipy import stats as scipy_stats
 
 from midblock.errors import SettingsError
 from midblock.evaluation import find_task
-from midblock.settings.sweep import StatisticsConfig, SweepConfig
-from midblock.stats import minimum_detectable_difference
+from midblock.settings.sweep import SweepConfig
+from midblock.stats import equivalence_margin, minimum_detectable_difference
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
 from midblock.sweeps.comparisons import default_pairs
 from midblock.sweeps.data import SweepData, token_rows
@@ -31,7 +30,7 @@ from midblock.tuning.initial import require_start
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["SweepPlan", "clock", "equivalence_margin", "outline_of", "plan_sweep"]
+__all__ = ["SweepPlan", "clock", "outline_of", "plan_sweep"]
 
 DECODING = 0.15
 """The same for generation."""
@@ -145,7 +144,7 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData, loaded: L
                 "not_reached": plan.not_reached()})
     pairs = config.statistics.comparisons or default_pairs(infos_of(arms, {}))
     tests = max(1, len(pairs) * len(config.evaluation))
-    return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests), seconds,
+    return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests, len(arms)), seconds,
                      {name: cost.total_flops(epochs) for name, cost in costs.items()}, tests)
 
 
@@ -184,44 +183,22 @@ def _scoring(outline: Outline, data: SweepData) -> list[tuple[float, float, bool
     return found
 
 
-def _detectable(config: SweepConfig, data: SweepData, tests: int) -> pd.DataFrame:
+def _detectable(config: SweepConfig, data: SweepData, tests: int, arms: int) -> pd.DataFrame:
     wanted = config.statistics
     rows = []
     for task in config.evaluation:
-        spec = find_task(task.task)
-        binary = spec.metric == "accuracy"
+        binary = find_task(task.task).metric == "accuracy"
         row: dict[str, Any] = {"task": task.label, "items": len(data.items[task.label]), "seeds": len(config.seeds),
                                "unit": "share" if binary else "sd of the items' scores"}
+        p = wanted.expected_accuracy
+        guess: dict[str, Any] = {
+            "base_rate": p, "binary": binary, "correlation": wanted.expected_correlation, "arms": arms,
+            "seed_correlation": wanted.expected_seed_correlation, "alpha": wanted.alpha, "power": wanted.power,
+            "seed_sd": wanted.expected_seed_sd * (math.sqrt(p * (1 - p)) if binary else 1.0)}
         for paired in (True, False):
             for m, name in ((1, "one test"), (tests, f"Holm over {tests}")):
                 row[f"{'paired' if paired else 'unpaired'}, {name}"] = minimum_detectable_difference(
-                    row["items"], len(config.seeds), wanted.expected_accuracy, paired=paired, binary=binary,
-                    alpha=wanted.alpha, power=wanted.power, comparisons=m)
-        row["as good within"] = equivalence_margin(row["items"], row["seeds"], wanted, binary=binary, tests=tests)
+                    row["items"], row["seeds"], paired=paired, comparisons=m, **guess)
+        row["as good within"] = equivalence_margin(row["items"], row["seeds"], comparisons=tests, **guess)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def equivalence_margin(items: int, seeds: int, wanted: StatisticsConfig, *, binary: bool, tests: int) -> float:
-    """Smallest margin within which two equally good arms are shown to be as good, with the configured power.
-
-    (z(1 - alpha/m) + z((1 + power)/2)) times the standard error of their paired difference, the power of two
-    one-sided tests at a true difference of 0.
-
-    Args:
-        items: Scored in both arms.
-        seeds: Trained per arm.
-        wanted: Level, power and the guess of the accuracy.
-        binary: Right/wrong scores; otherwise the unit is the scores' standard deviation over items.
-        tests: m, comparisons in the family.
-
-    Example:
-        >>> round(equivalence_margin(200, 1, StatisticsConfig(), binary=True, tests=1), 3)
-        0.095
-    """
-    p = wanted.expected_accuracy
-    error = minimum_detectable_difference(items, seeds, binary=False, sd=math.sqrt(p * (1 - p)) if binary else 1.0,
-                                          alpha=wanted.alpha, power=wanted.power)
-    normal = scipy_stats.norm.ppf
-    error /= float(normal(1 - wanted.alpha / 2) + normal(wanted.power))
-    return error * float(normal(1 - wanted.alpha / tests) + normal((1 + wanted.power) / 2))
