@@ -146,15 +146,15 @@ class ImportanceResult(TableResult):
             wide = wide.loc[matrix_order(list(wide.index)), sorted(wide.columns)]
             made[f"importance-{metric}"] = heatmap(
                 wide.to_numpy(), list(wide.index), list(wide.columns), label=label, row_label="matrix",
-                column_label="block", title=f"Importance: {label_of(metric, unit='')}, {self.data}",
+                column_label="block", title=f"Importance by {label.partition(': ')[0]}: {self.data}",
                 centre=0.0 if metric == "ila_score" else None)
         curve = pd.DataFrame(self.curve, columns=["step", "value"])
         made["importance-stage1"] = lines(curve, "step", title="Stage 1: until epsilon-stable", x_label="step",
-                                          y_label="loss of the probe batches (nats)")
+                                          y_label="Loss of the probe batches (nats per labelled token)")
         second = pd.DataFrame([{"step": i + 1, "value": v, "scores at": f"step {s.step}"}
                                for s in self.sets for i, v in enumerate(s.losses)])
         made["importance-stage2"] = lines(second, "step", hue="scores at", title="Stage 2: scores alone",
-                                          x_label="step of the second stage", y_label="loss (nats)")
+                                          x_label="step of the second stage", y_label="Loss (nats per labelled token)")
         return made
 
 

@@ -15,8 +15,8 @@ __all__ = ["SCORES", "best_units", "top_count", "top_units", "units_of"]
 
 SCORES = {
     "ila_score": "s of ILA: the update counts sigmoid(s)",
-    "taylor": "|<gradient, update>| at the tuned weights, nats",
-    "taylor_base": "|<gradient, update>| at the base weights, nats",
+    "taylor": "|<gradient, update>| at the tuned weights (nats)",
+    "taylor_base": "|<gradient, update>| at the base weights (nats)",
     "update_norm": "Frobenius norm of the update",
     "random": "seeded random numbers",
 }
