@@ -96,7 +96,8 @@ def main() -> None:
         rows = [[part, f"{alone[part]:.1f}", f"{inside[part]:.1f}", f"{off[part]:.1e}" if part in off else ""]
                 for part in PARTS]
         rows.append(["shared pass", "", f"{inside['pass']:.1f}", ""])
-        rows.append(["start, loading, report", "", f"{whole - sum(inside.values()):.1f}", ""])
+        # weights are compared beside the others
+        rows.append(["start, loading, report", "", f"{whole - sum(inside.values()) + inside['weights']:.1f}", ""])
         rows.append(["together", f"{sum(alone.values()):.1f}", f"{whole:.1f}", ""])
         common.table(f"study: {args.samples} samples of {args.tokens} tokens, {few} at the token level ({spec})", rows,
                      ["part", "its command, s", "in the study, s", "largest difference of a value"])

@@ -185,6 +185,46 @@ def test_the_reference_lines_are_the_models_as_they_are() -> None:
     assert lines["tuned in base, base head"] == {0.4, 0.2}
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.02])
+def test_heads_that_say_the_same_are_drawn_once(apart: float) -> None:
+    rows = [{"model": "m", "data": "d", "mask": mask, "donor": donor, "recipient": recipient, "head": head,
+             "value": value + apart * (head == "base"), "low": 0.0, "high": 1.0}
+            for donor, recipient in (("tuned", "base"), ("base", "tuned")) for head in ("base", "tuned")
+            for mask, value in (("00", 0.3), ("10", 0.4), ("01", 0.2))]
+    ax = swap_sheet(pd.DataFrame(rows), "one")[0].axes[0]
+    heads = ["tuned in base, base head", "tuned in base, tuned head", "base in tuned, base head",
+             "base in tuned, tuned head"]
+    assert {line.get_label() for line in ax.lines} == {"base as it is", "tuned as it is", *(
+        heads if apart else ["tuned in base", "base in tuned"])}
+
+
+def test_models_of_one_base_share_every_axis_and_others_those_without_a_models_units() -> None:
+    rows = [{"model": m, "data": "d", "side": "pair", "metric": metric, "depth": x, "value": x * scale}
+            for m, scale in (("a", 1.0), ("b", 9.0)) for metric in ("cka", "mean_shift") for x in (0.0, 1.0)]
+    for one_base in (True, False):
+        axes = depth_sheet(pd.DataFrame(rows), ["cka", "mean_shift"], "two", one_base=one_base)[0].axes
+        assert axes[0].get_ylim() == axes[1].get_ylim()
+        assert (axes[2].get_ylim() == axes[3].get_ylim()) == one_base
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_has_several_labels() -> None:
+    rows = [{"model": "a", "data": "d", "side": "base", "metric": "condition_number", "depth": x, "value": 30 + 300 * x,
+             "low": np.nan, "high": np.nan} for x in (0.0, 0.5, 1.0)]
+    figure = depth_sheet(pd.DataFrame(rows), ["condition_number"], "one")[0]
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_ylim()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels() if low <= t.get_position()[1] <= high] == [
+        "50", "100", "200"]
+
+
+def test_two_sweeps_of_one_model_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name in ("thirds", "tenths"):
+        a_sweep(tmp_path / name, {"base": CHAIN["base"]}, ("111", "100", "010", "001"))
+    paper_figures([tmp_path], out=tmp_path / "out", columns="one")
+    assert set(pd.read_csv(tmp_path / "out" / "table-1.csv")["model"]) == {
+        "models/base-1B (thirds)", "models/base-1B (tenths)"}
+
+
 def test_a_failed_arm_is_named_and_the_baseline_is_a_line() -> None:
     rows = [{"model": "m, t", "metric": "accuracy", "arm": arm, "side": side, "value": value, "low": value,
              "high": value}

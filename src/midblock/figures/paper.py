@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from midblock.figures.style import (
     BAND,
@@ -43,9 +43,13 @@ WIDTHS: dict[Width, float] = {"one": 3.03, "two": 6.30}
 """Inches of one column and of both, in the style of the ACL."""
 _MOST: dict[Width, int] = {"one": 2, "two": 5}
 """Panels side by side."""
+_BARS = 1.6
+"""Inches of a panel of bars, whose names stand below it."""
 _TALL, _LEAST = 1.2, 0.78
 """Inches of a panel, with its ticks."""
 _LOGARITHMIC = ("condition_number",)
+_IN_UNITS = ("spectrum", "change", "gradients")
+"""Families whose values hang on a model's size."""
 _ZONES = ((0.0, 0.2), (0.8, 1.0))
 
 
@@ -81,12 +85,17 @@ def _sheets(rows: Sequence[str], columns: Sequence[str], draw: Callable[[Axes, s
                     ax.set_xlabel(x_label)
                 else:
                     ax.tick_params(labelbottom=False)
-            drawn[0].set_ylabel(wrap(y_label(row), max(12, int(tall * 15))))
+            drawn[0].set_ylabel(wrap(y_label(row), _label_width(tall)))
             if shared(row):
                 _share(drawn)
         _legend(fig, [ax for ax in fig.axes if ax.get_visible()])
         pages.append(fig)
     return pages
+
+
+def _label_width(tall: float) -> int:
+    """Letters of a line of the vertical axis' label."""
+    return max(12, int(tall * 15))
 
 
 def _share(axes: Sequence[Axes]) -> None:
@@ -117,7 +126,7 @@ def _names(values: pd.Series[Any]) -> list[str]:
 
 
 @styled
-def depth_sheet(frame: pd.DataFrame, metrics: Sequence[str], width: Width) -> list[Figure]:
+def depth_sheet(frame: pd.DataFrame, metrics: Sequence[str], width: Width, *, one_base: bool = False) -> list[Figure]:
     """Metrics over relative depth: a row each, a column for each model, a colour for each data set.
 
     Of a metric that each model has, the tuned model's line is drawn through and the base's is dashed. Early and late
@@ -127,6 +136,8 @@ def depth_sheet(frame: pd.DataFrame, metrics: Sequence[str], width: Width) -> li
         frame: See the module; ``depth`` is 0..1. One row per model, data set, side, metric and depth.
         metrics: Rows of panels.
         width: One column or two.
+        one_base: All models come of one base, so that every measure has one scale; of models of different size those
+            in units of their states have not.
 
     Raises:
         SettingsError: a missing column, or no rows.
@@ -156,9 +167,7 @@ def depth_sheet(frame: pd.DataFrame, metrics: Sequence[str], width: Width) -> li
             _absent(ax)
         elif metric in _LOGARITHMIC and (part["value"] > 0).any():
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(numticks=4))
-            ax.yaxis.set_major_formatter(LogFormatter())
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            _log_ticks(ax)
         else:
             ax.yaxis.set_major_locator(MaxNLocator(4))
         if known(metric) and find(metric).paired and not part.empty:
@@ -169,7 +178,15 @@ def depth_sheet(frame: pd.DataFrame, metrics: Sequence[str], width: Width) -> li
         ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
 
     return _sheets(list(metrics), _names(frame["model"]), draw, width, x_label="relative depth", y_label=label_of,
-                   shared=lambda m: not known(m) or find(m).family not in ("spectrum", "change", "gradients"))
+                   shared=lambda m: one_base or not known(m) or find(m).family not in _IN_UNITS)
+
+
+def _log_ticks(ax: Axes) -> None:
+    """A few labels on a logarithmic axis: powers of ten, or 1, 2 and 5 times these where they span little."""
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=6))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _absent(ax: Axes) -> None:
@@ -249,6 +266,7 @@ def swap_sheet(frame: pd.DataFrame, width: Width) -> list[Figure]:
     def is_whole(rows: pd.DataFrame) -> pd.Series[bool]:
         return ~rows["mask"].astype(str).str.contains("1")
 
+    frame = _without_equal_heads(frame)
     swapped = frame[~is_whole(frame)]
     masks = _names(swapped["mask"])
     kinds = [tuple(map(str, k)) for k in swapped[["donor", "recipient", "head"]].drop_duplicates().to_numpy()]
@@ -260,7 +278,7 @@ def swap_sheet(frame: pd.DataFrame, width: Width) -> list[Figure]:
             _absent(ax)
             return
         for number, side in enumerate(("base", "tuned")):
-            own = part[is_whole(part) & (part["head"] == part["recipient"])
+            own = part[is_whole(part) & part["head"].isin(["any", side])
                        & ((part["recipient"] == "base") == (side == "base"))]["value"]
             if len(own):
                 ax.axhline(float(own.iloc[0]), color=GREY, linestyle=DASHES[1 + number], linewidth=0.9, zorder=1,
@@ -270,7 +288,7 @@ def swap_sheet(frame: pd.DataFrame, width: Width) -> list[Figure]:
             role = _roles(str(donor), str(recipient), str(head))
             number = roles.index(role)
             x = np.array([masks.index(str(m)) for m in rows["mask"]]) - 0.4 + step * (number + 0.5)
-            own = str(head) == str(recipient)
+            own = str(head) in ("any", str(recipient))
             ax.vlines(x, numbers(rows["low"]), numbers(rows["high"]), color=colour(number), linewidth=0.7)
             ax.plot(x, numbers(rows["value"]), linestyle="", marker=MARKERS[number % len(MARKERS)],
                     color=colour(number), markerfacecolor=colour(number) if own else "white", label=role, zorder=3)
@@ -287,10 +305,19 @@ def swap_sheet(frame: pd.DataFrame, width: Width) -> list[Figure]:
                    x_label="segment replaced")
 
 
+def _without_equal_heads(frame: pd.DataFrame) -> pd.DataFrame:
+    """One head is enough where both say the same of every swap, as tied or untuned heads do; it is ``any`` then."""
+    keys = ["model", "data", "mask", "donor", "recipient"]
+    apart = frame.groupby(keys, sort=False)["value"].agg(lambda v: float(np.ptp(v)))
+    if len(frame) == len(apart) or not (apart == 0).all():
+        return frame
+    return frame[frame["head"] == frame["recipient"]].assign(head="any")
+
+
 def _roles(donor: str, recipient: str, head: str) -> str:
     """``tuned in base, base's head``: whatever the stages are called, every model of a page shares the legend."""
     into = "tuned in base" if recipient == "base" else "base in tuned"
-    return f"{into}, {'base' if head == 'base' else 'tuned'} head"
+    return into if head == "any" else f"{into}, {'base' if head == 'base' else 'tuned'} head"
 
 
 @styled
@@ -332,10 +359,10 @@ def pattern_sheet(frame: pd.DataFrame, width: Width, baselines: Mapping[str, str
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.grid(visible=False, axis="x")
         metric = str(part["metric"].iloc[0])
-        ax.set_ylabel(wrap(label_of(metric), 20))
+        ax.set_ylabel(wrap(label_of(metric), _label_width(_BARS)))
 
     def y_label(row: str) -> str:
         return label_of(str(frame["metric"].iloc[0])) if frame["metric"].nunique() == 1 else ""
 
-    return _sheets([""], models, draw, width, y_label=y_label, x_label="", most=most, tall=1.6,
+    return _sheets([""], models, draw, width, y_label=y_label, x_label="", most=most, tall=_BARS,
                    shared=lambda row: False)

@@ -139,7 +139,7 @@ class _Outline:
         if task.part == "weights":
             return Cost(_BESIDES + self.stages * self.parameters * self.size / _READ, self.besides + 256e6, _TABLES)
         if task.part == "correlate":
-            return Cost(2 * _BESIDES, self.besides, _TABLES)
+            return Cost(_BESIDES, self.besides, _TABLES)
         assert task.data is not None
         mean, longest, there = self._tokens(task.data, settings, sources)
         chosen = arguments(task.part, settings, task.data)

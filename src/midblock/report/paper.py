@@ -38,12 +38,15 @@ _FIGURES = {
     4: "Change of the weights and norm of the gradients over depth",
     5: "Correlation over depth (Pearson) of what was measured, mean over data sets",
     6: "Accuracy after segments of one model replaced those of the other, with both models as they are; the first "
-       "digit is the segment nearest the embeddings",
+       "digit is the segment nearest the embeddings; where both heads say the same, one is drawn",
     7: "Score by pattern of tuned segments (the first digit nearest the embeddings) at equal numbers of trainable "
        "parameters",
 }
 _TABLES = {1: "Score by tuned third", 2: "Score by tuned tenth", 3: "Families and their alignment",
            4: "Perplexity of general text after tuning"}
+_INTERVALS = {**dict.fromkeys(("figure-1", "figure-2", "figure-3", "figure-4"), " Bands are 95% intervals."),
+              **dict.fromkeys(("figure-6", "figure-7"), " Whiskers are 95% intervals."),
+              **dict.fromkeys(("table-1", "table-2", "table-4"), " Brackets hold 95% intervals.")}
 _NEEDS = {1: "a profile", 2: "a profile", 3: "a lens", 4: "weights", 5: "a profile and weights", 6: "a swap",
           7: "a sweep"}
 _ALIKE = ("cka", "cosine", "mean_shift")
@@ -140,13 +143,14 @@ def _drawings(runs: Sequence[Run]) -> Iterator[tuple[int, tuple[_Drawing | None,
 
     headings = _headings(runs)
     depth = _over_depth(runs, headings)
+    one_base = len({pair for pair, _ in headings}) == 1
 
     def over(metrics: Sequence[str], sides: str) -> tuple[_Drawing | None, pd.DataFrame]:
         part = depth[depth["metric"].isin(metrics) & (depth["side"].isin(["pair", "difference"]) == (sides == "pair"))]
         present = [m for m in metrics if (part["metric"] == m).any()]
         if not present:
             return None, part
-        return (lambda width: depth_sheet(part, present, width)), part
+        return (lambda width: depth_sheet(part, present, width, one_base=one_base)), part
 
     yield 1, over(_ALIKE, "pair")
     yield 2, over(_STATES, "own")
@@ -154,7 +158,8 @@ def _drawings(runs: Sequence[Run]) -> Iterator[tuple[int, tuple[_Drawing | None,
     changes = depth[(depth["metric"] == "weight_change") | ((depth["metric"] == "gradient_norm")
                                                             & ~depth["side"].isin(["pair", "difference"]))]
     shown = [m for m in ("weight_change", "gradient_norm") if (changes["metric"] == m).any()]
-    yield 4, ((lambda width: depth_sheet(changes, shown, width)) if "weight_change" in shown else None, changes)
+    yield 4, ((lambda width: depth_sheet(changes, shown, width, one_base=one_base)) if "weight_change" in shown
+              else None, changes)
     squares = _correlations(depth)
     listed = pd.DataFrame([{"model": m, "a": a, "b": b, "pearson": s.loc[a, b]} for m, s in squares.items()
                            for a in s.index for b in s.columns])
@@ -263,14 +268,11 @@ def _swaps(runs: Sequence[Run], headings: dict[tuple[str, str], str]) -> pd.Data
 
 
 def _sweeps(runs: Sequence[Run]) -> Iterator[tuple[str, Run, pd.DataFrame]]:
-    """Name, run and scores over seeds of each sweep."""
-    names: dict[str, int] = {}
-    for run in runs:
-        if run.command != "sweep" or not {"arm", "task", "role", "seed"} <= set(run.frame.columns):
-            continue
-        name = next(iter(run.pair.split(" → ")))
-        names[name] = names.get(name, 0) + 1
-        heading = printable(name if names[name] == 1 else f"{name} ({run.folder.name})")
+    """Name, run and scores over seeds of each sweep; several of one model are told apart by their folders."""
+    sweeps = [r for r in runs if r.command == "sweep" and {"arm", "task", "role", "seed"} <= set(r.frame.columns)]
+    names = [next(iter(r.pair.split(" → "))) for r in sweeps]
+    for name, run in zip(names, sweeps, strict=True):
+        heading = printable(name if names.count(name) == 1 else f"{name} ({run.folder.name})")
         yield heading, run, run.frame[(run.frame["side"] != "difference") & run.frame["seed"].isna()]
 
 
@@ -385,7 +387,7 @@ def _captions(made: PaperFigures, runs: Sequence[Run]) -> str:
     titles = {f"figure-{n}": t for n, t in _FIGURES.items()} | {f"table-{n}": t for n, t in _TABLES.items()}
     for name, title in titles.items():
         if name in made.files:
-            lines.append(f"- **{name.replace('-', ' ').capitalize()}.** {title}. Bands and whiskers are 95% intervals. "
+            lines.append(f"- **{name.replace('-', ' ').capitalize()}.** {title}.{_INTERVALS.get(name, '')} "
                          f"Files: {', '.join(f'`{p.name}`' for p in made.files[name])}.")
         else:
             lines.append(f"- **{name.replace('-', ' ').capitalize()}** is not here: {made.absent[name]}.")
