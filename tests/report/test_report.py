@@ -360,6 +360,17 @@ def test_a_tuned_models_training_curve_is_drawn(tmp_path: Path) -> None:
                                                      "Drift of each block's output"}
 
 
+def test_sweeps_of_one_model_are_told_apart_and_rounding_is_a_limit(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        a_run(tmp_path / name, "sweep", profile_table(), summary=f"Verdict {name}.")
+    a_run(tmp_path / "weights", "weights", profile_table())
+    with RunFolder(tmp_path / "weights", command="weights", settings={"data": "gsm8k"}, resume=True) as run:
+        run.update(counts={"rounding": {"sft-base": 0.001}})
+    found = build_report([tmp_path], tmp_path / "report.html")["findings"]
+    assert [line.split(": ")[0].endswith((" (one)", " (two)")) for line in found["answer"][:2]] == [True, True]
+    assert any("sft-base is between checkpoints stored in different precision" in line for line in found["limits"])
+
+
 def test_stages_of_a_chain_are_told_apart(tmp_path: Path) -> None:
     table = Table()
     for h in range(BLOCKS + 1):

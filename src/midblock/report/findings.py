@@ -54,7 +54,11 @@ def findings_of(runs: Sequence[Run], charts: Sequence[Chart]) -> Findings:
 
 
 def _verdicts(runs: Sequence[Run]) -> list[str]:
-    return [f"{run.pair}: {run.summary.splitlines()[0]}" for run in runs if run.command == "sweep" and run.summary]
+    sweeps = [run for run in runs if run.command == "sweep" and run.summary]
+    pairs = [run.pair for run in sweeps]
+    # several sweeps of one model are told apart by their folders
+    return [f"{run.pair}{f' ({run.folder.name})' if pairs.count(run.pair) > 1 else ''}: {run.summary.splitlines()[0]}"
+            for run in sweeps]
 
 
 def _where(runs: Sequence[Run]) -> list[str]:
@@ -112,6 +116,13 @@ def _limits(runs: Sequence[Run]) -> list[str]:
         most = int(max(r.frame["n"].max() for r in small))
         limits.append(f"The profile rests on {most} samples (the paper: 1,000 pooled, 100 at the token level); "
                       "intervals say what that leaves open.")
+    for run in runs:
+        counts = run.record.get("counts")
+        rounding = counts.get("rounding") if run.command == "weights" and isinstance(counts, dict) else None
+        if isinstance(rounding, dict) and rounding:
+            limits.append(f"{run.pair}: {', '.join(map(str, rounding))} {'are' if len(rounding) > 1 else 'is'} between "
+                          "checkpoints stored in different precision: part of the change of every weight is rounding, "
+                          "also in blocks that tuning left alone.")
     if len({run.pair for run in runs}) < 3:
         limits.append("Claims about models in general need at least three independent pairs.")
     return limits
