@@ -106,8 +106,8 @@ def test_what_a_cluster_cannot_do_is_told(cluster: Any, planned: dict[str, Any],
         RayEngine(parse_config({**values, "cores": 3}), loaded, data).run(jobs, lambda record: None)
 
 
-def test_an_address_that_does_not_answer(planned: dict[str, Any],
-                                         engine_parts: tuple[Any, Any, Any, list[Job]]) -> None:
+def test_an_address_that_does_not_answer(planned: dict[str, Any], engine_parts: tuple[Any, Any, Any, list[Job]],
+                                         tmp_path: Path) -> None:
     _, loaded, data, jobs = engine_parts
     config = parse_config({**planned["values"], "engine": "ray", "address": "127.0.0.1:9"})
     before = signal.getsignal(signal.SIGTERM)
@@ -116,6 +116,9 @@ def test_an_address_that_does_not_answer(planned: dict[str, Any],
     config = config.replace(address="nowhere")
     with pytest.raises(SettingsError, match="nowhere is not the address of a Ray cluster"):
         RayEngine(config, loaded, data).run(jobs, lambda record: None)
+    with pytest.raises(SettingsError, match="nowhere is not the address of a Ray cluster"):
+        sweep(config, out=tmp_path / "out")  # told before anything is loaded or written
+    assert not (tmp_path / "out").exists()
     assert not ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -79,6 +79,9 @@ def test_refusals_of_slurm_and_of_submitit(planned: dict[str, Any], engine_parts
     with pytest.raises(SettingsError, match=r"(sbatch|srun)"):  # there is no Slurm here
         run()
     assert not (tmp_path / "workers").exists()
+    with pytest.raises(SettingsError, match="submitit does not take slurm: "):  # the whole sweep: told before it loads
+        sweep(parse_config({**planned["values"], "engine": "slurm"}), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_workers_with_other_files_are_refused(tmp_path: Path) -> None:

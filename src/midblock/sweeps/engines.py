@@ -22,13 +22,22 @@ _BESIDE_GPU = 2 << 30
 
 
 def require_engine(config: SweepConfig) -> None:
-    """Stop before anything is loaded where an engine's package is absent.
+    """Stop before anything is loaded where an engine's package is absent, or its cluster.
 
     Raises:
         MissingExtraError: it is not installed.
+        SettingsError: nothing answers at the address; submitit does not take the settings.
     """
     if config.engine in _PACKAGES:
         require(_PACKAGES[config.engine], f"engine {config.engine}")
+    if config.engine == "ray":
+        from midblock.sweeps.on_ray import require_answer
+
+        require_answer(config.address)
+    elif config.engine == "slurm":
+        from midblock.sweeps.on_slurm import make_executor
+
+        make_executor(config, Path())
 
 
 def needs_of(plan: SweepPlan, loaded: LoadedModel) -> dict[str, int]:

@@ -32,7 +32,7 @@ from midblock.sweeps.worker import Servant, Task, identity
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["RayEngine", "RayWorker"]
+__all__ = ["RayEngine", "RayWorker", "require_answer"]
 
 _OURS = ("MIDBLOCK_", "HF_", "HUGGINGFACE_", "OMP_", "TOKENIZERS_")
 _GONE_SECONDS = 10.0
@@ -170,8 +170,7 @@ def _connect(address: str | None) -> None:
     """
     import ray
 
-    if address not in (None, "auto", "local"):
-        _knock(str(address))
+    require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     more: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
@@ -184,12 +183,15 @@ def _connect(address: str | None) -> None:
         raise _silent(address, error) from None
 
 
-def _knock(address: str) -> None:
-    """Whether anything listens there; Ray itself tries for many minutes.
+def require_answer(address: str | None) -> None:
+    """Ask whether anything listens at an address; Ray itself tries for many minutes.
 
     Raises:
         SettingsError: nothing does, or it is no address.
     """
+    if address in (None, "auto", "local"):
+        return
+    assert address is not None
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise SettingsError(f"{shortened(address)} is not the address of a Ray cluster; write {name_of('address')} as "

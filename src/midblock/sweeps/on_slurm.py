@@ -38,7 +38,7 @@ from midblock.writing import read_written, write_json, write_sealed
 if TYPE_CHECKING:
     from midblock.models import LoadedModel
 
-__all__ = ["SlurmEngine", "work_in"]
+__all__ = ["SlurmEngine", "make_executor", "work_in"]
 
 _POLL_SECONDS = 0.2
 _SIGN_SECONDS = 5.0
@@ -62,26 +62,19 @@ class _Jobs(Place):
     limited = True
 
     def __init__(self, config: SweepConfig, task: Task, folder: Path, workers: int, gpu: bool) -> None:
-        import submitit
-
         self.workers = workers
         self._task = task
         self._folder = folder / "workers" / uuid.uuid4().hex[:8]  # one a call: no worker may outlive its own
-        write_json(self._folder / _MARKER, {"made by": "midblock"})
         self._died = False
         self._sign = self._folder / "alive.json"
-        options = dict(config.slurm)
-        cluster = options.pop("cluster", "slurm")
-        options = {"name": config.name, "cpus_per_task": task.threads, "timeout_min": 24 * 60,
-                   **({"gpus_per_node": 1} if gpu else {}), **options}
+        write_json(self._folder / _MARKER, {"made by": "midblock"})
         try:
-            self._executor = submitit.AutoExecutor(folder=self._folder / "log", cluster=str(cluster))
-            self._executor.update_parameters(**options)
-        except (ValueError, NameError, TypeError, RuntimeError, AssertionError) as error:
+            self._executor = make_executor(config, self._folder / "log", cpus_per_task=task.threads,
+                                           **({"gpus_per_node": 1} if gpu else {}))
+        except SettingsError:
             self._tidy()
-            raise SettingsError(f"submitit does not take {name_of('slurm')}: "
-                                f"{shortened(' '.join(str(error).split()), 400)}") from None
-        self._memory_is_given = any(k in options for k in ("mem_gb", "slurm_mem", "slurm_mem_per_cpu"))
+            raise
+        self._memory_is_given = any(k in config.slurm for k in ("mem_gb", "slurm_mem", "slurm_mem_per_cpu"))
         self._over = threading.Event()
         self._signs = threading.Thread(target=self._give_signs, daemon=True)
         self._signs.start()
@@ -169,6 +162,29 @@ class _Jobs(Place):
             remove_marked(marker, [p for p in marker.parent.rglob("*") if not (keeps and p.parent.name == "log")],
                           folder=True)
         remove_empty(self._folder.parent)
+
+
+def make_executor(config: SweepConfig, folder: Path, **options: Any) -> Any:
+    """submitit's executor, with what the sweep says of Slurm; it makes its folder.
+
+    Args:
+        config: Its ``slurm`` goes before ``options``.
+        folder: For the output of the jobs.
+        options: In submitit's names.
+
+    Raises:
+        SettingsError: there is no such cluster, or no such option.
+    """
+    import submitit
+
+    asked = dict(config.slurm)
+    try:
+        made = submitit.AutoExecutor(folder=folder, cluster=str(asked.pop("cluster", "slurm")))
+        made.update_parameters(**{"name": config.name, "timeout_min": 24 * 60, **options, **asked})
+    except (ValueError, NameError, TypeError, RuntimeError, AssertionError) as error:
+        raise SettingsError(f"submitit does not take {name_of('slurm')}: "
+                            f"{shortened(' '.join(str(error).split()), 400)}") from None
+    return made
 
 
 class SlurmEngine(WorkersEngine):
