@@ -42,7 +42,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, default=8, help="samples per forward pass (default: %(default)s)")
     made.add_argument("--compare", action="store_true", help="also in memory, without a limit")
     made.add_argument("--growth", action="store_true", help="also twice the samples, and half the depth")
-    made.add_argument("--keep", action="store_true", help="leave the pair where it is")
+    made.add_argument("--keep", action="store_true", help="leave the pair where it is, for another call")
     made.add_argument("--run", help=argparse.SUPPRESS)
     return made
 
@@ -148,11 +148,11 @@ def bare_read(args: argparse.Namespace) -> tuple[float, int]:
     return time.perf_counter() - start, size
 
 
-def halve(args: argparse.Namespace) -> None:
-    """Half the blocks, by the config alone: the weights beyond are left aside."""
+def set_blocks(args: argparse.Namespace, blocks: int) -> None:
+    """So many of the blocks, by the config alone: the weights beyond are left aside."""
     for name in _FOLDERS:
         path = args.scratch / name / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": BLOCKS // 2}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": blocks}))
 
 
 def main() -> None:
@@ -163,8 +163,9 @@ def main() -> None:
     print(common.machine())
     limit = parse_bytes(args.limit)
     started = time.perf_counter()
-    size = write_pair(args.scratch, args.parameters)
-    print(f"\nPair written: 2 x {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
+    there = [p.stat().st_size for p in (args.scratch / _FOLDERS[0]).glob("*.safetensors")]
+    size = sum(there) or write_pair(args.scratch, args.parameters)
+    print(f"\nPair: 2 x {size / 1e9:.2f} GB, there after {time.perf_counter() - started:.0f} s")
     try:
         seconds, read = bare_read(args)
         rows: list[list[Any]] = [["bare reading of both", "", f"{seconds:.1f} s", f"{read / 1e9:.2f} GB", "1.00", ""]]
@@ -183,8 +184,9 @@ def main() -> None:
         if args.growth:
             add(f"streamed, {2 * args.samples} samples", run(args, stream="always", limit=limit,
                                                              samples=2 * args.samples))
-            halve(args)
+            set_blocks(args, BLOCKS // 2)
             add("streamed, half the blocks", run(args, stream="always", limit=limit, samples=args.samples))
+            set_blocks(args, BLOCKS)
         common.table(f"Streamed profile of 2 x {size / 1e9:.1f} GB, {args.tokens} tokens a sample", rows,
               ["run", "peak memory", "time", "read", "of the files", "one block"])
         print(f"\nHidden states: {common.mib(streamed['hidden'])}; loading (config, embeddings, norms, heads): "
