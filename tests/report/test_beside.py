@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -95,15 +97,14 @@ def test_errors_log_lines_and_style_go_through(tmp_path: Path, caplog: pytest.Lo
     assert beside._process.returncode == 0
 
 
-def _here() -> str:
-    return "here"
-
-
-def test_calls_are_made_here_where_the_process_is_lost(tmp_path: Path) -> None:
+def test_calls_are_made_here_where_the_process_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_here = types.ModuleType("only_here")
+    exec("def where(): return 'here'", vars(only_here))
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
     with Beside() as beside:
         here = beside.call(os.getpid)
         assert here.result() == beside._process.pid != os.getpid()
-        assert beside.call(_here).result() == "here"  # a function that the other process cannot import ends it
+        assert beside.call(only_here.where).result() == "here"  # the other process cannot import it, and ends
         beside._process.wait(30)
         assert beside.call(os.getpid).result() == os.getpid()
         assert [p.stat().st_size > 1000 for p in beside.save_figure(_drawing(), tmp_path, "one").result()] == [True] * 2

@@ -69,7 +69,7 @@ def test_everything_is_written(swept):
     assert (out / "verdict.txt").read_text().strip() == result.summary()
     assert len(states) == 10
     assert states[-1].runs_left == 0
-    assert states[-1].seconds_left == 0
+    assert states[-1].seconds_left == pytest.approx(0, abs=1e-9)  # sums of many estimates
     assert states[3].seconds_left > 0
 
 

@@ -29,7 +29,7 @@ from midblock.errors import CheckpointError
 from midblock.progress import Progress
 
 __all__ = ["Pair", "Summer", "Sums", "entries", "group_change", "norm_and_rank", "similar_runs", "single_threads",
-           "spectra_cost", "usable_cores"]
+           "spectra_cost"]
 
 _PIECE = 1 << 17  # entries: two widened pieces and their difference fit a core's second-level cache
 _JOB = 1 << 22  # entries handed to a thread at a time
@@ -249,13 +249,6 @@ class Summer:
                                           "fetch or write the checkpoint again.")
         raise CheckpointError(f"{weight.name} holds values so large that their squares overflow float32; "
                               "they are not plausible weights.")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

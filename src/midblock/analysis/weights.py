@@ -26,7 +26,6 @@ from midblock.analysis.weight_sums import (
     similar_runs,
     single_threads,
     spectra_cost,
-    usable_cores,
 )
 from midblock.analysis.weight_turns import Turn, turns
 from midblock.errors import SettingsError
@@ -37,6 +36,7 @@ from midblock.quantities import label_of, matrix_order
 from midblock.results import UNNAMED, Answer, Origin, Table, TableResult
 from midblock.segments import ZONES, depth, format_blocks, where_most, zone_means, zones_in_words
 from midblock.settings.weights import WeightsSettings
+from midblock.sizes import usable_cores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

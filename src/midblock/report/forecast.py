@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midblock.analysis.weight_sums import usable_cores
 from midblock.errors import MidblockError
 from midblock.progress import Progress
 from midblock.report.parts import Sources, Task, arguments
 from midblock.settings.load import ChainLoadSettings
 from midblock.settings.study import StudySettings
+from midblock.sizes import usable_cores
 
 __all__ = ["Cost", "StudyProgress", "forecast_study", "worth_a_process"]
 

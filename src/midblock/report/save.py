@@ -41,7 +41,7 @@ class Result(Protocol):
 
 
 def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | None = None,
-                progress: Progress = silent, draw: Draw = save_figure) -> list[str]:
+                progress: Progress = silent, draw: Draw | None = None) -> list[str]:
     """Write ``table.csv``, further tables, ``summary.txt`` and ``figures/*.svg|pdf``; returns the names written.
 
     Args:
@@ -49,7 +49,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
         result: The result.
         fields: Further fields of ``run.json``, such as ``{"data": {...}}``.
         progress: Told how many figures are drawn.
-        draw: Writes a figure into a folder under a name; gives its files.
+        draw: Writes a figure into a folder under a name and gives its files; default `save_figure`.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -59,7 +59,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
     with _uncollected():
         figures = result.figures()
         for number, (name, figure) in enumerate(figures.items(), start=1):
-            names += [f"figures/{p.name}" for p in draw(figure, run.path / "figures", name)]
+            names += [f"figures/{p.name}" for p in (draw or save_figure)(figure, run.path / "figures", name)]
             progress("figures", number, len(figures))
     run.update(files=names, **(fields or {}))
     return names

@@ -19,6 +19,7 @@ import torch
 from midblock.errors import MidblockError
 from midblock.models.memory import free_memory
 from midblock.settings.sweep import SweepConfig
+from midblock.sizes import usable_cores
 from midblock.sweeps.arms import Job
 from midblock.sweeps.data import SweepData
 from midblock.sweeps.dispatch import LOOK_SECONDS, Heard, Place, Worker, WorkersEngine
@@ -49,7 +50,7 @@ def default_workers(config: SweepConfig, loaded: LoadedModel, need: int = 0) -> 
         return max(1, torch.cuda.device_count())
     size = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
     by_memory = free_memory(loaded.device) // max(need, 2 * size + (1 << 30))
-    return int(max(1, min((os.cpu_count() or 1) // _CORES_EACH, by_memory)))
+    return int(max(1, min(usable_cores() // _CORES_EACH, by_memory)))
 
 
 def task_of(config: SweepConfig, trust: Mapping[str, bool] | None, threads: int, trackers: Path | None) -> Task:
@@ -142,7 +143,7 @@ class ProcessesEngine(WorkersEngine):
         self.workers = default_workers(config, loaded, max((needs or {}).values(), default=0))
         gpus = torch.cuda.device_count() if loaded.device.type == "cuda" else 0
         own = torch.get_num_threads()
-        threads = own if gpus else max(1, min(own, (os.cpu_count() or 1) // self.workers))
+        threads = own if gpus else max(1, min(own, usable_cores() // self.workers))
         task = task_of(config, trust, threads, trackers)
         super().__init__(lambda: _Processes(self.workers, gpus, task, work or serve), identity(loaded, data), needs)
 
