@@ -28,7 +28,7 @@ from model_helpers import saved
 
 def test_loaded_stages_of_different_formats_are_refused(tmp_path: Path) -> None:
     base, sft = saved(tmp_path / "base"), saved(tmp_path / "sft", dtype=torch.bfloat16)
-    loaded = [load_model(folder, device="cpu") for folder in (base, sft)]
+    loaded = [load_model(base, device="cpu"), load_model(sft, dtype="bfloat16", device="cpu")]
     with pytest.raises(PairMismatchError, match=r"dtypes, float32 and bfloat16.*load_chain"):
         check_fit(loaded)
     # a folder beside a loaded model takes that one's

@@ -58,8 +58,8 @@ def test_describe_is_json_and_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stored", "asked", "gets"), [
-    (torch.float32, "auto", torch.float32), (torch.bfloat16, "auto", torch.bfloat16),
-    (torch.float16, "auto", None), (torch.bfloat16, "auto", None), (torch.bfloat16, "float32", torch.float32),
+    (torch.float32, "auto", torch.float32), (torch.float16, "auto", None), (torch.bfloat16, "auto", None),
+    (torch.bfloat16, "bfloat16", torch.bfloat16), (torch.bfloat16, "float32", torch.float32),
     (torch.float32, torch.bfloat16, torch.bfloat16), (torch.float32, "float16", torch.float16)])
 def test_dtype(tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, gets: torch.dtype | None) -> None:
     """Without a dtype: what the rule takes on this machine."""
