@@ -96,7 +96,8 @@ class CorrelationResult(TableResult):
             apart = part[part["a"].map(self.families.get).fillna(part["a"])
                          != part["b"].map(self.families.get).fillna(part["b"])]
             part = apart if len(apart) else part
-        order = part["r"].abs().sort_values(ascending=False, kind="stable").index
+        # what differs by rounding alone stays in the order of the quantities, on every machine
+        order = part["r"].abs().round(12).sort_values(ascending=False, kind="stable").index
         return part.loc[order].head(count).drop(columns=["method", "reason"]).reset_index(drop=True)
 
     def answer(self) -> Answer:
