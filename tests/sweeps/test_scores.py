@@ -107,10 +107,13 @@ def test_learning_rates_are_chosen_by_validation_not_by_the_test_items():
             found.append(RunRecord("11111", rate, seed, "done", validation_loss=loss,
                                    tasks={"arithmetic": scored("arithmetic", "accuracy", np.full(4, right))}))
     found.append(RunRecord("another", 0.5, 0, "done", validation_loss=0.0))
-    assert choose_rates(found, ["11111"]) == {"11111": 0.1}
+    assert choose_rates(found, ["11111"], [0, 1]) == {"11111": 0.1}
+    found[2].validation_loss = 0.5
+    assert choose_rates(found, ["11111"], [0]) == {"11111": 0.01}
+    assert choose_rates(found, ["11111"], [1]) == {"11111": 0.1}
     found[0].status = "failed"
-    assert choose_rates(found, ["11111"]) == {"11111": 0.01}
-    assert choose_rates([], ["11111"]) == {}
+    assert choose_rates(found, ["11111"], [0, 1]) == {"11111": 0.01}
+    assert choose_rates([], ["11111"], [0, 1]) == {}
 
 
 def test_a_seed_that_failed_is_a_row_without_scores():

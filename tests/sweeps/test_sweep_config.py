@@ -71,6 +71,15 @@ def test_overrides(tmp_path):
         load_config(path, ["training.stepz=3"])
 
 
+def test_seeds_of_one_arm_are_no_less_alike_than_two_arms(tmp_path):
+    values = tiny_values(tmp_path)
+    values["statistics"] |= {"expected_correlation": 0.7}
+    with pytest.raises(SettingsError, match=r"expected_seed_correlation 0\.6 is below expected_correlation 0\.7"):
+        parse_config(values)
+    values["statistics"]["expected_seed_correlation"] = 0.7
+    assert parse_config(values).statistics.expected_correlation == 0.7
+
+
 def test_dump_reads_back(tmp_path):
     config = parse_config(tiny_values(tmp_path))
     path = tmp_path / "dumped.yaml"

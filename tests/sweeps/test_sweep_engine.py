@@ -21,6 +21,7 @@ from midblock.models import load_model
 from midblock.provenance import read_run
 from midblock.sweeps import (
     LocalEngine,
+    dry_run,
     dump_config,
     expand_arms,
     jobs_of,
@@ -32,7 +33,7 @@ from midblock.sweeps import (
 from midblock.sweeps import engine as engine_module
 from midblock.sweeps.engine import weights_digest
 from midblock.tuning import Plan
-from sweep_helpers import tiny_values
+from sweep_helpers import outcome, tiny_values, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +354,47 @@ def test_a_sweep_of_arms_that_begin_from_the_weights(tmp_path):
     values["arms"]["explicit"] = [{"name": "d", "mask": "00100", "method": "dora"}]
     with pytest.raises(SettingsError, match="init pissa starts plain LoRA"):
         sweep(parse_config(values), out=tmp_path / "bad")
+
+
+def test_a_grid_is_searched_on_the_first_seeds_and_the_others_train_what_they_chose(tmp_path):
+    values = tiny_values(tmp_path)
+    values["seeds"] = [3, 1, 2]
+    values["train"]["validation"] = 4
+    values["training"] |= {"learning_rates": [1e-5, 0.01], "rate_seeds": 1}
+    values["arms"]["full"] = ["00100"]  # one rate only: nothing to search
+    write_rows(tmp_path / "train.jsonl", 0, 20)
+    config = parse_config(values)
+    states = []
+    result = sweep(config, out=tmp_path / "out", listener=lambda s: states.append((s.runs_left, s.seconds_left)))
+    runs = {(r.arm, r.learning_rate, r.seed) for r in result.records[1:]}
+    assert runs == {(arm, rate, 3) for arm in ("11111", "00100") for rate in (1e-5, 0.01)} \
+        | {(arm, 0.01, seed) for arm in ("11111", "00100") for seed in (1, 2)} \
+        | {("full-00100", 0.003, seed) for seed in (3, 1, 2)}
+    assert result.statistics.rates == {"11111": 0.01, "00100": 0.01, "full-00100": 0.003}
+    assert all(m.seeds("11111") == 3 for m in result.statistics.matrices.values())
+    assert [runs_left for runs_left, _ in states] == list(range(12, -1, -1))
+    assert states[-1][1] == pytest.approx(0, abs=1e-9)
+
+    # what a search run and a later one leave behind is found again, and only what is lost is done anew
+    kept = read_records(tmp_path / "out")
+    for key in ("00100__lr1e-05__seed3", "00100__lr0.01__seed2"):
+        (tmp_path / "out" / "results" / f"{key}.json").unlink()
+    again = []
+    resumed = sweep(config, out=tmp_path / "out", resume=True, listener=lambda s: again.append(s.runs_left))
+    assert again == [3, 2, 0]  # until the search is over, the first rate of the grid stands for what it finds
+    assert {r.key: outcome(r) for r in resumed.records} == {key: outcome(r) for key, r in kept.items()}
+
+
+def test_every_seed_searches_where_rate_seeds_are_as_many_or_none(tmp_path):
+    values = tiny_values(tmp_path)
+    values["train"]["validation"] = 4
+    write_rows(tmp_path / "train.jsonl", 0, 20)
+    values["training"]["learning_rates"] = [0.001, 0.01]
+    found = set()
+    for number in (0, 2, 5):
+        values["training"]["rate_seeds"] = number
+        plan = dry_run(parse_config(values))
+        found.add(tuple(j.key for j in plan.jobs))
+        assert len(plan.jobs) == 1 + 2 * 2 * 2
+        assert all(plan.is_settled(j) for j in plan.jobs)
+    assert len(found) == 1

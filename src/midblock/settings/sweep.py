@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from midblock.errors import BlockRangeError
 from midblock.segments import validate_mask
 from midblock.settings import sampling
-from midblock.settings.base import Settings, setting
+from midblock.settings.base import Settings, name_of, setting
 from midblock.settings.evaluate import EvaluateSettings, ScoringSettings
 from midblock.settings.load import PlaceSettings
 from midblock.settings.tune import (
@@ -86,6 +86,9 @@ class TrainingConfig(LoopSettings):
     learning_rates: Rates = setting([LEARNING_RATES["lora"]], help="The same grid for every LoRA arm.")
     full_learning_rates: Rates = setting([LEARNING_RATES["full"]], help=(
         "The grid of the full-rank arms, whose best rates are about a tenth of LoRA's."))
+    rate_seeds: int = setting(0, ge=0, le=10**6, help=(
+        "The first so many seeds are trained with every rate of a grid, and the others with the rate that these "
+        "choose; 0: all seeds with every rate."))
     dropout: float = declared(TuneSettings, "dropout")
     init: Init = declared(StartSettings, "init")
 
@@ -187,6 +190,14 @@ class StatisticsConfig(Settings):
     expected_seed_sd: float = setting(0.03, ge=0, lt=10, help=(
         "Guess of how an arm's mean varies from seed to seed, in standard deviations of its items' scores."))
 
+    @model_validator(mode="after")
+    def _seeds_more_alike(self) -> Self:
+        if self.expected_seed_correlation < self.expected_correlation:
+            raise ValueError(f"{name_of('expected_seed_correlation')} {self.expected_seed_correlation:g} is below "
+                             f"{name_of('expected_correlation')} {self.expected_correlation:g}; seeds of one arm are "
+                             "no less alike than two arms")
+        return self
+
 
 class SweepConfig(PlaceSettings):
     """One sweep."""
@@ -221,6 +232,11 @@ class SweepConfig(PlaceSettings):
     slurm: dict[str, str | int | float | bool] = setting({}, help=(
         "Engine slurm: what sbatch is told, in submitit's names (slurm_partition, slurm_account, timeout_min, mem_gb); "
         "cluster: local runs the workers on this machine."))
+
+    @property
+    def searching(self) -> list[int]:
+        """Seeds that choose among the rates of a grid."""
+        return self.seeds[:self.training.rate_seeds or None]
 
 
 ENGINE_FIELDS = ("engine", "workers", "cores", "address", "slurm")

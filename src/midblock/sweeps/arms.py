@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from midblock.errors import BudgetError, MidblockError, SettingsError
@@ -206,15 +207,25 @@ def _within_budget(whole: Plan, budget: int) -> Plan:
                    budget=budget, origin=f"{len(modules)} matrices of {whole.origin}")
 
 
-def jobs_of(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(arms: Sequence[Arm], seeds: Sequence[int], searching: Sequence[int] | None = None,
+            rates: Mapping[str, float] = MappingProxyType({})) -> list[Job]:
     """Every run: the untuned model first, then the arms by their first trainable block.
 
     Arms with the same first block follow each other, so that their prefix is computed once and
     freed when the next block's turn comes; later blocks come later, so that evaluation can go on
     from the hidden states of the arm before.
+
+    Args:
+        arms: The arms.
+        seeds: The seeds.
+        searching: Seeds that are trained with every rate of a grid; default all.
+        rates: The rate of the other seeds by arm; where it is still open, the first of the grid stands for it.
     """
+    def wanted(arm: Arm, rate: float, seed: int) -> bool:
+        return searching is None or seed in searching or rate == rates.get(arm.name, arm.learning_rates[0])
+
     ordered = sorted(arms, key=lambda a: a.plan.first_block)
     return [Job(None, None, None)] + [
         Job(arm, rate, seed)
         for _, group in itertools.groupby(ordered, key=lambda a: a.plan.first_block)
-        for arm in group for rate in arm.learning_rates for seed in seeds]
+        for arm in group for rate in arm.learning_rates for seed in seeds if wanted(arm, rate, seed)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from midblock.extras import require
 from midblock.settings.sweep import SweepConfig
+from midblock.sweeps.arms import jobs_of
 from midblock.sweeps.data import SweepData
 from midblock.sweeps.engine import Engine, LocalEngine
 from midblock.sweeps.planning import SweepPlan
@@ -49,7 +50,7 @@ def needs_of(plan: SweepPlan, loaded: LoadedModel) -> dict[str, int]:
     by_arm = {str(arm): weights + _BESIDE_GPU if loaded.device.type == "cuda" else int(peak)
               for arm, peak in zip(plan.frame["arm"], plan.frame["peak_bytes"], strict=True)}
     least = min(by_arm.values(), default=weights + _BESIDE_GPU)
-    return {job.key: by_arm.get(job.name, least) for job in plan.jobs}
+    return {job.key: by_arm.get(job.name, least) for job in jobs_of(plan.arms, plan.seeds)}
 
 
 def make_engine(config: SweepConfig, loaded: LoadedModel, data: SweepData, *, folder: Path, plan: SweepPlan,

@@ -9,8 +9,8 @@ token of each row, so that generation reaches only `DECODING` of a product's rat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,7 +22,8 @@ from midblock.stats import equivalence_margin, minimum_detectable_difference
 from midblock.sweeps.arms import Arm, Job, expand_arms, jobs_of
 from midblock.sweeps.comparisons import default_pairs
 from midblock.sweeps.data import SweepData, token_rows
-from midblock.sweeps.scores import infos_of
+from midblock.sweeps.records import RunRecord
+from midblock.sweeps.scores import choose_rates, infos_of
 from midblock.tuning.estimate import EFFICIENCY, Cost, Outline, estimate, process_bytes, training_rate
 from midblock.tuning.eva import eva_ranks, start_batches
 from midblock.tuning.initial import require_start
@@ -48,29 +49,53 @@ class SweepPlan:
 
     Attributes:
         arms: The arms.
-        jobs: Every run in order.
+        seeds: The seeds.
+        searching: Those of them that are trained with every rate of a grid.
+        rates: What they chose, for the arms of which that is known.
         frame: One row per arm and learning rate: blocks, rank, parameters, mismatch to the budget,
             steps, estimated seconds per run and peak bytes.
         detectable: One row per evaluation task: the smallest difference of two arms found with the
             configured power, paired and unpaired, for one comparison and after Holm's first step; and the
             smallest margin within which equally good arms are shown to be as good.
-        seconds: Estimated time of all runs by key.
+        seconds: Estimated time of every run that there may be, by key.
         work: Estimated operations of each arm's training alone, its prefix included.
         comparisons: Number of comparisons between arms over all evaluation tasks.
     """
 
     arms: list[Arm]
-    jobs: list[Job]
+    seeds: list[int]
+    searching: list[int]
     frame: pd.DataFrame
     detectable: pd.DataFrame
     seconds: dict[str, float]
     work: dict[str, float]
     comparisons: int
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every run in order; where the rate of an arm is not chosen yet, the first of its grid stands for it."""
+        return jobs_of(self.arms, self.seeds, self.searching, self.rates)
 
     @property
     def total_seconds(self) -> float:
         """Estimated time of the whole sweep."""
-        return sum(self.seconds.values())
+        return sum(self.seconds[job.key] for job in self.jobs)
+
+    def is_settled(self, job: Job) -> bool:
+        """Whether a run is known to be wanted: its rate does not hang on runs to come."""
+        return job.arm is None or len(job.arm.learning_rates) == 1 or job.seed in self.searching \
+            or job.name in self.rates
+
+    def decided(self, records: Mapping[str, RunRecord]) -> SweepPlan:
+        """The plan with the rate of every arm whose search is over.
+
+        Args:
+            records: The runs so far, by key.
+        """
+        waiting = {job.name for job in self.jobs if job.seed in self.searching and job.key not in records}
+        done = [arm.name for arm in self.arms if arm.name not in waiting]
+        return replace(self, rates=choose_rates(records.values(), done, self.searching))
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -125,7 +150,7 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData, loaded: L
     if loaded is not None and any(a.ranks == "eva" for a in arms):
         read = start_batches(rows, loaded, config.training.batch_size)
         arms = [replace(a, plan=eva_ranks(a.plan, loaded, read)) if a.ranks == "eva" else a for a in arms]
-    jobs = jobs_of(arms, config.seeds)
+    jobs = jobs_of(arms, config.seeds)  # all that there may be
     steps, epochs = config.training.num_steps(len(rows)), config.training.num_epochs(len(rows))
     costs = {arm.name: estimate(arm.plan, outline.anatomy, rows.rows, config.training, dtype=outline.dtype,
                                 cached=config.cache != "none", bits=outline.bits) for arm in arms}
@@ -144,7 +169,8 @@ def plan_sweep(config: SweepConfig, outline: Outline, data: SweepData, loaded: L
                 "not_reached": plan.not_reached()})
     pairs = config.statistics.comparisons or default_pairs(infos_of(arms, {}))
     tests = max(1, len(pairs) * len(config.evaluation))
-    return SweepPlan(arms, jobs, pd.DataFrame(table), _detectable(config, data, tests, len(arms)), seconds,
+    return SweepPlan(arms, config.seeds, config.searching, pd.DataFrame(table),
+                     _detectable(config, data, tests, len(arms)), seconds,
                      {name: cost.total_flops(epochs) for name, cost in costs.items()}, tests)
 
 

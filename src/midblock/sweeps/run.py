@@ -12,7 +12,7 @@ from midblock.progress import Progress, silent
 from midblock.provenance import RunFolder
 from midblock.settings.base import as_keys
 from midblock.settings.sweep import ENGINE_FIELDS, SweepConfig
-from midblock.sweeps.arms import Job
+from midblock.sweeps.arms import Job, jobs_of
 from midblock.sweeps.config import dump_config, load_config
 from midblock.sweeps.data import SweepData, load_sweep_data
 from midblock.sweeps.engine import Engine
@@ -98,30 +98,43 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
-        stored = read_records(run.path) if run.resumed else {}
-        records = {job.key: stored[job.key].outline() for job in plan.jobs
-                   if job.key in stored and _stands(stored[job.key], job)}
-        del stored
-        todo = [job for job in plan.jobs if job.key not in records]
+        known = _known(run.path, plan) if run.resumed else {}
+        plan = plan.decided(known)
+        records = _of(plan, known)
         tell = listener if listener is not None else _ignore
-        left = _TimeLeft(plan, records)
+        speed = _Speed(plan)
         shown = MappingProxyType(records)
-        tell(SweepState(shown, plan, left()))
+        tell(SweepState(shown, plan, speed.time_left(plan, records)))
 
         def finished(record: RunRecord) -> None:
             write_record(run.path, record)
             records[record.key] = record.outline()
-            left.finished(record)
-            tell(SweepState(shown, plan, left()))
+            speed.finished(record)
+            tell(SweepState(shown, plan, speed.time_left(plan, records)))
 
-        if todo:
-            made = engine(config, loaded, data) if engine is not None else make_engine(
-                config, loaded, data, folder=run.path, plan=plan, trust=trust)
+        made: Engine | None = None
+        while todo := [job for job in plan.jobs if job.key not in records and plan.is_settled(job)]:
+            if made is None:
+                made = engine(config, loaded, data) if engine is not None else make_engine(
+                    config, loaded, data, folder=run.path, plan=plan, trust=trust)
             made.run(todo, finished, progress=progress)
+            plan = plan.decided(records)
+            records |= _of(plan, known)
         whole = read_records(run.path)
         result = SweepResult.of(config, plan, [whole[j.key] for j in plan.jobs])
         result.write(run)
         return result
+
+
+def _known(folder: Path, plan: SweepPlan) -> dict[str, RunRecord]:
+    """Outlines of the stored runs that the plan may want, in its order."""
+    stored = read_records(folder)
+    return {job.key: stored[job.key].outline() for job in jobs_of(plan.arms, plan.seeds)
+            if job.key in stored and _stands(stored[job.key], job)}
+
+
+def _of(plan: SweepPlan, known: Mapping[str, RunRecord]) -> dict[str, RunRecord]:
+    return {job.key: known[job.key] for job in plan.jobs if job.key in known}
 
 
 def _stands(record: RunRecord, job: Job) -> bool:
@@ -135,20 +148,20 @@ def _ignore(state: SweepState) -> None:
     pass
 
 
-class _TimeLeft:
-    """Time left: the estimates of what is to come, scaled by how the runs of this call compared with theirs."""
+class _Speed:
+    """How the runs of this call compare with their estimates, and so the time that is left."""
 
-    def __init__(self, plan: SweepPlan, known: Collection[str]) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self._seconds = plan.seconds
-        self._ahead = sum(s for key, s in plan.seconds.items() if key not in known)
         self._expected = self._taken = 0.0
 
     def finished(self, record: RunRecord) -> None:
         """A run of this call is over."""
-        self._ahead -= self._seconds[record.key]
         if record.status == "done":
             self._expected += self._seconds[record.key]
             self._taken += record.seconds
 
-    def __call__(self) -> float:
-        return max(0.0, self._ahead) * (self._taken / self._expected if self._expected > 0 else 1.0)
+    def time_left(self, plan: SweepPlan, records: Collection[str]) -> float:
+        """Seconds of the runs that have no record yet."""
+        ahead = sum(plan.seconds[job.key] for job in plan.jobs if job.key not in records)
+        return ahead * (self._taken / self._expected if self._expected > 0 else 1.0)

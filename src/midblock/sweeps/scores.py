@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,14 +106,19 @@ class TaskMatrix:
         return int((~np.isnan(self.scores[arm]).any(axis=1)).sum())
 
 
-def choose_rates(records: Sequence[RunRecord], arms: Sequence[str]) -> dict[str, float]:
+def choose_rates(records: Iterable[RunRecord], arms: Iterable[str], searching: Collection[int]) -> dict[str, float]:
     """The learning rate of each arm: the lowest mean validation loss over seeds; the only one without a grid.
 
     A rate of which a seed failed is chosen only if the others failed as often.
+
+    Args:
+        records: The runs.
+        arms: Names of the arms.
+        searching: Seeds that were trained with every rate.
     """
     by_arm: dict[str, dict[float, list[RunRecord]]] = {arm: {} for arm in arms}
     for record in records:
-        if record.arm in by_arm and record.learning_rate is not None:
+        if record.arm in by_arm and record.learning_rate is not None and record.seed in searching:
             by_arm[record.arm].setdefault(record.learning_rate, []).append(record)
     return {arm: min(by_rate, key=lambda rate, runs=by_rate: _cost(runs[rate]))  # type: ignore[misc]
             for arm, by_rate in by_arm.items() if by_rate}

@@ -68,7 +68,7 @@ def analyse(records: Sequence[RunRecord], infos: Mapping[str, ArmInfo], config: 
     Arms of which every seed failed are left out; the outcome names them.
     """
     wanted = config.statistics
-    rates = choose_rates(records, list(infos))
+    rates = choose_rates(records, infos, config.searching)
     matrices = task_matrices(records, list(infos), config.seeds, evaluation=[t.label for t in config.evaluation],
                              retention=[t.label for t in config.retention], rates=rates)
     missing = missing_of(matrices, records, rates)
