@@ -208,6 +208,30 @@ def test_damaged_rows_are_misses_and_counted(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(x, rows[i]) for i in lost if (x := cache.get("n", str(i))) is not None)
 
 
+def test_rows_that_are_expected_are_what_a_plain_read_gives(tmp_path: Path) -> None:
+    rows = [torch.randn(5, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    first = disk(tmp_path)
+    for i, row in enumerate(rows[:3]):
+        first.put("n", str(i), row)
+    DAMAGE["cut"](tmp_path)
+    plain = disk(tmp_path)
+    want = [plain.peek("n", str(i)) for i in range(3)]
+    for i, row in enumerate(rows[:3]):  # the damaged one is gone, and comes again
+        first.put("n", str(i), row)
+    DAMAGE["cut"](tmp_path)
+    cache = disk(tmp_path)
+    cache.expect("n", ["0", "1", "2", "3"])
+    cache.expect("n", ["1", "0", "2", "3"])  # in another order, and once more
+    first.put("n", "3", rows[3])  # it was not there when it was looked for
+    got = [cache.get("n", str(i)) for i in range(4)]
+    assert [g is None for g in got] == [w is None for w in want] + [False]
+    assert sum(g is None for g in got) == cache.damaged == cache.misses == 1
+    assert all(torch.equal(g, rows[i]) for i, g in enumerate(got) if g is not None)
+    for keys in (["0"], [], []):  # nothing is kept of what is not asked for
+        cache.expect("n", keys)
+    assert not any(cache._coming)
+
+
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_row_of_another_shape_than_is_due_is_a_miss(kind: str, tmp_path: Path) -> None:
     cache = PrefixCache() if kind == "memory" else disk(tmp_path)

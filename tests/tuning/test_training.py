@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from midblock.tuning import (
     train,
 )
 from midblock.tuning.batching import batch_plan
+from midblock.tuning.cache_folder import CacheFolder
 from midblock.tuning.checkpoints import BEGUN, last_checkpoint, load_tree
 from midblock.tuning.kernels import has_plain_head, lean_lora, supervised_loss
 
@@ -147,6 +149,27 @@ def test_the_cache_changes_no_loss_and_no_weight(tiny_tokenizer: Any, tmp_path: 
         assert losses == pytest.approx(want, rel=1e-6)
         assert all((other[n] - state[n]).abs().max() <= 1e-6 for n in state)
         assert result.prefix["rows_from_cache"] > 0
+
+
+def test_rows_of_a_disk_cache_are_read_a_step_ahead(tiny_tokenizer: Any, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    want, state, _ = run(tiny_tokenizer, cache="memory")
+    read = CacheFolder.read
+    found: list[str] = []
+
+    def watched(self: CacheFolder, *key: str) -> Tensor | None:
+        row = read(self, *key)
+        if row is not None:
+            found.append(threading.current_thread().name)
+        return row
+
+    monkeypatch.setattr(CacheFolder, "read", watched)
+    losses, other, result = run(tiny_tokenizer, cache=f"disk:{tmp_path}")
+    assert losses == want
+    assert all(torch.equal(other[n], state[n]) for n in state)
+    ahead = sum(name.startswith("midblock-rows") for name in found)
+    # the first batch of an epoch is asked for when the one before it ran already
+    assert ahead == len(found) == result.prefix["rows_from_cache"] > 0
 
 
 def test_lean_kernels_change_nothing_in_float32(tiny_tokenizer: Any) -> None:

@@ -10,8 +10,10 @@ limit is reached, entries of other namespaces go first, then new entries are not
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+import functools
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,6 +64,7 @@ class PrefixCache:
         self.limit_bytes = DEFAULT_LIMIT[kind] if limit_bytes is None else parse_bytes(limit_bytes)
         self.hits = self.misses = self.damaged = self.refused_bytes = 0
         self.starts: set[int] = set()
+        self._coming: deque[dict[tuple[str, str], Future[Tensor | None]]] = deque(maxlen=2)
         self._rows: CacheFolder | _Memory = (_Memory(self.limit_bytes) if folder is None
                                              else CacheFolder(folder, self.limit_bytes))
 
@@ -109,8 +112,11 @@ class PrefixCache:
 
     def peek(self, namespace: str, key: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
         """The entry, or None, without counting it as used."""
+        coming = next((batch.pop((namespace, key)) for batch in self._coming if (namespace, key) in batch), None)
         try:
-            found = self._rows.read(namespace, key)
+            found = None if coming is None else coming.result()
+            if found is None:
+                found = self._rows.read(namespace, key)
             if found is not None and shape is not None and tuple(found.shape) != shape:
                 raise DamagedRowError(f"{tuple(found.shape)} where {shape} was due")
         except DamagedRowError:
@@ -119,6 +125,20 @@ class PrefixCache:
                 self._rows.remove(namespace, key)
             return None
         return found
+
+    def expect(self, namespace: str, keys: Iterable[str]) -> None:
+        """The entries of a batch are asked for soon: of a disk cache a thread reads them meanwhile.
+
+        What was expected two batches ago and was not asked for is dropped.
+        """
+        if self.kind == "disk":
+            known = ChainMap(*self._coming)
+            self._coming.append({(namespace, key): known.get((namespace, key)) or self._reader.submit(
+                self._rows.read, namespace, key) for key in keys})
+
+    @functools.cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="midblock-rows")
 
     def put(self, namespace: str, key: str, value: Tensor) -> None:
         """Keep a copy of ``value`` if there is room for it."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -37,6 +37,7 @@ from midblock.tuning.cache import PrefixCache
 from midblock.tuning.prefix_identity import (
     first_trainable_block,
     needs_leaf,
+    not_checkpointed,
     prefix_identity,
     prefix_stamp,
     require_cacheable,
@@ -183,6 +184,13 @@ class FrozenPrefix:
         if (start := self.prepare()) and self.cache is not None:
             self._current_namespace(start)
 
+    def expect(self, batch: Mapping[str, Any]) -> None:
+        """A batch (ids and mask, padded on the right) comes next: a cache on disk reads its rows meanwhile."""
+        if self.start and self.cache is not None and self._namespace is not None:
+            config = self.anatomy.causal_lm.config.get_text_config(decoder=True)
+            with contextlib.suppress(CacheRefusedError):  # said when it comes
+                self.cache.expect(self._namespace[1], row_inputs(dict(batch), {}, config, by_row=False).rows)
+
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Forwards within are our own trials, and none of a trainer's."""
@@ -274,15 +282,8 @@ class FrozenPrefix:
 
         def frozen(block: nn.Module, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                checkpointing = getattr(block, "gradient_checkpointing", False)
-                if checkpointing:
-                    block.gradient_checkpointing = False  # type: ignore[assignment]
-                try:
-                    with torch.no_grad():
-                        output = forward(*args, **kwargs)
-                finally:
-                    if checkpointing:
-                        block.gradient_checkpointing = checkpointing  # type: ignore[assignment]
+                with torch.no_grad(), not_checkpointed([block]):
+                    output = forward(*args, **kwargs)
                 return self._with_leaf(output, start) if last else output
             return run
 
@@ -388,20 +389,13 @@ class FrozenPrefix:
             reached.append(hidden_of_output(last(*args, **kwargs)))
             raise _PrefixDone
 
-        switched = [b for b in blocks if getattr(b, "gradient_checkpointing", False)]
+        replaced = forwards_replaced([blocks[-1]], [stop]) if before is None else self._given(
+            origin, before, (blocks[-1], stop))
         try:
-            for block in switched:
-                block.gradient_checkpointing = False  # type: ignore[assignment]
-            replaced = forwards_replaced([blocks[-1]], [stop]) if before is None else self._given(
-                origin, before, (blocks[-1], stop))
-            with torch.no_grad(), replaced:
+            with contextlib.suppress(_PrefixDone), torch.no_grad(), not_checkpointed(blocks), replaced:
                 original(**call)
-        except _PrefixDone:
-            pass
         finally:
             at_rest(blocks[-1])
-            for block in switched:
-                block.gradient_checkpointing = True  # type: ignore[assignment]
         if not reached:
             raise ArchitectureError(f"{type(self.anatomy.body).__name__} did not run its block {start - 1}.")
         return reached[0]

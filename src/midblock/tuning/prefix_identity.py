@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +19,8 @@ from midblock.models.placement import place_of
 from midblock.tuning.cache_folder import row_bytes
 from midblock.writing import sha256_of
 
-__all__ = ["first_trainable_block", "needs_leaf", "noise_in", "prefix_identity", "prefix_stamp", "require_cacheable"]
+__all__ = ["first_trainable_block", "needs_leaf", "noise_in", "not_checkpointed", "prefix_identity", "prefix_stamp",
+           "require_cacheable"]
 
 # entries of a config that no hidden state depends on
 _NOT_IDENTITY = ("use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "output_router_logits",
@@ -172,3 +175,16 @@ def needs_leaf(anatomy: Anatomy, start: int) -> bool:
         return bool(getattr(anatomy.body, "gradient_checkpointing", False)) and block.training
     function = getattr(block, "_gradient_checkpointing_func", None)
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
+@contextlib.contextmanager
+def not_checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context these blocks run once, whatever gradient checkpointing says of them."""
+    switched = [b for b in blocks if getattr(b, "gradient_checkpointing", False)]
+    try:
+        for block in switched:
+            block.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for block in switched:
+            block.gradient_checkpointing = True  # type: ignore[assignment]

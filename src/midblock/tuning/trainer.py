@@ -214,6 +214,14 @@ def train(attachment: Attachment, rows: TokenRows | Sequence[TokenRow], *, token
             streamed.settle()
             prefix.fill(trainer.first_forwards(settings.num_steps(len(token_rows)) * settings.accumulate),
                         room=max(0, streamed.left() - working) // 2)
+        collate = trainer.data_collator
+
+        def announced(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            batch: dict[str, Any] = collate(rows)
+            prefix.expect(batch)  # accelerate asks for a batch one step ahead
+            return batch
+
+        trainer.data_collator = announced
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             require_finite(attachment, trainer.state.global_step)
