@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 from midblock.errors import OutputError, SettingsError
 from midblock.figures import MAX_HEIGHT, depth_lines, heatmap, lines, save_figure, scatter_pareto, segment_bars
+from midblock.figures.matrices import PIXELS
 from midblock.quantities import MATRICES
 from midblock.results import Estimate, Table
 
@@ -38,6 +39,19 @@ def table(metrics=("prompt_entropy", "cka"), layers=7):
 
 def drawn(ax, label):
     return next(line for line in ax.lines if line.get_label() == label)
+
+
+def cells(image):
+    """The matrix that an image shows: the pixels of a cell are alike, and its middle is where its numbers say."""
+    pixels = image.get_array()
+    shown = pixels[PIXELS // 2::PIXELS, PIXELS // 2::PIXELS]
+    rows, columns = shown.shape
+    assert image.get_extent() == pytest.approx((-0.5, columns - 0.5, rows - 0.5, -0.5))
+    again = np.ma.array(np.kron(shown.data, np.ones((PIXELS, PIXELS))),
+                        mask=np.kron(np.ma.getmaskarray(shown), np.ones((PIXELS, PIXELS), dtype=bool)))
+    assert np.array_equal(np.ma.getmaskarray(again), np.ma.getmaskarray(pixels))
+    assert np.ma.allequal(again, pixels)
+    return shown
 
 
 def arms(values, **extra):
@@ -131,7 +145,7 @@ def test_heatmap_is_centred_and_marks_undefined_cells():
     fig = heatmap([[0.5, NAN], [-2.0, 0.0]], ["a", "b"], ["x", "y"], "t", 0, label="r")
     image = fig.axes[0].images[0]
     assert (image.norm.vmin, image.norm.vcenter, image.norm.vmax) == (-2.0, 0.0, 2.0)
-    assert image.get_array().mask.tolist() == [[False, True], [False, False]]
+    assert cells(image).mask.tolist() == [[False, True], [False, False]]
     assert [t.get_text() for t in fig.axes[0].texts] == ["0.50", "–", "−2.00", "0.00"]
     assert fig.axes[1].get_ylabel() == "r"
     with pytest.raises(SettingsError, match="does not fit"):
@@ -272,7 +286,7 @@ def test_matrices_have_one_order_everywhere():
     rows = ["down", "k", "norm", "q"]
     fig = heatmap(np.arange(8).reshape(4, 2), rows, ["0", "1"])
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["q", "k", "down", "norm"]
-    assert fig.axes[0].images[0].get_array()[:, 0].tolist() == [6, 2, 0, 4]
+    assert cells(fig.axes[0].images[0])[:, 0].tolist() == [6, 2, 0, 4]
     frame = pd.concat([table(["weight_change"]).query("side == 'difference'").assign(matrix=m) for m in rows])
     labels = [line.get_label() for line in depth_lines(frame, hue="matrix").axes[0].lines if line.get_label() in rows]
     assert labels == [m for m in MATRICES if m in rows]

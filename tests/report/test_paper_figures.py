@@ -13,6 +13,7 @@ import pytest
 from midblock.cli.app import run
 from midblock.errors import OutputError, SettingsError
 from midblock.figures import MAX_HEIGHT
+from midblock.figures.matrices import PIXELS
 from midblock.figures.paper import WIDTHS, correlation_sheet, depth_sheet, pattern_sheet, swap_sheet
 from midblock.report.paper import paper_figures
 from midblock.results import Estimate, Table
@@ -237,7 +238,7 @@ def test_a_failed_arm_is_named_and_the_baseline_is_a_line() -> None:
 def test_undefined_correlations_are_left_grey() -> None:
     square = pd.DataFrame([[1.0, np.nan], [np.nan, 1.0]], index=["cka", "cosine"], columns=["cka", "cosine"])
     figure = correlation_sheet({"m": square}, "two")[0]
-    assert figure.axes[0].images[0].get_array().mask.sum() == 2
+    assert figure.axes[0].images[0].get_array().mask.sum() == 2 * PIXELS**2
 
 
 def test_names_that_would_be_formulas_or_markup_are_text(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from midblock.errors import SettingsError
 from midblock.figures.style import GREY, MAX_HEIGHT, new_figure, short_name, styled, wrap
 from midblock.quantities import MATRICES, matrix_order
 
-__all__ = ["heatmap"]
+__all__ = ["draw_cells", "heatmap"]
+
+PIXELS = 8
+"""Of a cell, in each direction, in vector files."""
 
 
 @styled
@@ -70,8 +74,7 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
         spine.set_visible(False)
     norm, palette = _colour_scale(array, centre, limits)
     ax.set_facecolor("#d9d9d9")
-    image = ax.imshow(np.ma.masked_invalid(array), norm=norm, cmap=palette, aspect="auto",
-                      interpolation="nearest")
+    image = draw_cells(ax, array, norm=norm, cmap=palette, aspect="auto")
     _heat_ticks(ax, row_names, column_names, width, height)
     ax.set_xlabel(column_label)
     ax.set_ylabel(row_label)
@@ -97,6 +100,17 @@ def heatmap(matrix: npt.ArrayLike, rows: Sequence[Any], columns: Sequence[Any], 
                 ax.plot(*zip(*at, strict=True) if at else ([], []), linestyle="", marker=f"${sign}$", markersize=3.6,
                         markeredgewidth=0, color=ink, scalex=False, scaley=False)
     return fig
+
+
+def draw_cells(ax: Axes, array: npt.NDArray[np.float64], **options: Any) -> AxesImage:
+    """A matrix as an image whose cell (i, j) has its middle at x = j, y = i; undefined cells are left out.
+
+    Vector files hold a few pixels a cell, where matplotlib's own choice would be one for each dot of a printer: a
+    fraction of the time and of the bytes. Several, since some programs blur the edges of what they enlarge.
+    """
+    cells = np.ma.masked_invalid(array).repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)
+    rows, columns = array.shape
+    return ax.imshow(cells, interpolation="none", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), **options)
 
 
 def _ink(image: Any, value: float) -> str:

@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from midblock.figures.matrices import draw_cells
 from midblock.figures.style import (
     BAND,
     DASHES,
@@ -234,7 +235,7 @@ def _correlations(ax: Axes, square: pd.DataFrame, cell: float, *, labelled_rows:
     words = [plain(label_of(str(n), unit="") if known(str(n)) else str(n)) for n in square.index]
     ax.set_facecolor("#d9d9d9")
     ax.grid(visible=False)
-    image = ax.imshow(np.ma.masked_invalid(values), norm=Normalize(-1, 1), cmap="RdBu_r", interpolation="nearest")
+    image = draw_cells(ax, values, norm=Normalize(-1, 1), cmap="RdBu_r")
     size = 72 * (cell - 0.9) / max(1, len(words))  # points of a cell
     ax.set_xticks(range(len(words)), words, rotation=60, ha="right", rotation_mode="anchor",
                   fontsize=min(6.0, size * 0.8))
