@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from conftest import build_tiny_tokenizer
 from families import FAMILIES
 from midblock.segments import segment_blocks
-from midblock.sweeps import ArmInfo, RunRecord, SweepConfig, TaskScores, parse_config
+from midblock.sweeps import ArmInfo, RunRecord, SweepConfig, TaskScores, parse_config, read_records
 
 
 def write_tiny_model(folder: Path, blocks: int = 5, **overrides: Any) -> Path:
@@ -63,6 +66,24 @@ def outcome(record: RunRecord) -> dict[str, Any]:
     return {"key": record.key, "status": record.status, "plan": record.plan,
             "losses": record.training.get("losses"),
             "tasks": {t: (s.items, s.scores, s.value) for t, s in record.tasks.items()}}
+
+
+def driver_with_a_result(command: Sequence[str], out: Path, seconds: float) -> tuple[psutil.Popen, dict[str, int]]:
+    """A sweep in a process of its own that has just written its first result; the results' names and times."""
+    driver = psutil.Popen([*command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + seconds
+    while not (done := list((out / "results").glob("*.json"))):
+        assert time.monotonic() < until
+        assert driver.poll() is None
+        time.sleep(0.05)
+    return driver, {p.name: p.stat().st_mtime_ns for p in done}
+
+
+def assert_resumes(command: Sequence[str], out: Path, before: dict[str, int], local: dict[str, dict[str, Any]]) -> None:
+    """Resumed, the sweep has what one process gives (`outcome` by key), and what was finished was not run again."""
+    assert subprocess.run([*command, "--resume"], check=False).returncode == 0
+    assert {k: outcome(r)["tasks"] for k, r in read_records(out).items()} == {k: v["tasks"] for k, v in local.items()}
+    assert all((out / "results" / name).stat().st_mtime_ns == t for name, t in before.items())
 
 
 # ---------------------------------------------------------------- planted results

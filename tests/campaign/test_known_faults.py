@@ -37,7 +37,7 @@ def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("known")
 
 
-def check(world: Path, folder: Path, words: str, damage: Damage, code: int, says: str) -> tuple[Path, str]:
+def assert_ends(world: Path, folder: Path, words: str, damage: Damage, code: int, says: str) -> tuple[Path, str]:
     """Run ``words`` on a damaged copy; returns the copy and all that was printed."""
     import time
 
@@ -197,7 +197,7 @@ def _big(place: Path) -> None:
                                    f"{TUNE} --steps 1 --cache disk:mm --cache-limit 1K --out out",
                                    "sweep sweep.yaml --set cache=disk:mm --quiet --out out"])
 def test_a_cache_never_takes_a_folder_of_other_files(world: Path, place: Path, words: str) -> None:
-    copy, _ = check(world, place, words, _big, 2, "mm holds files that no prefix cache made")
+    copy, _ = assert_ends(world, place, words, _big, 2, "mm holds files that no prefix cache made")
     assert (copy / "mm/llama/model.safetensors").stat().st_size == 21 << 30
 
 
@@ -211,7 +211,8 @@ def test_a_full_cache_removes_its_own_rows_only(world: Path, place: Path) -> Non
         (row_files(place)[0].parent / "mine.safetensors").write_text("mine")
 
     words = TUNE.replace("00100", "00010")  # another prefix, for which the old one's rows make room
-    copy, _ = check(world, place, f"{words} --steps 2 --cache disk:rows --cache-limit 60K --out out", damage, 0, "")
+    words = f"{words} --steps 2 --cache disk:rows --cache-limit 60K --out out"
+    copy, _ = assert_ends(world, place, words, damage, 0, "")
     assert [p.name for p in copy.rglob("mine.safetensors")] == ["mine.safetensors"]
     assert all((copy / name).read_text() == "mine" for name in names)
 
@@ -247,7 +248,7 @@ def test_files_of_others_are_not_replaced(world: Path, place: Path, words: str, 
         before.update({p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and (
             p.read_bytes() == b"mine" or p.name == "d.csv")})
 
-    check(world, place, words, seen, 2, says)
+    assert_ends(world, place, words, seen, 2, says)
     assert before
     assert all(p.read_bytes() == content for p, content in before.items())
 
@@ -297,7 +298,7 @@ def test_damaged_saved_work_is_said_and_done_again(world: Path, place: Path, wor
     from campaign_cycles import differences
     from campaign_world import COMMANDS
 
-    copy, _ = check(world, place, words, damage, 0, says)
+    copy, _ = assert_ends(world, place, words, damage, 0, says)
     number = [command for command, _ in COMMANDS].index(words)
     out = words.split("--out ")[1].split()[0]
     assert differences(world.parent / "references" / str(number) / out, copy / out) == []
@@ -332,7 +333,7 @@ def test_damaged_saved_work_is_said_and_done_again(world: Path, place: Path, wor
 ])
 def test_what_was_taken_silently_is_refused(world: Path, place: Path, words: str, damage: Damage,
                                             says: str) -> None:
-    check(world, place, words, damage, 2, says)
+    assert_ends(world, place, words, damage, 2, says)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ CONFIGS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), CONFIGS)
 def test_fields_of_a_config(world: Path, place: Path, name: str, value: Any) -> None:
-    _, told = check(world, place, LENS, config(name, value), 2, "Error: ")
+    _, told = assert_ends(world, place, LENS, config(name, value), 2, "Error: ")
     assert "\x1b" not in told
 
 
@@ -405,7 +406,7 @@ ADAPTER = "adapter/adapter_config.json"
 ])
 def test_what_ended_in_a_traceback_is_one_line(world: Path, place: Path, words: str, damage: Damage,
                                                says: str) -> None:
-    check(world, place, words, damage, 2, says)
+    assert_ends(world, place, words, damage, 2, says)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def _draws(place: Path) -> None:
 ])
 def test_what_hung_or_reached_the_terminal_is_one_line(world: Path, place: Path, words: str, damage: Damage,
                                                        says: str) -> None:
-    check(world, place, words, damage, 2, says)
+    assert_ends(world, place, words, damage, 2, says)
 
 
 def test_a_mask_of_100001_digits_in_a_table(world: Path, place: Path) -> None:
@@ -464,9 +465,9 @@ def test_a_mask_of_100001_digits_in_a_table(world: Path, place: Path) -> None:
         resealed("runs/sweep/run.json", lambda v: v["digests"].update(
             {"table.csv": hashlib.sha256(path.read_bytes()).hexdigest()}))(place)
 
-    check(world, place, "locate --validate runs/sweep --quiet --out out", damage, 2, "no score of 00100")
+    assert_ends(world, place, "locate --validate runs/sweep --quiet --out out", damage, 2, "no score of 00100")
 
 
 def test_a_file_of_too_many_rows(world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIDBLOCK_MAX_ROWS", "20000")
-    check(world, place, LENS, text("d.jsonl", '{"text": "a b c d"}\n' * 20_001), 2, "more than 20,000 rows")
+    assert_ends(world, place, LENS, text("d.jsonl", '{"text": "a b c d"}\n' * 20_001), 2, "more than 20,000 rows")

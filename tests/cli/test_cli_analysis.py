@@ -83,7 +83,7 @@ def words(command: str, *more: str, models: list[str] | None = None, data: str =
     return [command, *(models or models_of(command)), "--data", data, "--out", out, *own, *more]
 
 
-def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str, out: str = "out") -> str:
+def assert_refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str, out: str = "out") -> str:
     """The call exits with 2, says one line with the expected words, and leaves no folder behind."""
     capsys.readouterr()
     code = run([*argv, "--quiet"])
@@ -194,7 +194,7 @@ def test_the_bases_tokenizer_for_all(capsys: pytest.CaptureFixture[str]) -> None
     FAMILIES["llama"](seed=1).save_pretrained("added")
     other.save_pretrained("added")
     call = words("swap", models=["base", "added"])
-    refused(capsys, call, "--tokenizer base")
+    assert_refused(capsys, call, "--tokenizer base")
     assert run([*call, "--tokenizer", "base"]) == 0
     assert read_run(Path("out"))["settings"]["tokenizer"] == "base"
 
@@ -232,10 +232,10 @@ def test_steer_writes_vectors_and_generations_and_patches(capsys: pytest.Capture
     frame = pd.read_csv("patched/table.csv")
     assert set(frame["direction"]) == {"patch prompt"}
     assert not Path("patched/vectors.safetensors").exists()
-    refused(capsys, words("steer", "--patch", "prompt", out="no"), "--supervised", out="no")
-    refused(capsys, words("steer", "--patch", "nowhere", out="no"), "last-prompt", out="no")
-    refused(capsys, words("steer", "--alphas", "a,b", out="no"), "--alphas", out="no")
-    refused(capsys, words("steer", "--blocks", "3:9", out="no"), "4 blocks", out="no")
+    assert_refused(capsys, words("steer", "--patch", "prompt", out="no"), "--supervised", out="no")
+    assert_refused(capsys, words("steer", "--patch", "nowhere", out="no"), "last-prompt", out="no")
+    assert_refused(capsys, words("steer", "--alphas", "a,b", out="no"), "--alphas", out="no")
+    assert_refused(capsys, words("steer", "--blocks", "3:9", out="no"), "4 blocks", out="no")
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -341,13 +341,13 @@ def copy_of(home: Path, name: str, into: str) -> Path:
 @pytest.mark.usefixtures("no_drawing")
 def test_a_model_that_does_not_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     models = [*models_of(command)[:-1], "no-such-folder/model"]
-    refused(capsys, words(command, models=models), "no-such-folder/model")
+    assert_refused(capsys, words(command, models=models), "no-such-folder/model")
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_a_folder_without_config(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
-    refused(capsys, words("profile", models=["base", "empty"]), "empty", "config.json")
+    assert_refused(capsys, words("profile", models=["base", "empty"]), "empty", "config.json")
 
 
 @pytest.mark.parametrize(("change", "expected"), [
@@ -359,7 +359,7 @@ def test_a_folder_without_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_pair_that_does_not_fit_says_in_what(change: dict[str, Any], expected: str,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     save_model(Path("other"), **change)
-    refused(capsys, words("profile", models=["base", "other"]), expected, "base", "other")
+    assert_refused(capsys, words("profile", models=["base", "other"]), expected, "base", "other")
 
 
 @pytest.mark.parametrize("command", ["profile", "lens", "swap", "merge"])
@@ -378,7 +378,7 @@ def test_a_damaged_safetensors_file_is_named(damage: str, home: Path, capsys: py
     weights = copy_of(home, "sft", "bad") / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:len(content) // 2] if damage == "truncated" else b"\xff" * 64 + content[64:])
-    refused(capsys, words("profile", models=["base", "bad"]), "model.safetensors", "bad")
+    assert_refused(capsys, words("profile", models=["base", "bad"]), "model.safetensors", "bad")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -388,7 +388,8 @@ def test_weights_that_are_not_finite_are_named(value: float, home: Path, capsys:
     tensors = load_file(path)
     tensors["model.layers.2.mlp.up_proj.weight"][1, 1] = value
     save_file(tensors, path, metadata={"format": "pt"})
-    refused(capsys, words("lens", models=["base", "bad"]), "model.layers.2.mlp.up_proj.weight", "NaN or infinity")
+    assert_refused(capsys, words("lens", models=["base", "bad"]), "model.layers.2.mlp.up_proj.weight",
+                   "NaN or infinity")
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -398,25 +399,25 @@ def test_a_tokenizer_of_another_model(home: Path, capsys: pytest.CaptureFixture[
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    refused(capsys, words("profile", models=["base", "bad"]), "tokenizer", "'a'")
+    assert_refused(capsys, words("profile", models=["base", "bad"]), "tokenizer", "'a'")
 
 
 @pytest.mark.parametrize("command", SMALL)
 @pytest.mark.usefixtures("no_drawing")
 def test_an_empty_data_set(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.jsonl").write_text("", encoding="utf-8")
-    refused(capsys, words(command, data="empty.jsonl"), "empty.jsonl")
+    assert_refused(capsys, words(command, data="empty.jsonl"), "empty.jsonl")
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_data_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, words("profile", data="nowhere.jsonl"), "nowhere.jsonl")
+    assert_refused(capsys, words("profile", data="nowhere.jsonl"), "nowhere.jsonl")
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_rows_without_the_needed_field_are_named_by_file_and_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_text('{"title": "x"}\n{"title": "y"}\n', encoding="utf-8")
-    refused(capsys, words("profile", data="rows.jsonl"), "rows.jsonl:1", "text")
+    assert_refused(capsys, words("profile", data="rows.jsonl"), "rows.jsonl:1", "text")
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -435,7 +436,7 @@ def test_a_single_row_without_the_field_is_left_out_and_named(capsys: pytest.Cap
 @pytest.mark.parametrize("command", SMALL)
 @pytest.mark.usefixtures("no_drawing")
 def test_no_samples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, words(command, "--samples", "0"), "--samples")
+    assert_refused(capsys, words(command, "--samples", "0"), "--samples")
 
 
 @pytest.mark.parametrize("command", SMALL)
@@ -488,7 +489,7 @@ def test_a_model_with_code_of_its_own_is_refused(home: Path, capsys: pytest.Capt
     config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "code.py").write_text("raise SystemExit('code was run')\n", encoding="utf-8")
-    refused(capsys, words("profile", models=["base", "coded"]), "--trust-remote-code")
+    assert_refused(capsys, words("profile", models=["base", "coded"]), "--trust-remote-code")
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -496,17 +497,17 @@ def test_a_pickle_checkpoint_is_refused_unless_asked_for(home: Path, capsys: pyt
     folder = copy_of(home, "sft", "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(capsys, words("lens", models=["base", "pickled"]), "--allow-pickle")
+    assert_refused(capsys, words("lens", models=["base", "pickled"]), "--allow-pickle")
     assert run(words("lens", "--quiet", "--allow-pickle", models=["base", "pickled"])) == 0
 
 
 @pytest.mark.parametrize("command", ["profile", "swap", "steer"])
 @pytest.mark.usefixtures("no_drawing")
 def test_one_model_where_two_are_needed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, words(command, models=["base"]), "at least 2")
+    assert_refused(capsys, words(command, models=["base"]), "at least 2")
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_unknown_devices_and_names_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, words("profile", "--device", "abacus"), "abacus")
-    refused(capsys, words("profile", "--names", "one"), "names")
+    assert_refused(capsys, words("profile", "--device", "abacus"), "abacus")
+    assert_refused(capsys, words("profile", "--names", "one"), "names")

@@ -56,12 +56,17 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path: Path, number: 
 
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signalled: list[Ended] = []
     try:
-        with signals_end_as_interrupts():
+        with signals_end_as_interrupts(signalled):
+            within = signal.getsignal(signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
+        after = signal.getsignal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert within is after is signal.SIG_IGN
+    assert not signalled
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no timer")

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,12 +24,11 @@ from midblock.sweeps import (
     jobs_of,
     load_sweep_data,
     parse_config,
-    read_records,
     sweep,
 )
 from midblock.sweeps.records import RunRecord
 from midblock.sweeps.schedule import Schedule
-from sweep_helpers import outcome, tiny_values
+from sweep_helpers import assert_resumes, driver_with_a_result, outcome, tiny_values
 from worker_helpers import dying, stillborn, stranger
 
 
@@ -110,25 +108,14 @@ def test_no_worker_outlives_the_driver_and_resume_goes_on(planned: dict[str, Any
     (tmp_path / "sweep.yaml").write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, "-m", "midblock", "sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"),
                "--quiet"]
-    driver = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    workers: list[psutil.Process] = []
-    until = time.monotonic() + 120
-    while not (done := list((tmp_path / "out" / "results").glob("*.json"))):
-        assert time.monotonic() < until
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver, before = driver_with_a_result(command, tmp_path / "out", 120)
     workers = [c for c in driver.children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
     assert workers
     driver.send_signal(how)
     driver.wait(30)
     _, alive = psutil.wait_procs(workers, timeout=15)
     assert not alive
-    before = {p.name: p.stat().st_mtime_ns for p in done}
-    assert subprocess.run([*command, "--resume"], check=False).returncode == 0
-    records = read_records(tmp_path / "out")
-    assert {k: outcome(r)["tasks"] for k, r in records.items()} == {
-        k: v["tasks"] for k, v in planned["local"].items()}
-    assert all((tmp_path / "out" / "results" / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert_resumes(command, tmp_path / "out", before, planned["local"])
 
 
 def test_a_group_stays_with_its_worker_and_nobody_is_idle(planned: dict[str, Any],

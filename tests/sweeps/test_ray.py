@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,9 +15,9 @@ import psutil
 import pytest
 
 from midblock.errors import SettingsError
-from midblock.sweeps import Job, RayEngine, dump_config, parse_config, read_records, sweep
+from midblock.sweeps import Job, RayEngine, dump_config, parse_config, sweep
 from midblock.sweeps.records import RunRecord
-from sweep_helpers import outcome
+from sweep_helpers import assert_resumes, driver_with_a_result, outcome
 from worker_helpers import Beginner, Lingering, Stranger
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'midblock[ray]'")
@@ -130,12 +129,7 @@ def test_nothing_outlives_the_driver_and_resume_goes_on(planned: dict[str, Any],
     (tmp_path / "sweep.yaml").write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, "-m", "midblock", "sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"),
                "--quiet"]
-    driver = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 240
-    while not (done := list((tmp_path / "out" / "results").glob("*.json"))):
-        assert time.monotonic() < until
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver, before = driver_with_a_result(command, tmp_path / "out", 240)
     others = driver.children(recursive=True)
     assert any("raylet" in p.name() for p in others)
     driver.send_signal(how)
@@ -143,13 +137,8 @@ def test_nothing_outlives_the_driver_and_resume_goes_on(planned: dict[str, Any],
     # killed outright, the driver leaves it to Ray's own processes to notice, whose agents take their time
     _, alive = psutil.wait_procs(others, timeout=150 if how == signal.SIGKILL else 30)
     assert not alive
-    before = {p.name: p.stat().st_mtime_ns for p in done}
     (tmp_path / "sweep.yaml").write_text(dump_config(config.replace(engine="local")), encoding="utf-8")
-    assert subprocess.run([*command, "--resume"], check=False).returncode == 0
-    records = read_records(tmp_path / "out")
-    assert {k: outcome(r)["tasks"] for k, r in records.items()} == {
-        k: v["tasks"] for k, v in planned["local"].items()}
-    assert all((tmp_path / "out" / "results" / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert_resumes(command, tmp_path / "out", before, planned["local"])
 
 
 def test_a_cluster_of_its_own(planned: dict[str, Any], tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,9 @@ from midblock.sweeps import (
     jobs_of,
     load_sweep_data,
     parse_config,
-    read_records,
     sweep,
 )
-from sweep_helpers import outcome, tiny_values
+from sweep_helpers import assert_resumes, driver_with_a_result, outcome, tiny_values
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'midblock[slurm]'")
 pytestmark = pytest.mark.slow
@@ -111,22 +108,12 @@ def test_no_worker_outlives_the_driver_and_resume_goes_on(planned: dict[str, Any
                "from midblock.cli.app import run; sys.exit(run())")
     command = [sys.executable, "-c", program, "sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"),
                "--quiet"]
-    driver = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 240
-    while not (done := list((tmp_path / "out" / "results").glob("*.json"))):
-        assert time.monotonic() < until
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver, before = driver_with_a_result(command, tmp_path / "out", 240)
     workers = workers_of(driver)
     assert workers
     driver.send_signal(how)
     driver.wait(40)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-    before = {p.name: p.stat().st_mtime_ns for p in done}
-    assert subprocess.run([*command, "--resume"], check=False).returncode == 0
-    records = read_records(tmp_path / "out")
-    assert {k: outcome(r)["tasks"] for k, r in records.items()} == {
-        k: v["tasks"] for k, v in planned["local"].items()}
-    assert all((tmp_path / "out" / "results" / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert_resumes(command, tmp_path / "out", before, planned["local"])
     assert not list((tmp_path / "out").glob("workers"))

@@ -320,7 +320,7 @@ def test_a_loss_on_padding_is_exact_too() -> None:
 # refusals
 
 
-def refused(model: nn.Module, inputs: dict[str, Any], match: str) -> None:
+def assert_refused(model: nn.Module, inputs: dict[str, Any], match: str) -> None:
     with FrozenPrefix(model, cache="memory"), pytest.raises(CacheRefusedError, match=match):
         model(**inputs)
 
@@ -329,12 +329,17 @@ def test_dropout_in_the_prefix_is_refused() -> None:
     model = adapted("llama", attention_dropout=0.1)
     inputs = batch((9, 12), "right")
     model.train()
-    refused(model, inputs, "attention_dropout=0.1")
+    assert_refused(model, inputs, "attention_dropout=0.1")
     with FrozenPrefix(model):  # without a cache a random prefix is fine
         model(**inputs).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
     model.eval()  # and so is a cache when dropout is off
-    with FrozenPrefix(model, cache="memory"):
-        model(**inputs)
+    want = model(**inputs).logits
+    with FrozenPrefix(model, cache="memory") as prefix:
+        got = model(**inputs).logits
+    real = inputs["attention_mask"].bool()  # padding is left out of the blocks
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    assert prefix.rows_computed == len(inputs["input_ids"])
 
 
 def test_noise_that_no_attribute_tells_of_is_found() -> None:
@@ -342,8 +347,11 @@ def test_noise_that_no_attribute_tells_of_is_found() -> None:
     model.train()
     block = find_anatomy(model).blocks[0]
     handle = block.register_forward_hook(lambda m, a, o: o + 0.01 * torch.randn_like(o) if m.training else o)
-    refused(model, batch((9, 12), "right"), "not deterministic")
+    assert_refused(model, batch((9, 12), "right"), "not deterministic")
     handle.remove()
+    with FrozenPrefix(model, cache="memory") as prefix:  # it was the hook
+        model(**batch((9, 12), "right"))
+    assert prefix.rows_computed == 2
 
 
 def supervised(family: str, cache: str | PrefixCache, order: list[tuple[dict[str, Tensor], bool]], mask: str = "0010"
@@ -403,14 +411,14 @@ def test_packed_rows_are_refused() -> None:
     model = adapted("llama")
     model.train()
     ids = token_ids(1, 10)
-    refused(model, {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}, "packing")
-    refused(model, {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])}, "gap")
+    assert_refused(model, {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}, "packing")
+    assert_refused(model, {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])}, "gap")
 
 
 def test_router_logits_are_refused() -> None:
     model = adapted("mixtral")
     model.train()
-    refused(model, {**batch((9, 12), "right"), "output_router_logits": True}, "router_aux_loss_coef")
+    assert_refused(model, {**batch((9, 12), "right"), "output_router_logits": True}, "router_aux_loss_coef")
 
 
 def test_trained_embeddings_are_refused() -> None:
