@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +83,24 @@ def read_bytes() -> int:
         if line.startswith("rchar"):
             return int(line.split()[1])
     return 0
+
+
+def write_checkpoint(folder: Path, config: Any, tokenizer: Any, files: Iterable[dict[str, torch.Tensor]]) -> int:
+    """A checkpoint whose files are written as their tensors are made, with its index; returns its bytes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    place: dict[str, str] = {}
+    for number, tensors in enumerate(files):
+        name = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        place.update(dict.fromkeys(tensors, name))
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size},
+                                                                     "weight_map": place}))
+    return size
 
 
 def exact_length_data(loaded: Any, samples: int, tokens: int, source: str = "pydocs") -> Dataset:

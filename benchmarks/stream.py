@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,54 +50,34 @@ def options() -> argparse.ArgumentParser:
 
 def write_pair(folder: Path, parameters: float) -> int:
     """A random pair of a Llama of 28 blocks and about so many parameters; returns the bytes of one checkpoint."""
-    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from midblock.models import load_tokenizer, resolve_checkpoint
 
     tokenizer = load_tokenizer(resolve_checkpoint("smollm2"))
-    vocabulary = len(tokenizer)
     width = 128 * max(2, round((parameters / BLOCKS / 11.5) ** 0.5 / 128))
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=128 * round(width * 8 / 3 / 128),
-                         num_hidden_layers=BLOCKS, num_attention_heads=width // 64, num_key_value_heads=width // 128,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width,
+                         intermediate_size=128 * round(width * 8 / 3 / 128), num_hidden_layers=BLOCKS,
+                         num_attention_heads=width // 64, num_key_value_heads=width // 128,
                          max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
-    size = 0
-    for number, name in enumerate(_FOLDERS):
-        target = folder / name
-        target.mkdir(parents=True)
-        config.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        shards: list[dict[str, torch.Tensor]] = [{}]
-        place: dict[str, str] = {}
-        files = 0
 
-        def flush(last: bool, target: Path = target, shards: list[dict[str, torch.Tensor]] = shards) -> None:
-            nonlocal files
-            if shards[0]:
-                files += 1
-                file = f"model-{files:05d}.safetensors"
-                save_file(shards[0], target / file, metadata={"format": "pt"})
-                place.update(dict.fromkeys(shards[0], file))  # noqa: B023 (called within the loop)
-                shards[0] = {}
-
+    def shards(added: float) -> Iterator[dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(0)
+        tensors: dict[str, torch.Tensor] = {}
         for weight, shape in shapes.items():
-            if len(shape) == 1:
-                value = torch.ones(shape, dtype=torch.bfloat16)
-            else:
-                value = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-                if number:  # the tuned one: the base with a little added
-                    value += 0.001
-            shards[0][weight] = value
-            if sum(t.nbytes for t in shards[0].values()) > 500 << 20:
-                flush(False)
-        flush(True)
-        size = sum(p.stat().st_size for p in target.glob("*.safetensors"))
-        index = {"metadata": {"total_size": size}, "weight_map": place}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
+            tensors[weight] = torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.empty(
+                shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator).add_(added)
+            if sum(t.nbytes for t in tensors.values()) > 500 << 20:
+                yield tensors
+                tensors = {}
+        if tensors:
+            yield tensors
+
+    # the tuned one: the base with a little added
+    return [common.write_checkpoint(folder / name, config, tokenizer, shards(added))
+            for name, added in zip(_FOLDERS, (0.0, 0.001), strict=True)][-1]
 
 
 def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ def options() -> argparse.ArgumentParser:
 def write_model(folder: Path, blocks: int) -> int:
     """A random model in 4 bit (NF4, double quantisation), a file for each block; returns its bytes."""
     from bitsandbytes.nn import Params4bit
-    from safetensors.torch import save_file
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     from midblock.models import load_tokenizer, resolve_checkpoint
@@ -65,33 +65,27 @@ def write_model(folder: Path, blocks: int) -> int:
     config = LlamaConfig(**{**_CONFIG, "num_hidden_layers": blocks}, quantization_config=stored.to_dict())
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    load_tokenizer(resolve_checkpoint("smollm2")).save_pretrained(folder)
-    files: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for name in shapes:
-        part = name.split(".")[2] if ".layers." in name else name
-        files.setdefault(f"model-{part}.safetensors", []).append(name)
-    place: dict[str, str] = {}
-    for number, (file, names) in enumerate(files.items()):
-        generator = torch.Generator().manual_seed(number)
-        tensors: dict[str, torch.Tensor] = {}
-        for name in names:
-            if len(shapes[name]) == 1:
-                tensors[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
-                continue
-            tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            if ".layers." in name:
-                held = Params4bit(tensors[name], requires_grad=False, quant_type="nf4", compress_statistics=True
-                                  ).to("cpu")
-                tensors[name] = held.data
-                tensors |= {f"{name}.{key}": value for key, value in held.quant_state.as_dict(packed=True).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        place.update(dict.fromkeys(tensors, file))
-    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": place}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
+        parts.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+
+    def files() -> Iterator[dict[str, torch.Tensor]]:
+        for number, names in enumerate(parts.values()):
+            generator = torch.Generator().manual_seed(number)
+            tensors: dict[str, torch.Tensor] = {}
+            for name in names:
+                if len(shapes[name]) == 1:
+                    tensors[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
+                    continue
+                tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+                if ".layers." in name:
+                    held = Params4bit(tensors[name], requires_grad=False, quant_type="nf4", compress_statistics=True
+                                      ).to("cpu")
+                    tensors[name] = held.data
+                    tensors |= {f"{name}.{key}": v for key, v in held.quant_state.as_dict(packed=True).items()}
+            yield tensors
+
+    return common.write_checkpoint(folder, config, load_tokenizer(resolve_checkpoint("smollm2")), files())
 
 
 def measured(args: argparse.Namespace, job: dict[str, Any]) -> None:

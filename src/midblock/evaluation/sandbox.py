@@ -27,6 +27,7 @@ from pathlib import Path
 
 from midblock.errors import SettingsError
 from midblock.settings.base import name_of
+from midblock.sizes import usable_cores
 
 __all__ = ["ISOLATION", "Outcome", "ProgramTest", "require_sandbox", "run_test", "run_tests"]
 
@@ -157,7 +158,7 @@ def run_tests(programs: Sequence[tuple[str, ProgramTest]], *, seconds: float = 1
         done: Told how many are finished, and of how many.
     """
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         for outcome in pool.map(lambda p: run_test(*p, seconds=seconds, memory_mb=memory_mb, unsandboxed=unsandboxed),
                                 programs):
             outcomes.append(outcome)

@@ -15,7 +15,7 @@ from midblock.provenance import check_whole
 from midblock.reading import read_csv, read_json, read_jsonl, read_text, user_path
 from midblock.results import BASE_COLUMNS
 
-__all__ = ["LeftOut", "Run", "collect"]
+__all__ = ["LeftOut", "Run", "collect", "sweeps_in"]
 
 _PLAIN_NAMES = ("model", "adapter", "merged", "checkpoint")
 _FURTHER = ("pareto", "comparisons", "layers", "trace", "difference_tokens", "kl_tokens", "direction_tokens",
@@ -75,6 +75,14 @@ class Run:
         """Depth of the model, where it is recorded."""
         blocks = [m["blocks"] for m in self.models.values() if isinstance(m.get("blocks"), int)]
         return blocks[0] if blocks else None
+
+
+def sweeps_in(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Sweeps with the name of their model; several of one model are told apart by their folders."""
+    sweeps = [run for run in runs if run.command == "sweep"]
+    names = [run.pair for run in sweeps]
+    return [(name if names.count(name) == 1 else f"{name} ({run.folder.name})", run)
+            for name, run in zip(names, sweeps, strict=True)]
 
 
 def _model_name(spec: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from midblock.quantities import find
 from midblock.reading import printable
 from midblock.report.charts import Chart
-from midblock.report.collect import Run
+from midblock.report.collect import Run, sweeps_in
 from midblock.results import Answer
 from midblock.segments import where_most, zone_means
 
@@ -54,11 +54,7 @@ def findings_of(runs: Sequence[Run], charts: Sequence[Chart]) -> Findings:
 
 
 def _verdicts(runs: Sequence[Run]) -> list[str]:
-    sweeps = [run for run in runs if run.command == "sweep" and run.summary]
-    pairs = [run.pair for run in sweeps]
-    # several sweeps of one model are told apart by their folders
-    return [f"{run.pair}{f' ({run.folder.name})' if pairs.count(run.pair) > 1 else ''}: {run.summary.splitlines()[0]}"
-            for run in sweeps]
+    return [f"{name}: {run.summary.splitlines()[0]}" for name, run in sweeps_in(runs) if run.summary]
 
 
 def _where(runs: Sequence[Run]) -> list[str]:

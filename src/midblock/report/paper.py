@@ -18,7 +18,7 @@ from midblock.progress import Progress, silent
 from midblock.provenance import held
 from midblock.quantities import known, label_of
 from midblock.reading import printable, user_path
-from midblock.report.collect import LeftOut, Run, collect
+from midblock.report.collect import LeftOut, Run, collect, sweeps_in
 from midblock.results import Answer
 from midblock.settings.figures import FigureSettings
 from midblock.writing import atomic_path, replace_own, temporary_folder
@@ -268,12 +268,10 @@ def _swaps(runs: Sequence[Run], headings: dict[tuple[str, str], str]) -> pd.Data
 
 
 def _sweeps(runs: Sequence[Run]) -> Iterator[tuple[str, Run, pd.DataFrame]]:
-    """Name, run and scores over seeds of each sweep; several of one model are told apart by their folders."""
-    sweeps = [r for r in runs if r.command == "sweep" and {"arm", "task", "role", "seed"} <= set(r.frame.columns)]
-    names = [next(iter(r.pair.split(" → "))) for r in sweeps]
-    for name, run in zip(names, sweeps, strict=True):
-        heading = printable(name if names.count(name) == 1 else f"{name} ({run.folder.name})")
-        yield heading, run, run.frame[(run.frame["side"] != "difference") & run.frame["seed"].isna()]
+    """Name, run and scores over seeds of each sweep."""
+    for name, run in sweeps_in(runs):
+        if {"arm", "task", "role", "seed"} <= set(run.frame.columns):
+            yield printable(name), run, run.frame[(run.frame["side"] != "difference") & run.frame["seed"].isna()]
 
 
 def _patterns(runs: Sequence[Run]) -> tuple[pd.DataFrame, dict[str, str]]:

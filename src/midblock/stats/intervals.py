@@ -454,7 +454,7 @@ def arm_intervals(scores: Mapping[str, npt.ArrayLike], confidence: float = 0.95,
     more the ratio MS_seed / MS_residual is averaged over the arms, and an arm uses the larger of it and its own.
 
     By simulation (docs/statistics.md) 95% intervals cover 0.93 to 0.97 at two, three and five seeds, with six arms and
-    alone. They cover less (0.83 at two seeds) for an arm whose standard deviation between seeds is 2.5
+    alone. They cover less (0.86 at two seeds) for an arm whose standard deviation between seeds is 2.5
     times that of the others: then use ``pool_seeds=False``.
 
     Args:
