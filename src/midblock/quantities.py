@@ -17,8 +17,7 @@ A measure of your own is one file (or a cell of a notebook): a function and its 
                       family="information", formula=r"(\sum_k \lambda_k)^2 / \sum_k \lambda_k^2",
                       function=participation_ratio))
 
-`midblock.profile` then measures it at every hidden state, with an interval, and draws it with its family. Inside the
-package the same lines stand in a module of `midblock.metrics` (see docs/adding-a-metric.md).
+`midblock.profile` then measures and draws it at every hidden state; see docs/adding-a-metric.md.
 """
 
 from __future__ import annotations
@@ -360,9 +359,8 @@ _add("token_cosine", "Cosine similarity of tokens", "token", "alignment", unit="
      source="Paper, eq. 7, token by token", reading="Whether each token's state still points the same way.")
 _add("procrustes", "Procrustes angle", "dataset", "alignment", unit="radians", paired=True, function="procrustes_angle",
      formula=r"\arccos \frac{\lVert X^\top Y \rVert_*}{\lVert X \rVert_F \lVert Y \rVert_F}",
-     source="Williams et al. 2021",
-     reading="Angle between the two clouds after the best rotation: 0 for the same shape. A distance, where CKA is a "
-             "similarity.")
+     source="Williams et al. 2021", reading="Angle between the two clouds after the best rotation: 0 for the same "
+                                             "shape. A distance, where CKA is a similarity.")
 _add("mutual_neighbours", "Common nearest neighbours", "dataset", "alignment", unit="share of 10", paired=True,
      unchanged=1.0, function="mutual_neighbours", least=3,
      formula=r"\frac{1}{N k} \sum_i |\mathrm{kNN}_x(i) \cap \mathrm{kNN}_y(i)|", source="Huh et al. 2024",
@@ -398,9 +396,8 @@ _add("lidar", "LiDAR", "views", "views", unit="dimensions", function="lidar",
      formula=r"\operatorname{erank}\big(\Sigma_w^{-1/2} \Sigma_b \Sigma_w^{-1/2}\big)", source="Thilak et al. 2024",
      reading="Directions that separate prompts more than augmentation moves them.")
 _add("dime", "DiME", "views", "views", unit="nats", function="dime_of_views",
-     options={"alpha": "alpha", "seed": "seed"},
-     formula=r"\mathbb{E}_\Pi\, S_\alpha(K_a, \Pi K_b \Pi^\top) - S_\alpha(K_a, K_b)", source="Skean et al. 2023",
-     reading="Higher: the pairing of the views carries information.")
+     options={"alpha": "alpha", "seed": "seed"}, reading="Higher: the pairing of the views carries information.",
+     formula=r"\mathbb{E}_\Pi\, S_\alpha(K_a, \Pi K_b \Pi^\top) - S_\alpha(K_a, K_b)", source="Skean et al. 2023")
 
 # change of the weights
 _add("weight_change", "Weight change", "weight", "weights", unit="Frobenius norm", paired=True,
@@ -494,6 +491,8 @@ _add("rank_plateau", "Rank plateau", "block", "importance", unit="−|change of 
      reading="0 where a block keeps the effective rank of the states.")
 _add("weight_snr", "Weights: signal to noise", "weight", "importance", unit="energy above / below noise",
      formula=r"\sum_{s_k > s^*} s_k^2 \Big/ \sum_{s_k \le s^*} s_k^2", reading="s*: the largest of random weights.")
+_add("eva_share", "EVA's share", "block", "importance", unit="share of the budget", source="Paischer et al. 2024",
+     formula=r"\sum_{m \in b} r_m c_m \Big/ \sum_m r_m c_m", reading="Rank that EVA gives the block (c: parameters).")
 _add("relative_update", "Change by tuning", "weight", "importance", unit="share of the weights' norm", paired=True,
      formula=r"\lVert \Delta W \rVert_F / \lVert W \rVert_F", reading="How far training moved a tuned matrix.")
 _add("update_norm", "Norm of the update", "block", "importance", unit="Frobenius norm",

@@ -46,7 +46,7 @@ def test_forward_scores_against_a_loop(family: str) -> None:
         assert scores["cka_novelty"][b] == pytest.approx(1 - float(metrics.cka_debiased(x[b], x[b + 1])), abs=1e-4)
         change = float(torch.log(metrics.effective_rank(x[b + 1]) / metrics.effective_rank(x[b])))
         assert scores["rank_plateau"][b] == pytest.approx(-abs(change), abs=1e-4)
-    assert set(scores) == set(BLOCK_SCORES)
+    assert set(scores) == set(BLOCK_SCORES) - {"eva_share"}
 
 
 def test_scores_do_not_depend_on_batches_or_order() -> None:
@@ -202,3 +202,52 @@ def test_reliability_is_the_share_of_the_variance_that_is_not_noise() -> None:
         table.add("block", b, "fisher", "base", stats.mean_interval(level + draw.normal(0, noise, n)))
     want = true ** 2 / (true ** 2 + noise ** 2 / n)
     assert reliability(table.frame(), {})["fisher"] == pytest.approx(want, abs=0.06)
+
+
+def test_evas_share_is_what_its_ranks_cost_in_a_block() -> None:
+    model, data = loaded("llama"), tiny_data(8)
+    found, _, counts = block_scores(model, data, gradient_samples=8, batch_size=2, scores=("eva_share",))
+    values = scores_of(found, 4)["eva_share"]
+    assert sum(values) == pytest.approx(1)
+    batches, _ = supervised_batches(model, data.sample(8, 0), max_length=128, batch_size=2)
+    plan = make_plan(model, mask="1", rank=16)
+    # the shares of variance that the inputs of q, k, v and o have along each direction, largest first
+    inputs: dict[str, list[torch.Tensor]] = {m.name: [] for m in plan.modules}
+    handles = [model.model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, kept=kept: kept.append(args[0].detach())) for name, kept in inputs.items()]
+    masks = []
+    with torch.no_grad():
+        for batch in batches:
+            model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            masks.append(batch.labels != -100)
+    for handle in handles:
+        handle.remove()
+    offered = []
+    for module in plan.modules:
+        rows = torch.cat([x[m] for x, m in zip(inputs[module.name], masks, strict=True)]).double().numpy()
+        variance = np.sort(np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2)[::-1]
+        most = min(32, module.inputs, module.outputs, len(rows) - 1)
+        offered += [(share, module) for share in (variance / variance.sum())[:most]]
+    spent = np.zeros(4)
+    for _, module in sorted(offered, key=lambda o: -o[0]):
+        if 2 * spent.sum() + module.cost_per_rank >= 2 * plan.params:
+            break
+        spent[module.block] += module.cost_per_rank
+    assert values == pytest.approx((spent / spent.sum()).tolist(), abs=0.02)  # equal shares may swap at the border
+    assert counts["rows"] == 8
+    assert 0 <= counts["split_half"]["eva_share"] <= 1
+
+    few, _, counts = block_scores(model, data.sample(1, 0), gradient_samples=1, max_length=3, scores=("eva_share",))
+    assert all(np.isnan(v) for v in scores_of(few, 4)["eva_share"])
+    assert "labelled tokens" in few.reasons[0]["reason"]
+    assert counts["split_half"]["eva_share"] == 0
+
+
+def test_a_rule_computes_its_own_score() -> None:
+    model, data = loaded("llama"), tiny_data(8)
+    result = locate(model, data=data, samples=8, gradient_samples=8, scores=("taylor",), rule="eva_share")
+    assert set(result.frame["metric"]) == {"taylor", "eva_share"}
+    assert "rule eva_share" in result.answer().found
+    assert "n = 8 samples" in result.answer().found
+    alone = locate(model, data=data, gradient_samples=8, scores=("taylor",))
+    assert "n = 8 samples" in alone.answer().found

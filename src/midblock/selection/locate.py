@@ -323,8 +323,9 @@ def locate(model: LoadedModel | str, *, data: Dataset | str | None = None, progr
     proposals: dict[str, Proposal] = {}
     refused: dict[str, str] = {}
     for name in RULES:
-        if name in BLOCK_SCORES and name not in scores and name != chosen.rule:
-            continue
+        unread = name == "cka-borders" and dataset is not None and not chosen.wants("forward")
+        if name != chosen.rule and (unread or (name in BLOCK_SCORES and name not in scores)):
+            continue  # nobody asked for what it needs
         try:
             proposals[name] = propose(name, width, blocks, scores=scores, similarity=similarity, seed=chosen.seed)
         except SettingsError as error:

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from midblock import metrics, stats
-from midblock.analysis.gradients import GradientsResult, gradients
+from midblock.analysis.gradients import GradientsResult, gradients, supervised_batches
 from midblock.analysis.passes import PassPart, encode
 from midblock.analysis.weight_sums import single_threads
 from midblock.capture.accumulators import PooledStates
 from midblock.capture.arrivals import Arrivals
 from midblock.data import Batch, Dataset
-from midblock.errors import UndefinedMetricError
+from midblock.errors import BudgetError, UndefinedMetricError
 from midblock.models import LoadedModel, projections
 from midblock.progress import Progress, silent
 from midblock.results import Table
 from midblock.settings.locate import ScoreSettings
+from midblock.settings.tune import REFERENCE_RANK
+from midblock.tuning.eva import eva_ranks
+from midblock.tuning.planning import make_plan
 
 __all__ = ["AdjacentStates", "ForwardPass", "block_scores", "cka_matrix", "forward_part", "weight_snr"]
 
@@ -167,6 +170,10 @@ def block_scores(loaded: LoadedModel, dataset: Dataset | None, *, settings: Scor
         for row in backward.table.rows:
             if row["matrix"] == "all" and row["metric"] in wanted and row["side"] == stage:
                 table.rows.append({**row, **extra})
+        counts = counts or dict(backward.counts)
+    if dataset is not None and chosen.wants("inputs"):
+        own, halves = _eva_scores(table, loaded, dataset, chosen, stage, extra)
+        counts = {**own, **counts, "split_half": {**counts.get("split_half", {}), "eva_share": halves}}
     return table, similarity, counts
 
 
@@ -228,10 +235,50 @@ def _forward_scores(table: Table, found: ForwardPass, settings: ScoreSettings, s
     return similarity, counts
 
 
+def _eva_scores(table: Table, loaded: LoadedModel, dataset: Dataset, settings: ScoreSettings, stage: str,
+                extra: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Share of an all-layer budget that EVA's ranks give each block's q, k, v and o (`midblock.tuning.eva`).
+
+    Returns:
+        Counts of the rows that were read, and how two halves of them agree.
+    """
+    loaded.require_whole()
+    drawn = dataset.sample(settings.gradient_samples, settings.seed)
+    batches, counts = supervised_batches(loaded, drawn, max_length=settings.max_length, batch_size=settings.batch_size)
+    batches = [batch.to(loaded.device) for batch in batches]
+    uniform = make_plan(loaded, mask="1", rank=REFERENCE_RANK)
+
+    def shares(batches: Sequence[Batch]) -> npt.NDArray[np.float64]:
+        plan = eva_ranks(uniform, loaded, batches)
+        return np.array([plan.params_of_block(b) for b in range(loaded.anatomy.num_blocks)]) / plan.params
+
+    try:
+        found, reason = shares(batches), ""
+    except BudgetError as error:
+        found, reason = np.full(loaded.anatomy.num_blocks, math.nan), str(error)
+    for b, value in enumerate(found.tolist()):
+        if reason:
+            table.add_undefined("block", b, "eva_share", stage, reason, n=len(drawn), **extra)
+        else:
+            table.add("block", b, "eva_share", stage, value, n=len(drawn), **extra)
+    try:
+        halves = _agreement(shares(batches[::2]), shares(batches[1::2]))
+    except BudgetError:
+        halves = 0.0
+    return counts, halves
+
+
+def _agreement(one: npt.NDArray[np.float64], two: npt.NDArray[np.float64]) -> float:
+    """Spearman-Brown, 2 r / (1 + r), of the correlation r of two halves over blocks; 0 where they disagree."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = float(np.corrcoef(one, two)[0, 1])
+    return 2 * r / (1 + r) if r > 0 else 0.0
+
+
 def _split_halves(x: Tensor) -> dict[str, float]:
     """Reliability of the scores without an interval: how two halves of the samples agree over blocks.
 
-    Spearman-Brown, 2 r / (1 + r), of the correlation r of the halves; 0 where a half is too small or disagrees.
+    See `_agreement`; 0 where a half is too small.
 
     Args:
         x: (L + 1, N, d) pooled states.
@@ -242,9 +289,7 @@ def _split_halves(x: Tensor) -> dict[str, float]:
     for half in (x[:, ::2], x[:, 1::2]):
         found["cka_novelty"].append(1 - cka_matrix(half).diagonal(1))
         found["rank_plateau"].append(-np.abs(np.diff(np.log([_effective_rank(h) for h in half]))))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = {name: float(np.corrcoef(one, two)[0, 1]) for name, (one, two) in found.items()}
-    return {name: 2 * v / (1 + v) if v > 0 else 0.0 for name, v in r.items()}
+    return {name: _agreement(one, two) for name, (one, two) in found.items()}
 
 
 def _effective_rank(x: Tensor) -> float:

@@ -13,7 +13,7 @@ from midblock.settings.tune import REFERENCE_RANK
 
 __all__ = ["BLOCK_SCORES", "DEFAULT_RULE", "DEFAULT_SHARE", "RULES", "BlockScore", "LocateSettings", "ScoreSettings"]
 
-Needs = Literal["forward", "backward", "weights"]
+Needs = Literal["forward", "backward", "weights", "inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class BlockScore:
 
     needs: Needs
     meaning: str
+    default: bool = True
+    """Whether it is computed without being named."""
 
 
 BLOCK_SCORES: dict[str, BlockScore] = {
@@ -34,6 +36,7 @@ BLOCK_SCORES: dict[str, BlockScore] = {
     "gradient_norm_relative": BlockScore("backward", "norm of the gradient, / norm of the weights"),
     "fisher": BlockScore("backward", "sum of squared gradients"),
     "taylor": BlockScore("backward", "|sum of weight times gradient|"),
+    "eva_share": BlockScore("inputs", "share of a budget that EVA's ranks give the block", default=False),
 }
 """Score -> what it is."""
 
@@ -60,8 +63,9 @@ class ScoreSettings(Settings):
     max_length: int = max_length(128)
     batch_size: int = batch_size(4)
     seed: int = seed("Seed of the draw.")
-    scores: tuple[str, ...] = setting(tuple(BLOCK_SCORES), min_length=1, metavar="A,B,...", help=(
-        "Compute only these scores."))
+    scores: tuple[str, ...] = setting(
+        tuple(name for name, score in BLOCK_SCORES.items() if score.default), min_length=1, metavar="A,B,...", help=(
+            "Compute these scores. Default: all but eva_share, which decomposes what every matrix reads."))
 
     @field_validator("scores")
     @classmethod
@@ -93,6 +97,11 @@ class LocateSettings(ScoreSettings):
         if rule not in RULES:
             raise ValueError(f"{rule!r} is not known; choose among {', '.join(RULES)}")
         return rule
+
+    def wants(self, needs: Needs) -> list[str]:
+        """The chosen scores that need this, and the rule's own."""
+        own = BLOCK_SCORES.get(self.rule)
+        return list(dict.fromkeys([*super().wants(needs), *([self.rule] if own and own.needs == needs else [])]))
 
     @model_validator(mode="after")
     def _one_width(self) -> LocateSettings:
