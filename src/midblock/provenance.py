@@ -204,6 +204,22 @@ def _lock(path: Path) -> Any:
     return lock
 
 
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str], group: str = ""
+                 ) -> list[str]:
+    """In words, which settings differ. A switch that is off is as one that the version of that run did not have."""
+    found = []
+    for key in sorted({*before, *now}):
+        name, a, b = group + key, before.get(key), now.get(key)
+        if name in may_differ or a == b or all(value is None or value is False for value in (a, b)):
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, may_differ, f"{name}.")
+        else:
+            found.append(f"{name} was {a!r}, now {b!r}")
+    return found
+
+
+
 class RunFolder:
     """One command's output folder; use it as a context manager.
 
@@ -213,7 +229,8 @@ class RunFolder:
         settings: The settings as resolved; a resumed run must have the same.
         given: The settings as the user gave them (default: ``settings``).
         resume: Continue an interrupted run in this folder.
-        may_differ: Settings that may be others than in the first call: the command itself checks what it keeps.
+        may_differ: Settings (``training.steps`` for one of a group) that may be others than in the first call: the
+            command itself checks what it keeps.
 
     Raises:
         OutputError: not empty, cannot be written, or nothing to resume from.
@@ -310,13 +327,8 @@ class RunFolder:
         if previous.get("command") != command:
             raise OutputError(f"--resume: this folder holds a run of {previous.get('command')!r}, "
                               f"not of {command!r}.")
-        before = previous.get("settings", {})
-        # a switch that is off is as one that the version of that run did not have
-        changed = [k for k in sorted({*before, *resolved} - {*may_differ}) if before.get(k) != resolved.get(k)
-                   and not all(side.get(k) is None or side.get(k) is False for side in (before, resolved))]
-        if changed:
-            what = "; ".join(f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in changed)
-            raise SettingsError(f"--resume: the settings differ from the interrupted run's: {what}. "
+        if changed := _differences(previous.get("settings", {}), resolved, may_differ):
+            raise SettingsError(f"--resume: the settings differ from the interrupted run's: {'; '.join(changed)}. "
                                 "Repeat them as they were, or name a new folder.")
 
     def _remove_half_written(self) -> None:

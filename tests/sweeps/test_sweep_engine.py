@@ -384,6 +384,18 @@ def test_a_grid_is_searched_on_the_first_seeds_and_the_others_train_what_they_ch
     assert again == [3, 2, 0]  # until the search is over, the first rate of the grid stands for what it finds
     assert {r.key: outcome(r) for r in resumed.records} == {key: outcome(r) for key, r in kept.items()}
 
+    # a grid grows too, and only what is new is trained; how arms are trained stays
+    values["training"]["learning_rates"] = [0.01, 0.03]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "results").iterdir()}
+    grown = sweep(parse_config(values), out=tmp_path / "out", resume=True)
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "results").iterdir()}.items()
+    assert {r.learning_rate for r in grown.records if r.arm == "00100" and r.seed == 3} == {0.01, 0.03}
+    best = grown.statistics.rates["00100"]
+    assert {r.learning_rate for r in grown.records if r.arm == "00100" and r.seed != 3} == {best}
+    values["training"]["steps"] = 7
+    with pytest.raises(SettingsError, match=r"training\.steps was 6, now 7"):
+        sweep(parse_config(values), out=tmp_path / "out", resume=True)
+
 
 def test_every_seed_searches_where_rate_seeds_are_as_many_or_none(tmp_path):
     values = tiny_values(tmp_path)

@@ -26,6 +26,10 @@ from midblock.tuning.estimate import outline
 __all__ = ["SweepState", "dry_run", "sweep"]
 
 
+_GROWS = ("arms", "seeds", "training.learning_rates", "training.full_learning_rates", "training.rate_seeds")
+"""Settings that say which runs there are: a finished sweep is extended by others, and what is there is kept."""
+
+
 @dataclass(frozen=True)
 class SweepState:
     """How far a sweep is, for a live table."""
@@ -68,8 +72,8 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
         config: A configuration or the path of one.
         out: Run folder: ``config.yaml``, ``results/*.json`` (one per run, written when it ends),
             ``table.csv``, ``comparisons.csv``, ``samples.jsonl``, ``verdict.txt``, figures.
-        resume: Go on in ``out``; finished runs are kept, failed ones are tried again. Arms, seeds and statistics
-            may be others than before: a finished sweep is extended so, and only what is new is trained.
+        resume: Go on in ``out``; finished runs are kept, failed ones are tried again. Arms, seeds, learning rates and
+            statistics may be others than before: a finished sweep is extended so, and only what is new is trained.
         given: The settings as the user gave them, for run.json.
         loaded: The base, if it is loaded already.
         progress: Told what is being done.
@@ -94,7 +98,7 @@ def sweep(config: SweepConfig | Path | str, *, out: Path | str, resume: bool = F
                             allow_pickle=allow_pickle)
     plan = plan_sweep(config, outline_of(loaded), data, loaded)
     with RunFolder(out, command="sweep", settings=config.model_dump(mode="json"), given=given, resume=resume,
-                   may_differ=("name", "arms", "seeds", "statistics", "report_to", *ENGINE_FIELDS)) as run:
+                   may_differ=(*_GROWS, "name", "statistics", "report_to", *ENGINE_FIELDS)) as run:
         run.record_inputs(models={"base": loaded.describe()}, data=data.describe())
         run.write_text("config.yaml", dump_config(config))
         run.write_table(plan.frame, "plan.csv")
