@@ -64,6 +64,16 @@ def test_everything_is_written(swept):
     base = table[table["side"] == "base"]
     assert set(base["layer"]) == {"00000"}
     assert set(table[table["side"] == "sft"]["arm"]) == {"11111", "00100", "random2-0", "full-00010"}
+    # how much of the baseline's gain each other arm reaches
+    whole = table[table["seed"].isna() & (table["task"] == "answers") & table["side"].isin(["base", "sft"])]
+    loss = dict(zip(whole["arm"], whole["value"], strict=True))
+    shares = whole[whole["share"].notna()].set_index("arm")
+    assert set(shares.index) == {"00100", "random2-0", "full-00010"}
+    for arm in shares.index:
+        want = (loss[arm] - loss["base"]) / (loss["11111"] - loss["base"])
+        assert shares.loc[arm, "share"] == pytest.approx(want, rel=1e-6)
+        assert not shares.loc[arm, "share_low"] > shares.loc[arm, "share_high"]
+    assert table[table["role"] == "retention"]["share"].isna().all()
     lines = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == (1 + 4 * 2) * (10 + 6)
     assert set(lines[0]) == {"arm", "learning_rate", "seed", "task", "item", "score"}

@@ -23,7 +23,7 @@ from midblock.sweeps.arms import BASE, METHODS
 from midblock.sweeps.claims import claims
 from midblock.sweeps.planning import SweepPlan
 from midblock.sweeps.records import RunRecord
-from midblock.sweeps.scores import ArmInfo, infos_of
+from midblock.sweeps.scores import SHARES, ArmInfo, infos_of
 from midblock.sweeps.statistics import SweepStatistics, analyse
 from midblock.sweeps.verdict import verdict
 from midblock.writing import atomic_path
@@ -81,7 +81,8 @@ class SweepResult(TableResult):
             table.add("segment", self._layer(arm), row["metric"], _side(arm),
                       Estimate(row["value"], row["low"], row["high"], row["n"]),
                       **self._extra(arm, row["task"], row["role"], None),
-                      learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own))
+                      learning_rate=stats.rates.get(arm), n_seeds=row["n_seeds"], **_means(own),
+                      **{name: row[name] for name in SHARES if not math.isnan(row[name])})
         for record in self.records:
             for label in stats.matrices:
                 extra = self._extra(record.arm, label, stats.matrices[label].role, record.seed)

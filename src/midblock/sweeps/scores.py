@@ -17,9 +17,12 @@ from midblock.stats import arm_intervals, share_of_gain, wilson_interval
 from midblock.sweeps.arms import BASE, Arm
 from midblock.sweeps.records import RunRecord
 
-__all__ = ["ArmInfo", "TaskMatrix", "arm_estimates", "choose_rates", "infos_of", "score_rows", "task_matrices"]
+__all__ = ["SHARES", "ArmInfo", "TaskMatrix", "arm_estimates", "choose_rates", "infos_of", "score_rows",
+           "task_matrices"]
 
 FloatArray = npt.NDArray[np.float64]
+SHARES = ("share", "share_low", "share_high")
+"""Share of the baseline's gain that an arm reaches, with its interval."""
 Role = Literal["evaluation", "retention"]
 Region = Literal["early", "middle", "late"]
 
@@ -209,5 +212,5 @@ def score_rows(matrix: TaskMatrix, confidence: float, full: str | None = None) -
             kept = ~np.isnan(matrix.scores[arm]).any(axis=1) & ~np.isnan(matrix.scores[str(full)]).any(axis=1)
             share = (share_of_gain(matrix.scores[arm][kept], matrix.scores[str(full)][kept], matrix.scores[BASE][0],
                                    confidence=confidence) if kept.any() else Estimate(math.nan))
-            rows[-1] |= {"share": share.value, "share_low": share.low, "share_high": share.high}
+            rows[-1] |= dict(zip(SHARES, (share.value, share.low, share.high), strict=True))
     return rows

@@ -19,12 +19,12 @@ from midblock.stats import hierarchical_arms_bootstrap, holm, inverted_u_test, r
 from midblock.sweeps.comparisons import all_comparisons, baseline_of
 from midblock.sweeps.pareto import pareto
 from midblock.sweeps.records import RunRecord
-from midblock.sweeps.scores import ArmInfo, FloatArray, TaskMatrix, choose_rates, score_rows, task_matrices
+from midblock.sweeps.scores import SHARES, ArmInfo, FloatArray, TaskMatrix, choose_rates, score_rows, task_matrices
 from midblock.sweeps.sufficiency import missing_of
 
 __all__ = ["SweepStatistics", "analyse"]
 
-_SCORES = ("role", "task", "metric", "arm", "value", "low", "high", "n", "n_seeds")
+_SCORES = ("role", "task", "metric", "arm", "value", "low", "high", "n", "n_seeds", *SHARES)
 
 
 @dataclass
@@ -33,7 +33,8 @@ class SweepStatistics:
 
     Attributes:
         scores: One row per task and arm: ``role``, ``task``, ``metric``, ``arm``, ``value``, ``low``, ``high``,
-            ``n`` (items), ``n_seeds``. Perplexities in their own unit.
+            ``n`` (items), ``n_seeds``, and the share of the baseline's gain that the arm reaches (``share``,
+            ``share_low``, ``share_high``). Perplexities in their own unit.
         comparisons: Rows of `midblock.sweeps.comparisons.COLUMNS`: differences (perplexities as differences of
             log perplexity), ``better`` (+1: ``a`` is better, -1: worse, 0: equal), ``p_holm`` over the
             family, and the ``conclusion``.
