@@ -194,6 +194,16 @@ def test_more_scores_need_more_sweeps() -> None:
     assert _judge(_cases(late, 4), scores).best != "fixed-middle"
 
 
+def test_intervals_stay_where_the_values_can_be() -> None:
+    shapes = [[0.1, 0.15, 0.2, 0.3, 0.5], [0.5, 0.3, 0.2, 0.15, 0.1], [0.1, 0.3, 0.2, 0.5, 0.15]]
+    cases = [Case(f"s{i}", "t", "lora", 0, tuple(gains), math.nan) for i, gains in enumerate(shapes)]
+    found = _judge(cases, {"fisher": list(np.repeat(shapes[0], 2))})
+    for metric, low, high in (("rank_correlation", -1, 1), ("regret", 0, math.inf)):
+        row = _of(found, "fisher", metric)
+        assert low <= row["low"] < row["value"] < row["high"] <= high
+    assert _of(found, "fisher", "rank_correlation")["high"] == 1
+
+
 def test_noise_predicts_nothing() -> None:
     draw = np.random.default_rng(2)
     values = []

@@ -39,6 +39,7 @@ __all__ = ["Case", "SweepGains", "ValidateResult", "predictions", "read_sweep", 
 
 FloatArray = npt.NDArray[np.float64]
 REFERENCE = "fixed-middle"
+_LIMITS = {"rank_correlation": (-1.0, 1.0), "regret": (0.0, math.inf)}
 _NEEDED = ("kind", "metric", "side", "value", "arm", "mask", "role", "task", "seed", "method")
 
 
@@ -214,7 +215,10 @@ def _over_sweeps(part: pd.DataFrame, independent: Mapping[str, tuple[str, str]])
     """Mean over independent sweeps, with an interval where there are enough of them."""
     values = part.groupby(part["sweep"].map(independent), sort=False)["value"].mean().dropna().to_numpy(np.float64)
     found = stats.mean_interval(values)
-    return found if found.n >= LEAST_SWEEPS else Estimate(found.value, n=found.n)
+    if found.n < LEAST_SWEEPS:
+        return Estimate(found.value, n=found.n)
+    low, high = _LIMITS[str(part["metric"].iloc[0])]
+    return Estimate(found.value, max(found.low, low), min(found.high, high), found.n)
 
 
 @dataclass
