@@ -8,6 +8,7 @@ token of each row, so that generation reaches only `DECODING` of a product's rat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class SweepPlan:
     comparisons: int
     rates: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def jobs(self) -> list[Job]:
         """Every run in order; where the rate of an arm is not chosen yet, the first of its grid stands for it."""
         return jobs_of(self.arms, self.seeds, self.searching, self.rates)
