@@ -204,16 +204,18 @@ def _lock(path: Path) -> Any:
     return lock
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str], group: str = ""
-                 ) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str],
+                 may_grow: Collection[str] = (), group: str = "") -> list[str]:
     """In words, which settings differ. A switch that is off is as one that the version of that run did not have."""
     found = []
     for key in sorted({*before, *now}):
         name, a, b = group + key, before.get(key), now.get(key)
         if name in may_differ or a == b or all(value is None or value is False for value in (a, b)):
             continue
+        if name in may_grow and a is not None and b is not None and b > a:
+            continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, may_differ, f"{name}.")
+            found += _differences(a, b, may_differ, may_grow, f"{name}.")
         else:
             found.append(f"{name} was {a!r}, now {b!r}")
     return found
@@ -231,6 +233,7 @@ class RunFolder:
         resume: Continue an interrupted run in this folder.
         may_differ: Settings (``training.steps`` for one of a group) that may be others than in the first call: the
             command itself checks what it keeps.
+        may_grow: Settings that may be larger than in the first call.
 
     Raises:
         OutputError: not empty, cannot be written, or nothing to resume from.
@@ -245,7 +248,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str, *, command: str, settings: Mapping[str, Any],
                  given: Mapping[str, Any] | None = None, resume: bool = False,
-                 may_differ: Collection[str] = ()) -> None:
+                 may_differ: Collection[str] = (), may_grow: Collection[str] = ()) -> None:
         self.path = user_path(path, error=OutputError)
         self.resumed = False
         self._created = not self.path.exists()
@@ -254,29 +257,29 @@ class RunFolder:
         self.run: dict[str, Any] = {}
         resolved = json_ready(dict(settings))
         self.run, self.resumed = ranks.first(lambda: self._take(
-            command, resolved, resolved if given is None else json_ready(dict(given)), resume, may_differ))
+            command, resolved, resolved if given is None else json_ready(dict(given)), resume, may_differ, may_grow))
 
     def _take(self, command: str, resolved: dict[str, Any], given: dict[str, Any], resume: bool,
-              may_differ: Collection[str]) -> tuple[dict[str, Any], bool]:
+              *others: Collection[str]) -> tuple[dict[str, Any], bool]:
         if not resume:
             self._require_free(self.path)
         self._contents(self.path)
         self._held = _lock(self.path)
         try:
-            self._start(command, resolved, given, resume, may_differ)
+            self._start(command, resolved, given, resume, *others)
         except BaseException:
             self._leave(remove=self._created)
             raise
         return self.run, self.resumed
 
     def _start(self, command: str, resolved: dict[str, Any], given: dict[str, Any], resume: bool,
-               may_differ: Collection[str]) -> None:
+               *others: Collection[str]) -> None:
         if not resume:
             self._require_free(self.path)  # another process may have used it before the lock was ours
         previous: dict[str, Any] = {}
         if self._contents(self.path):
             previous = read_run(self.path)
-            self._check_same(previous, command, resolved, may_differ)
+            self._check_same(previous, command, resolved, *others)
             self.resumed = True
             self._remove_half_written()
         self.run = {
@@ -323,11 +326,11 @@ class RunFolder:
 
     @staticmethod
     def _check_same(previous: dict[str, Any], command: str, resolved: dict[str, Any],
-                    may_differ: Collection[str]) -> None:
+                    may_differ: Collection[str], may_grow: Collection[str]) -> None:
         if previous.get("command") != command:
             raise OutputError(f"--resume: this folder holds a run of {previous.get('command')!r}, "
                               f"not of {command!r}.")
-        if changed := _differences(previous.get("settings", {}), resolved, may_differ):
+        if changed := _differences(previous.get("settings", {}), resolved, may_differ, may_grow):
             raise SettingsError(f"--resume: the settings differ from the interrupted run's: {'; '.join(changed)}. "
                                 "Repeat them as they were, or name a new folder.")
 

@@ -214,6 +214,40 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, stop_at
         assert "Everything is learned anew." in caplog.text
 
 
+@pytest.mark.parametrize("short", [13, 20])
+def test_a_stage_that_was_not_stable_goes_on_where_more_steps_are_allowed(tmp_path: Path, short: int) -> None:
+    wanted = {**QUICK, "epsilon": 1e-9, "score_steps": 5, "check_every": 10}
+    first = importance(planted(1), data=alphabet(), state_folder=tmp_path, **{**wanted, "max_steps": short})
+    assert first.stopped.startswith("not stable")
+    longer = {**wanted, "max_steps": 40}
+    seen: list[str] = []
+    on = importance(planted(1), data=alphabet(), state_folder=tmp_path, progress=lambda what, *_: seen.append(what),
+                    **longer)
+    assert sum("stage 1" in what for what in seen) == 40 - short
+    whole = importance(planted(1), data=alphabet(), **longer)
+    assert on.curve == whole.curve
+    assert on.scores() == whole.scores()
+    # what the shorter one found is kept as scores on the way
+    assert [(s.step, s.final) for s in on.sets] == [(short, False), (40, True)]
+    assert on.sets[0].scores["ila_score"] == list(first.scores().values())
+    # fewer steps than were taken change nothing
+    seen.clear()
+    same = importance(planted(1), data=alphabet(), state_folder=tmp_path, progress=lambda what, *_: seen.append(what),
+                      **{**wanted, "max_steps": short})
+    assert not seen
+    assert same.scores() == on.scores()
+
+
+def test_a_stable_stage_does_not_go_on(tmp_path: Path) -> None:
+    wanted = {**QUICK, "epsilon": 10.0, "score_steps": 5}
+    first = importance(planted(1), data=alphabet(), state_folder=tmp_path, **wanted)
+    seen: list[str] = []
+    again = importance(planted(1), data=alphabet(), state_folder=tmp_path, progress=lambda what, *_: seen.append(what),
+                       **{**wanted, "max_steps": 500})
+    assert not seen
+    assert again.frame.equals(first.frame)
+
+
 def test_plans_of_a_choice_and_its_controls(tmp_path: Path) -> None:
     model = planted(2)
     found = importance(model, data=alphabet(), **{**QUICK, "max_steps": 20, "score_steps": 5})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_importance_to_overlap(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "o" / "figures" / "overlap-jaccard.pdf").is_file()
     steps = _call(capsys, "overlap", tmp_path / "a", "--steps", "all", "--out", tmp_path / "s")
     assert "differ in step" in steps.out
+
+
+def test_the_next_command_goes_on_with_all_options(place: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["importance", str(place / "model"), "--data", str(place / "alphabet.jsonl"), *SHORT, "--epsilon", "1e-9",
+             "--out", str(tmp_path / "a")]
+    shown = _call(capsys, *words)
+    following = shlex.split(next(line for line in shown.out.splitlines() if line.startswith("Next: "))[len("Next: "):])
+    assert following[1:3] == words[:2]
+    assert following[-3:] == ["--resume", "--max-steps", "40"]
+    assert following.count("--max-steps") == 1
+    _call(capsys, *following[1:])  # not refused: every setting is repeated
+    frame = pd.read_csv(tmp_path / "a" / "table.csv")
+    assert set(frame.loc[frame["final"], "step"]) == {40}
+    fewer = _call(capsys, *words, "--resume", "--max-steps", "30", code=2)
+    assert "max_steps was 40, now 30" in fewer.err
+    assert read_run(tmp_path / "a")["status"] == "finished"
+    shown = _call(capsys, *words, "--resume", "--max-steps", "40", "--apply", "top:0.25")
+    assert "midblock tune" in shown.out
 
 
 def test_locate_proposes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,22 @@ def test_everything_is_written(swept):
     assert states[-1].runs_left == 0
     assert states[-1].seconds_left == pytest.approx(0, abs=1e-9)  # sums of many estimates
     assert states[3].seconds_left > 0
+
+
+def test_the_time_left_follows_the_clock_however_many_runs_go_on_at_once(tmp_path):
+    """Runs that say they took a day each, as those of very many workers would, and yet are there at once."""
+    write_rows(tmp_path / "train.jsonl", 0, 20)
+
+    class Many(LocalEngine):
+        def run(self, jobs, finished, **told):
+            super().run(jobs, lambda r: finished(replace(r, seconds=86_400.0)), **told)
+
+    left = []
+    start = time.monotonic()
+    sweep(parse_config(tiny_values(tmp_path)), out=tmp_path / "out", engine=Many,
+          listener=lambda s: left.append(s.seconds_left))
+    # after a run of two, what is left takes a time like that of the whole; a day a run would be days
+    assert max(left[1:]) < 100 * (time.monotonic() - start)
 
 
 def test_every_arm_learns_and_has_its_own_figures(swept):

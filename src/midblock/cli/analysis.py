@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +56,7 @@ def run_analysis(
     command: str, models: Sequence[str], *, names: str | None, data: str | None, seed: int, out: Path, resume: bool,
     load: LoadSettings, settings: Settings | Mapping[str, Any],
     measure: Callable[[list[LoadedModel], list[str], Any, RunFolder, Progress], Result], least: int = 2,
+    may_grow: Collection[str] = (),
 ) -> tuple[RunFolder, Any]:
     """Load the chain and the data, measure, and save the result in its run folder.
 
@@ -73,6 +74,7 @@ def run_analysis(
         settings: The measurement's own settings, for ``run.json``.
         measure: Called with models, their names, the data, the run folder and the progress bar.
         least: Fewest checkpoints that make sense.
+        may_grow: Settings that a resumed run may have larger.
 
     Returns:
         The finished run folder and the result.
@@ -108,7 +110,8 @@ def run_analysis(
 
     chain = load_chain(models, names=keys, **load.model_dump())
     recorded = {"models": list(models), "names": keys, "data": data, **load.model_dump(), **dict(settings)}
-    with RunFolder(out, command=command, settings=recorded, resume=resume, may_differ=STREAM_FIELDS) as run, \
+    with RunFolder(out, command=command, settings=recorded, resume=resume, may_differ=STREAM_FIELDS,
+                   may_grow=may_grow) as run, \
             console.progress_bar() as progress:
         run.record_inputs(models={k: m.describe() for k, m in zip(keys, chain, strict=True)},
                           data={} if dataset is None else dataset.describe())

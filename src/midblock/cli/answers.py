@@ -66,6 +66,8 @@ def next_words(words: Sequence[str], out: Path | None) -> list[str]:
     following = getattr(group, "commands", {}).get(words[0])
     if following is None:
         return found
+    if "--resume" in words:
+        return _again(words[words.index("--resume") + 1:], out)
     takes = {p.name: p for p in following.params}
     for name in _CARRIED:
         source = context.get_parameter_source(name) if name in context.params else None
@@ -74,11 +76,24 @@ def next_words(words: Sequence[str], out: Path | None) -> list[str]:
             if name == "names" and str(value).count(",") + 1 != _models_in(words):
                 continue
             found += [takes[name].opts[0], *([] if value is True else [str(getattr(value, "value", value))])]
-    if "--resume" in found:
-        found += ["--out", str(out)] if out is not None and "--out" not in found else []
-    elif "out" in takes and "--out" not in found and "--dry-run" not in found and words[0] != "report":
+    if "out" in takes and "--out" not in found and "--dry-run" not in found and words[0] != "report":
         found += ["--out", str(_free(_home(out) / words[0]))]
     return found
+
+
+def _again(more: Sequence[str], out: Path | None) -> list[str]:
+    """This call with ``--resume`` and further options, which take the place of its own."""
+    own = {w for w in more if w.startswith("--")}
+    kept: list[str] = []
+    given = iter(_words.get())
+    for word in given:
+        if word.partition("=")[0] in own:
+            if "=" not in word:
+                next(given, None)
+        elif word != "--resume":
+            kept.append(word)
+    folder = [] if out is None or any(w.partition("=")[0] == "--out" for w in kept) else ["--out", str(out)]
+    return [*kept, "--resume", *more, *folder]
 
 
 def _models_in(words: Sequence[str]) -> int:

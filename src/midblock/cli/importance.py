@@ -60,7 +60,7 @@ def importance(
         return result
 
     run, result = run_analysis("importance", [model], names=None, data=data, seed=settings.seed, out=out, resume=resume,
-                               load=load, settings=settings, measure=work, least=1)
+                               load=load, settings=settings, measure=work, least=1, may_grow=("max_steps",))
     frame = result.frame
     final = frame[frame["final"] & (frame["metric"] == "ila_score")]
     wide = final.pivot_table(index="layer", columns="matrix", values="value", sort=False)

@@ -32,7 +32,7 @@ from midblock.quantities import label_of, matrix_order
 from midblock.results import UNNAMED, Answer, Estimate, Origin, Table, TableResult
 from midblock.segments import zone_means
 from midblock.selection.gates import Gates
-from midblock.selection.ila_stages import ScoreSet, Stages
+from midblock.selection.ila_stages import ScoreSet, Stages, is_stable
 from midblock.selection.units import SCORES, top_units, units_of
 from midblock.settings.importance import ImportanceSettings
 from midblock.tuning.adapter import attach
@@ -108,7 +108,12 @@ class ImportanceResult(TableResult):
             + f"); n = {len(self.units)} scores learned in {len(self.final.losses)} steps.",
             f"The top {TOP:.0%} share {agree[closest]:.2f} (Jaccard) with {label_of(closest, unit='').lower()}, a "
             f"cheaper control, and {chance:.2f} with a random choice; train it against both before you trust it.",
-            self.origin.words("importance", "--resume", "--apply", f"top:{TOP:g}", models=1))
+            self.origin.words("importance", "--resume", *self._next(), models=1))
+
+    def _next(self) -> tuple[str, str]:
+        if is_stable(self.curve, self.settings):
+            return "--apply", f"top:{TOP:g}"
+        return "--max-steps", str(2 * self.settings.max_steps)
 
     def details(self) -> list[str]:
         """How training stopped, where the scores are high, and what the controls say."""

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from midblock.tuning.adapter import Attachment
 from midblock.tuning.kernels import has_plain_head, lean_lora
 from midblock.writing import recomputed, sha256_of
 
-__all__ = ["ScoreSet", "Stages", "loss_slope"]
+__all__ = ["ScoreSet", "Stages", "is_stable", "loss_slope"]
 
 _CLIP = 1.0
 _WARMUP_STEPS = 10
@@ -74,6 +74,12 @@ def loss_slope(curve: Sequence[tuple[int, float]], window: int) -> float | None:
     return float(centred @ losses / (centred @ centred))
 
 
+def is_stable(curve: Sequence[tuple[int, float]], settings: ImportanceSettings) -> bool:
+    """Whether the loss of the first stage changes no more (ILA, section 3: epsilon-stable)."""
+    slope = loss_slope(curve, settings.window)
+    return slope is not None and abs(slope) < settings.epsilon
+
+
 class Stages:
     """Both stages as one sequence of steps that can be saved after any of them."""
 
@@ -95,7 +101,9 @@ class Stages:
         # evenly over batches that are sorted by length, so that no length is left out
         places = np.linspace(0, len(batches) - 1, min(settings.probe_batches, len(batches))).round().astype(int)
         self.probe = [batches[i] for i in dict.fromkeys(places.tolist())]
-        self.identity = sha256_of(json.dumps(settings.model_dump(), sort_keys=True),
+        # not the most steps: a run goes on where more are allowed
+        lasting = {**settings.model_dump(), "max_steps": ImportanceSettings().max_steps}
+        self.identity = sha256_of(json.dumps(lasting, sort_keys=True),
                                   json.dumps(attachment.plan.to_dict()),
                                   *(b.input_ids.cpu().numpy().tobytes() for b in batches))
 
@@ -135,10 +143,14 @@ class Stages:
         self.phase = "score"
         self.save(now=True)
 
+    @property
+    def stable(self) -> bool:
+        return is_stable(self.curve, self.settings)
+
     def _reason_to_stop(self) -> str:
         """Why the first stage ends here; empty where it goes on."""
         wanted, slope = self.settings, loss_slope(self.curve, self.settings.window)
-        if slope is not None and abs(slope) < wanted.epsilon:
+        if self.stable:
             return (f"epsilon-stable: {slope:+.1e} nats per step over the last {wanted.window} measurements, below "
                     f"{wanted.epsilon:g}")
         if self.step < wanted.max_steps:
@@ -215,7 +227,7 @@ class Stages:
             return
         tensors = {f"adapter|{n}": t.contiguous() for n, t in self.attachment.state().items()}
         tensors |= {"scores": self.scores.scores, "first": self.scores.first, "second": self.scores.second}
-        if self.phase != "done":
+        if self.phase != "done" or not self.stable:
             for name, parameter in self.attachment.trainable.items():
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer|{name}|{key}"] = value.detach().cpu().contiguous()
@@ -227,6 +239,9 @@ class Stages:
 
     def restore(self) -> None:
         """Put saved progress back, if there is any.
+
+        A first stage that ended for want of steps goes on where more are allowed; the scores at its end stay as those
+        of a step on the way.
 
         Raises:
             OutputError: it belongs to another run.
@@ -256,6 +271,16 @@ class Stages:
         self.scores.scores.copy_(tensors["scores"])
         self.scores.first.copy_(tensors["first"])
         self.scores.second.copy_(tensors["second"])
+        if self.stopped and not self.stable and self.step < self.settings.max_steps:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Continue a first stage that ended for want of steps."""
+        self.stopped = ""
+        if self.step % self.settings.check_every:
+            self.curve.pop()
+        if self.phase == "done":
+            self.phase, self.sets[-1] = "train", replace(self.sets[-1], final=False)
 
 
 def _plain_forwards(attachment: Attachment) -> contextlib.AbstractContextManager[None]:

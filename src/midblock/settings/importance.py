@@ -32,7 +32,8 @@ class ImportanceSettings(Settings):
         "Matrices to adapt, separated by commas: all-linear, attention, mlp, q, k, v, o, ..."))
     learning_rate: float = setting(5e-4, gt=0, metavar="LR", help=(
         "Of the first stage: AdamW, constant after ten steps of rise, since its length is not known."))
-    max_steps: int = setting(300, ge=1, le=1_000_000, metavar="N", help="Most steps of the first stage.")
+    max_steps: int = setting(300, ge=1, le=1_000_000, metavar="N", help=(
+        "Most steps of the first stage; --resume takes more where it was not stable by then."))
     epsilon: float = setting(1e-3, gt=0, metavar="E", help=(
         "The first stage ends when the smoothed loss changes by less than this, in nats per step."))
     check_every: int = setting(10, ge=1, metavar="N", help="Steps between two looks at that loss.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,19 +154,19 @@ def _ignore(state: SweepState) -> None:
 
 
 class _Speed:
-    """How the runs of this call compare with their estimates, and so the time that is left."""
+    """How the time of this call compares with the estimates of its runs, however many go on at once."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self._seconds = plan.seconds
-        self._expected = self._taken = 0.0
+        self._started = time.monotonic()
+        self._expected = 0.0
 
     def finished(self, record: RunRecord) -> None:
         """A run of this call is over."""
         if record.status == "done":
             self._expected += self._seconds[record.key]
-            self._taken += record.seconds
 
     def time_left(self, plan: SweepPlan, records: Collection[str]) -> float:
         """Seconds of the runs that have no record yet."""
         ahead = sum(plan.seconds[job.key] for job in plan.jobs if job.key not in records)
-        return ahead * (self._taken / self._expected if self._expected > 0 else 1.0)
+        return ahead * ((time.monotonic() - self._started) / self._expected if self._expected > 0 else 1.0)
