@@ -15,7 +15,7 @@ from midblock.cli import console
 if TYPE_CHECKING:
     from midblock.results import Answer
 
-__all__ = ["in_earnest", "next_words", "remember", "show_answer"]
+__all__ = ["again", "in_earnest", "next_words", "remember", "show_answer"]
 
 _CARRIED = ("trust_remote_code", "allow_pickle", "tokenizer", "dtype", "device", "supervised", "names")
 """Options of this call that the next command must repeat to see the same models and data."""
@@ -67,7 +67,7 @@ def next_words(words: Sequence[str], out: Path | None) -> list[str]:
     if following is None:
         return found
     if "--resume" in words:
-        return _again(words[words.index("--resume") + 1:], out)
+        return again(_words.get(), words[words.index("--resume") + 1:], out)
     takes = {p.name: p for p in following.params}
     for name in _CARRIED:
         source = context.get_parameter_source(name) if name in context.params else None
@@ -81,19 +81,26 @@ def next_words(words: Sequence[str], out: Path | None) -> list[str]:
     return found
 
 
-def _again(more: Sequence[str], out: Path | None) -> list[str]:
-    """This call with ``--resume`` and further options, which take the place of its own."""
+def again(words: Sequence[str], more: Sequence[str] = (), out: Path | None = None) -> list[str]:
+    """A call once more with ``--resume``.
+
+    Args:
+        words: The call.
+        more: Further options, which take the place of its own.
+        out: Its run folder, where the call may not say.
+    """
     own = {w for w in more if w.startswith("--")}
     kept: list[str] = []
-    given = iter(_words.get())
+    given = iter(words)
     for word in given:
         if word.partition("=")[0] in own:
             if "=" not in word:
                 next(given, None)
-        elif word != "--resume":
+        else:
             kept.append(word)
+    resume = [] if "--resume" in kept else ["--resume"]
     folder = [] if out is None or any(w.partition("=")[0] == "--out" for w in kept) else ["--out", str(out)]
-    return [*kept, "--resume", *more, *folder]
+    return [*kept, *resume, *more, *folder]
 
 
 def _models_in(words: Sequence[str]) -> int:

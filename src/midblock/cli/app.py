@@ -20,7 +20,7 @@ import typer
 
 from midblock import __version__, extras, ranks
 from midblock.cli import console
-from midblock.cli.answers import remember
+from midblock.cli.answers import again, remember
 from midblock.cli.endings import Ended, check_words, foreseen, signals_end_as_interrupts
 from midblock.errors import MidblockError, SettingsError
 
@@ -193,8 +193,7 @@ def _again(words: Sequence[str]) -> str:
     """How to continue, without a full stop, so that the line can be pasted; empty where there is no way."""
     if not _can_resume(words):
         return ""
-    again = [*words, *([] if "--resume" in words else ["--resume"])]
-    return f"run: {shlex.join(['midblock', *again])}"
+    return f"run: {shlex.join(['midblock', *again(words)])}"
 
 
 def _help_for(words: Sequence[str]) -> str:
