@@ -75,6 +75,24 @@ def test_a_bound_that_the_correction_takes_away_is_not_told(config):
     assert "by 1.5 points, in about 60%" in answer(stats, infos(NAMES), config).text
 
 
+def test_a_rate_at_the_end_of_its_grid_is_told(config):
+    rows = LEARNED + against(m10000=("worse", -0.1), m00100=("open", 0.0), m00001=("open", 0.0))
+
+    def told(*, full=(), **grids):
+        training = config.training.model_copy(update={k: list(v) for k, v in grids.items()})
+        arms = {n: replace(a, method="full-equal" if n in full else a.method) for n, a in infos(NAMES).items()}
+        text = verdict(stats_of(rows), arms, [], config.model_copy(update={"training": training}))
+        return next((line for line in text.splitlines() if line.startswith("Learning rates: ")), "")
+
+    assert told() == ""  # one rate: nothing was searched
+    assert told(learning_rates=(0.001, 0.01, 0.1)) == ""
+    assert "the smallest of training.learning_rates, 0.01, is the best of 11111, 10000, 00100, 00001;" in told(
+        learning_rates=(0.01, 0.1))
+    both = told(learning_rates=(0.001, 0.01), full_learning_rates=(0.01, 0.02), full=("10000", "00001"))
+    assert "the largest of training.learning_rates, 0.01, is the best of 11111, 00100;" in both
+    assert "the smallest of training.full_learning_rates, 0.01, is the best of 10000, 00001;" in both
+
+
 def test_lower_losses_are_better(config):
     rows = [row("gain", n, "base", "better", -0.4, metric="loss") for n in NAMES]
     rows += [row("evaluation", "00100", "11111", "better", -0.05, metric="loss"),

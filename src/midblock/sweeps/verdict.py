@@ -47,7 +47,8 @@ def verdict(stats: SweepStatistics, infos: Mapping[str, ArmInfo], records: Seque
             config: SweepConfig) -> str:
     """The answer and at most `MAX_LINES` lines; every one rests on a row of `SweepStatistics`."""
     chosen = answer(stats, infos, config)
-    lines = [_next(stats, chosen, infos, config), _setting(stats, infos, config), _caution(infos)]
+    lines = [_next(stats, chosen, infos, config), _setting(stats, infos, config), _caution(infos),
+             _edges(stats, infos, config)]
     if failed := [r for r in records if r.status == "failed"]:
         names = _list([r.key for r in failed])
         lines.append(f"{len(failed)} of {len(records)} runs failed and have no score: {names}.")
@@ -162,6 +163,20 @@ def _caution(infos: Mapping[str, ArmInfo]) -> str:
     if len({a.method.removesuffix("-eva") for a in infos.values()}) > 1:
         text += " Methods have learning rates of their own; differences between them hold for these rates."
     return text.strip()
+
+
+def _edges(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
+    """Arms that chose an end of their grid of learning rates, beyond which there may be better ones."""
+    found: dict[tuple[str, str, float], list[str]] = {}
+    for arm, rate in stats.rates.items():
+        name, grid = config.training.rates_of(infos[arm].method)
+        if len(grid) > 1 and rate in (min(grid), max(grid)):
+            found.setdefault((name, "smallest" if rate == min(grid) else "largest", rate), []).append(arm)
+    told = [f"the {end} of training.{name}, {rate:g}, is the best of {_list(arms)}"
+            for (name, end, rate), arms in found.items()]
+    if not told:
+        return ""
+    return f"Learning rates: {'; '.join(told)}; one beyond it may serve them better (sweep --resume takes more)."
 
 
 def _task(stats: SweepStatistics, matrix: TaskMatrix, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
