@@ -97,9 +97,11 @@ def test_the_inverted_u_is_a_claim():
         ["t", "full-rank arms rise and then fall over 3 segments", "inverted U", "not shown", "", "",
          "best: full-010"]]
     small = claims(stats_of([], curves, missing={("t", "00100"): "seeds"}), infos(), 0.05)
-    assert set(small["verdict"]) == {"too small to judge"}
-    other = claims(stats_of([], curves, missing={("u", "00100"): "seeds"}), infos(), 0.05)
-    assert list(other["verdict"]) == ["supported", "not shown"]
+    assert list(small["verdict"]) == ["too small to judge", "not shown"]  # of the curve that the arm is on
+    # what the baseline, both ends or random blocks lack says nothing of the shape, nor does another task
+    for lacks in (("u", "00100"), ("t", "11111"), ("t", "random2-0")):
+        other = claims(stats_of([], curves, missing={lacks: "training"}), infos() | RANDOM, 0.05)
+        assert list(other["verdict"]) == ["supported", "not shown"]
     assert claims(stats_of([], curves, matrices=("u",)), infos(), 0.05)["claim"].item().startswith("DoRA arms")
 
 
