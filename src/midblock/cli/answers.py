@@ -66,7 +66,7 @@ def next_words(words: Sequence[str], out: Path | None) -> list[str]:
     following = getattr(group, "commands", {}).get(words[0])
     if following is None:
         return found
-    if "--resume" in words:
+    if "--resume" in words and _words.get()[:1] == tuple(words[:1]):
         return again(_words.get(), words[words.index("--resume") + 1:], out)
     takes = {p.name: p for p in following.params}
     for name in _CARRIED:

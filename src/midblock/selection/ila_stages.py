@@ -271,7 +271,8 @@ class Stages:
         self.scores.scores.copy_(tensors["scores"])
         self.scores.first.copy_(tensors["first"])
         self.scores.second.copy_(tensors["second"])
-        if self.stopped and not self.stable and self.step < self.settings.max_steps:
+        # a finished run of an older version has no moments of the optimizer to go on with
+        if self.stopped and not self.stable and self.step < self.settings.max_steps and self.optimizer.state:
             self._go_on()
 
     def _go_on(self) -> None:
