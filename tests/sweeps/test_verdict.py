@@ -76,21 +76,19 @@ def test_a_bound_that_the_correction_takes_away_is_not_told(config):
 
 
 def test_a_rate_at_the_end_of_its_grid_is_told(config):
-    rows = LEARNED + against(m10000=("worse", -0.1), m00100=("open", 0.0), m00001=("open", 0.0))
+    stats = stats_of(LEARNED + against(m10000=("worse", -0.1), m00100=("open", 0.0), m00001=("open", 0.0)))
 
-    def told(*, full=(), **grids):
-        training = config.training.model_copy(update={k: list(v) for k, v in grids.items()})
-        arms = {n: replace(a, method="full-equal" if n in full else a.method) for n, a in infos(NAMES).items()}
-        text = verdict(stats_of(rows), arms, [], config.model_copy(update={"training": training}))
+    def told(**rates):
+        runs = [RunRecord(arm.removeprefix("m"), rate, 0, "done") for arm, tried in rates.items() for rate in tried]
+        text = verdict(stats, infos(NAMES), runs, config)
         return next((line for line in text.splitlines() if line.startswith("Learning rates: ")), "")
 
-    assert told() == ""  # one rate: nothing was searched
-    assert told(learning_rates=(0.001, 0.01, 0.1)) == ""
-    assert "the smallest of training.learning_rates, 0.01, is the best of 11111, 10000, 00100, 00001;" in told(
-        learning_rates=(0.01, 0.1))
-    both = told(learning_rates=(0.001, 0.01), full_learning_rates=(0.01, 0.02), full=("10000", "00001"))
-    assert "the largest of training.learning_rates, 0.01, is the best of 11111, 00100;" in both
-    assert "the smallest of training.full_learning_rates, 0.01, is the best of 10000, 00001;" in both
+    assert told(m11111=[0.01], m00100=[0.01]) == ""  # nothing was searched
+    assert told(m11111=[0.001, 0.01, 0.1], m00100=[0.001, 0.01, 0.1]) == ""
+    both = told(m11111=[0.001, 0.01], m00100=[0.001, 0.01], m10000=[0.01, 0.02], m00001=[0.01])
+    assert "the largest that was tried, 0.01, is the best of 11111, 00100;" in both
+    assert "the smallest that was tried, 0.01, is the best of 10000;" in both
+    assert "00001" not in both  # one rate of its own, in place of a grid
 
 
 def test_lower_losses_are_better(config):

@@ -92,11 +92,6 @@ class TrainingConfig(LoopSettings):
     dropout: float = declared(TuneSettings, "dropout")
     init: Init = declared(StartSettings, "init")
 
-    def rates_of(self, method: str) -> tuple[str, list[float]]:
-        """Name and values of the grid of a method."""
-        name = "full_learning_rates" if method.startswith("full") else "learning_rates"
-        return name, getattr(self, name)
-
     def settings(self, learning_rate: float, seed: int) -> TrainSettings:
         """The trainer's settings for one run."""
         shared = {name: value for name, value in self.given().items() if name in TrainSettings.model_fields}

@@ -125,8 +125,8 @@ def _neighbours(num_segments: int, width: int) -> list[str]:
 
 def _wanted(config: SweepConfig) -> Iterable[tuple[str, str, dict[str, Any], tuple[float, ...]]]:
     """(name, key in the configuration, arguments of the plan, learning rates)."""
-    arms = config.arms
-    lora, full = (tuple(config.training.rates_of(method)[1]) for method in ("lora", "full"))
+    arms, lora = config.arms, tuple(config.training.learning_rates)
+    full = tuple(config.training.full_learning_rates)
     yield arms.baseline, "arms.baseline", {"mask": arms.baseline}, lora
     for key, masks in (
             ("arms.singles", [m for k in arms.singles for m in all_masks_single(k)]),

@@ -48,7 +48,7 @@ def verdict(stats: SweepStatistics, infos: Mapping[str, ArmInfo], records: Seque
     """The answer and at most `MAX_LINES` lines; every one rests on a row of `SweepStatistics`."""
     chosen = answer(stats, infos, config)
     lines = [_next(stats, chosen, infos, config), _setting(stats, infos, config), _caution(infos),
-             _edges(stats, infos, config)]
+             _edges(stats, records)]
     if failed := [r for r in records if r.status == "failed"]:
         names = _list([r.key for r in failed])
         lines.append(f"{len(failed)} of {len(records)} runs failed and have no score: {names}.")
@@ -165,17 +165,20 @@ def _caution(infos: Mapping[str, ArmInfo]) -> str:
     return text.strip()
 
 
-def _edges(stats: SweepStatistics, infos: Mapping[str, ArmInfo], config: SweepConfig) -> str:
-    """Arms that chose an end of their grid of learning rates, beyond which there may be better ones."""
-    found: dict[tuple[str, str, float], list[str]] = {}
+def _edges(stats: SweepStatistics, records: Sequence[RunRecord]) -> str:
+    """Arms whose best learning rate is the smallest or largest that they were trained with."""
+    tried: dict[str, set[float]] = {}
+    for record in records:
+        if record.learning_rate is not None:
+            tried.setdefault(record.arm, set()).add(record.learning_rate)
+    found: dict[tuple[str, float], list[str]] = {}
     for arm, rate in stats.rates.items():
-        name, grid = config.training.rates_of(infos[arm].method)
-        if len(grid) > 1 and rate in (min(grid), max(grid)):
-            found.setdefault((name, "smallest" if rate == min(grid) else "largest", rate), []).append(arm)
-    told = [f"the {end} of training.{name}, {rate:g}, is the best of {_list(arms)}"
-            for (name, end, rate), arms in found.items()]
-    if not told:
+        own = tried.get(arm, {rate})
+        if len(own) > 1 and rate in (min(own), max(own)):
+            found.setdefault(("smallest" if rate == min(own) else "largest", rate), []).append(arm)
+    if not found:
         return ""
+    told = [f"the {end} that was tried, {rate:g}, is the best of {_list(arms)}" for (end, rate), arms in found.items()]
     return f"Learning rates: {'; '.join(told)}; one beyond it may serve them better (sweep --resume takes more)."
 
 
