@@ -36,6 +36,22 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {"run.json", "table.csv"}
 
 
+def test_a_later_result_leaves_nothing_of_the_earlier_one(tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other.csv"
+    other.write_text("not of this run")
+    frame = Table().frame()
+    with RunFolder(folder, command="sweep", settings={}) as run:
+        names = [run.write_table(frame, name).name for name in ("table.csv", "gone.csv")]
+        run.file("figures/gone.svg").write_text("<svg/>")
+        run.publish([*names, "figures/gone.svg", "../other.csv"])
+    with RunFolder(folder, command="sweep", settings={}, resume=True) as run:
+        run.publish([run.write_table(frame).name], counts={"arms": 1})
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.*")} == {"run.json", "table.csv"}
+    told = read_run(folder, finished=True)
+    assert (told["files"], list(told["digests"]), told["counts"]) == (["table.csv"], ["table.csv"], {"arms": 1})
+    assert other.exists()
+
+
 @pytest.mark.parametrize("edit", [
     lambda text: text.replace('"samples": 8', '"samples": 9'), lambda text: text.replace("finished", "running"),
     lambda text: "[]", lambda text: "5", lambda text: "null", lambda text: "{}", lambda text: "",

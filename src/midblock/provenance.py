@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +93,7 @@ class _Run(BaseModel, extra="allow"):
     seconds: float | None = None
     seconds_before: float | None = None
     digests: dict[str, str] = Field(default_factory=dict)
+    files: list[str] = Field(default_factory=list)
 
 
 def read_run(folder: Path | str, *, finished: bool = False) -> dict[str, Any]:
@@ -293,10 +294,10 @@ class RunFolder:
             "started": previous.get("started", _now()), "finished": None,
             "seconds": None, "seconds_before": (previous.get("seconds") or 0.0)
             + (previous.get("seconds_before") or 0.0),
-            "peak_memory_bytes": None, "models": {}, "data": {}, "undefined": [], "digests": {},
+            "peak_memory_bytes": None, "models": {}, "data": {}, "undefined": [], "digests": {}, "files": [],
         }
-        for key in ("models", "data", "digests"):
-            self.run[key] = previous.get(key, {})
+        for key in ("models", "data", "digests", "files"):
+            self.run[key] = previous.get(key, self.run[key])
         self.save()
 
     @staticmethod
@@ -365,6 +366,17 @@ class RunFolder:
         """Set fields of ``run.json`` (``models``, ``data``, ``results`` ...) and save it."""
         self.run.update(json_ready(fields))
         self.save()
+
+    def publish(self, names: Sequence[str], **fields: Any) -> None:
+        """Set ``files``, what the result consists of, and further fields; what an earlier result of this folder had
+        besides (tables of arms that are gone) is removed with its digest."""
+        earlier = set(self.run["files"]) - set(names)
+        for path in () if ranks.follows() else [self.path / name for name in earlier]:
+            if path.resolve().is_relative_to(self.path.resolve()):  # whatever run.json names, no file of others
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        self.run["digests"] = {name: digest for name, digest in self.run["digests"].items() if name not in earlier}
+        self.update(files=names, **fields)
 
     def record_inputs(self, *, models: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Store what was read; a resumed run must read the same.

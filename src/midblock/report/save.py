@@ -61,7 +61,7 @@ def save_result(run: RunFolder, result: Result, *, fields: Mapping[str, Any] | N
         for number, (name, figure) in enumerate(figures.items(), start=1):
             names += [f"figures/{p.name}" for p in (draw or save_figure)(figure, run.path / "figures", name)]
             progress("figures", number, len(figures))
-    run.update(files=names, **(fields or {}))
+    run.publish(names, **(fields or {}))
     return names
 
 

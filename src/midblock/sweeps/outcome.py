@@ -228,9 +228,9 @@ class SweepResult(TableResult):
         names.append(path.name)
         for name, figure in self.figures().items():
             names += [f"figures/{p.name}" for p in save_figure(figure, run.path / "figures", name)]
-        run.update(files=names, results={"failed": {r.key: r.reason for r in self.failed},
-                                         "undefined_statistics": stats.undefined,
-                                         "missing": {f"{t}, {a}": m for (t, a), m in stats.missing.items()}})
+        run.publish(names, results={"failed": {r.key: r.reason for r in self.failed},
+                                    "undefined_statistics": stats.undefined,
+                                    "missing": {f"{t}, {a}": m for (t, a), m in stats.missing.items()}})
         return names
 
     def _layer(self, arm: str) -> str:
