@@ -371,10 +371,9 @@ class RunFolder:
         """Set ``files``, what the result consists of, and further fields; what an earlier result of this folder had
         besides (tables of arms that are gone) is removed with its digest."""
         earlier = set(self.run["files"]) - set(names)
-        for path in () if ranks.follows() else [self.path / name for name in earlier]:
-            if path.resolve().is_relative_to(self.path.resolve()):  # whatever run.json names, no file of others
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+        for name in () if ranks.follows() else earlier:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: outside this folder, so none of ours
+                remove_marked(self.path / "run.json", [self.path / name])
         self.run["digests"] = {name: digest for name, digest in self.run["digests"].items() if name not in earlier}
         self.update(files=names, **fields)
 
